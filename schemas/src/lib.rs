@@ -1,1 +1,51 @@
-//! Being written.
+//! What travels: every record, topic name, header, id and unit of Forebay.
+//!
+//! A record is a plain struct that knows its wire form. What people type or read is JSON; the wide rows that
+//! SQL reads (`outcomes`, `attempts`) are Avro in single-object encoding.
+//!
+//! Invariant: nothing here does anything. No crate of this workspace stands below this one, and a field may be
+//! added to a record but never renamed or given another meaning: `golden/` keeps a sample of each released
+//! form, and all of them decode for ever.
+
+mod answer;
+mod attempt;
+mod cache_entry;
+mod cancel;
+mod chunks;
+mod completion;
+pub mod dead_letter;
+mod delta;
+mod document;
+mod ending;
+mod envelope;
+mod grounded;
+mod id;
+mod money;
+mod outcome;
+mod passage;
+mod record;
+mod request;
+pub mod row;
+pub mod topics;
+mod verdict;
+
+pub use answer::{Answer, Status, TimingsUs};
+pub use attempt::Attempt;
+pub use cache_entry::{CacheEntry, Kept};
+pub use cancel::Cancel;
+pub use chunks::{Chunk, Chunks, Split};
+pub use completion::{CacheStatus, Citation, Completion, Generated, Usage};
+pub use dead_letter::DeadLetter;
+pub use delta::Delta;
+pub use document::{Document, Format, SHARED_TENANT};
+pub use ending::{Ending, Fault};
+pub use envelope::{Envelope, HeaderError, Hop, Lane, Origin, Timings, header};
+pub use grounded::{Grounded, Retrieval};
+pub use id::{CallId, DocumentVersion, RequestId, Tenant, TooLong};
+pub use money::NanoUsd;
+pub use outcome::Outcome;
+pub use passage::Passage;
+pub use record::{DecodeError, EncodeError, Headers, Identity, Record, from_json, to_json};
+pub use request::{CacheControl, Content, Message, Request, Role, Sampling};
+pub use row::Column;
+pub use verdict::{Finding, Judgement, Verdict};

@@ -1,0 +1,252 @@
+//! What a client asks.
+
+use crate::{DecodeError, Identity, Record, RequestId, Tenant, to_json};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+/// Who speaks in a conversation, in OpenAI's words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// The one who sets the rules.
+    System,
+    /// The same, under OpenAI's newer name.
+    Developer,
+    /// The one who asks.
+    User,
+    /// The model.
+    Assistant,
+    /// A tool that the model called.
+    Tool,
+}
+
+/// What is said: a text, or OpenAI's list of parts.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+pub enum Content {
+    /// Plain text.
+    Text(String),
+    /// Parts; those of type `text` are read, others go to the model as they are.
+    Parts(Vec<Value>),
+}
+
+impl Content {
+    /// The text in it; parts are joined by line breaks.
+    pub fn text(&self) -> String {
+        match self {
+            Self::Text(text) => text.clone(),
+            Self::Parts(parts) => {
+                let texts: Vec<_> = parts.iter().filter_map(|part| part.get("text")?.as_str()).collect();
+                texts.join("\n")
+            }
+        }
+    }
+}
+
+/// One turn of a conversation, in OpenAI's form.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Message {
+    /// Who speaks.
+    pub role: Role,
+    /// What is said; null where a turn only calls tools.
+    #[serde(default)]
+    pub content: Option<Content>,
+    /// Fields of OpenAI's that Forebay only hands on: `name`, `tool_calls`, `tool_call_id`, …
+    #[serde(flatten)]
+    pub rest: Map<String, Value>,
+}
+
+/// How the client wants its answer kept; the words of HTTP's `Cache-Control`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CacheControl {
+    /// Do not answer from the cache.
+    #[serde(default)]
+    pub no_cache: bool,
+    /// Do not keep the answer.
+    #[serde(default)]
+    pub no_store: bool,
+    /// Answer from the cache only what is at most so old.
+    #[serde(default)]
+    pub max_age_s: Option<u64>,
+}
+
+/// What shapes the sampling; OpenAI's names, handed to the model as they are.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default)]
+pub struct Sampling {
+    /// 0 to 2.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub temperature: Option<f64>,
+    /// Nucleus sampling.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub top_p: Option<f64>,
+    /// The most tokens to write.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_tokens: Option<u64>,
+    /// The same, under OpenAI's newer name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_completion_tokens: Option<u64>,
+    /// A text, or a list of texts, at which to stop.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stop: Option<Value>,
+    /// Asks for repeatable sampling.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seed: Option<i64>,
+    /// -2 to 2.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub frequency_penalty: Option<f64>,
+    /// -2 to 2.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub presence_penalty: Option<f64>,
+    /// The form that the answer must have.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub response_format: Option<Value>,
+    /// Tools that the model may call.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tools: Option<Value>,
+    /// Which of them it must call.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tool_choice: Option<Value>,
+}
+
+/// The record of `requests` and `questions`: `{"prompt": "…"}` or `{"messages": […]}`, and what else is wanted.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Request {
+    /// The client's id, unique per tenant; without one it is derived from where the record lies.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<RequestId>,
+    /// Whose request it is; `default` when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tenant: Option<Tenant>,
+    /// A question in one text; exactly one of `prompt` and `messages` is there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prompt: Option<String>,
+    /// A conversation whose last turn asks; exactly one of `prompt` and `messages` is there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub messages: Option<Vec<Message>>,
+    /// The model that is wanted; the pipeline's own when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<String>,
+    /// The conversation that it belongs to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub conversation: Option<String>,
+    /// Milliseconds from the record's timestamp until nobody waits any more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deadline_ms: Option<u64>,
+    /// Anything; it comes back in the result.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metadata: Option<Value>,
+    /// Whether somebody reads the tokens on `deltas` as they come.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub stream: bool,
+    /// How the answer may be kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache: Option<CacheControl>,
+    /// What shapes the sampling.
+    #[serde(flatten)]
+    pub sampling: Sampling,
+    /// Fields that no version of this record knows; they survive every hop.
+    #[serde(flatten)]
+    pub unknown: Map<String, Value>,
+}
+
+impl Request {
+    /// The text that is asked about: the prompt, or the last thing that the user said.
+    pub fn question(&self) -> String {
+        if let Some(prompt) = &self.prompt {
+            return prompt.clone();
+        }
+        let said = self.messages.iter().flatten().rev().find(|message| message.role == Role::User);
+        said.and_then(|message| message.content.as_ref()).map(Content::text).unwrap_or_default()
+    }
+
+    /// Whose request it is.
+    pub fn tenant(&self) -> Tenant {
+        self.tenant.clone().unwrap_or_default()
+    }
+
+    /// What the derive cannot say: exactly one of the two forms is there, and it asks something.
+    fn fault(&self) -> Option<&'static str> {
+        match (&self.prompt, &self.messages) {
+            (None, None) => Some("neither \"prompt\" nor \"messages\" is there; give one of them"),
+            (Some(_), Some(_)) => Some("both \"prompt\" and \"messages\" are there; give one of them"),
+            (Some(prompt), None) if prompt.trim().is_empty() => Some("\"prompt\" is empty"),
+            (None, Some(messages)) if messages.is_empty() => Some("\"messages\" is empty"),
+            _ => None,
+        }
+    }
+}
+
+impl Record for Request {
+    const NAME: &'static str = "Request";
+    const JOB: bool = true;
+
+    fn decode(body: &[u8]) -> Result<Self, DecodeError> {
+        let request: Self = crate::from_json(body)?;
+        match request.fault() {
+            Some(fault) => Err(DecodeError::Meaning { record: Self::NAME, fault }),
+            None => Ok(request),
+        }
+    }
+
+    fn encode(&self) -> Result<Option<Vec<u8>>, crate::EncodeError> {
+        to_json(self)
+    }
+
+    fn request(&self) -> Option<&Request> {
+        Some(self)
+    }
+
+    fn identity(&self) -> Identity {
+        Identity {
+            id: self.id.clone(),
+            tenant: self.tenant.clone(),
+            deadline_ms: self.deadline_ms,
+            stream: self.stream,
+            unknown_fields: self.unknown.keys().cloned().collect(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refusal(body: &str) -> String {
+        let error = Request::decode(body.as_bytes()).expect_err(body);
+        match std::error::Error::source(&error) {
+            Some(source) => format!("{error}: {source}"),
+            None => error.to_string(),
+        }
+    }
+
+    #[test]
+    fn a_request_that_is_none_says_why() {
+        assert!(refusal(r#"{"prompt": 5}"#).contains("expected a string at line 1 column 12"));
+        assert!(refusal("{}").contains("neither"));
+        assert!(refusal(r#"{"prompt": "a", "messages": []}"#).contains("both"));
+        assert!(refusal(r#"{"prompt": "  "}"#).contains("empty"));
+        assert!(refusal(r#"{"prompt": "a", "id": ""}"#).contains("an id has 0 bytes"));
+        assert!(refusal("hello").contains("line 1 column 1"));
+        assert!(refusal("[]").contains("Request"));
+    }
+
+    #[test]
+    fn fields_that_nobody_knows_survive_a_hop() {
+        let body = br#"{"prompt":"a","temperature":0.5,"x_trace":{"deep":[1,2.5]}}"#;
+        let request = Request::decode(body).unwrap();
+        assert_eq!(request.identity().unknown_fields, ["x_trace"]);
+        assert_eq!(request.sampling.temperature, Some(0.5));
+        assert_eq!(request.encode().unwrap().unwrap(), body);
+    }
+
+    #[test]
+    fn the_question_of_a_conversation_is_what_the_user_said_last() {
+        let body =
+            br#"{"messages": [{"role": "user", "content": "first"}, {"role": "assistant", "content": null,
+            "tool_calls": []}, {"role": "user", "content": [{"type": "text", "text": "second"}]}]}"#;
+        assert_eq!(Request::decode(body).unwrap().question(), "second");
+    }
+}

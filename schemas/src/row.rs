@@ -1,0 +1,162 @@
+//! Rows: flat records that SQL reads, in Avro single-object encoding.
+//!
+//! A row is declared once, with the unit and meaning of each column; its Avro schema and its reference come from
+//! there. Types are those that Delta tables know: no unsigned numbers, no enums.
+
+use crate::{DecodeError, EncodeError};
+use apache_avro::{
+    Schema,
+    headers::{HeaderBuilder, RabinFingerprintHeader},
+    reader::datum::GenericDatumReader,
+    writer::datum::GenericDatumWriter,
+};
+use serde::{Serialize, de::DeserializeOwned};
+use serde_json::{Value, json};
+use std::sync::LazyLock;
+
+/// One column of a row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Column {
+    /// Its name.
+    pub name: &'static str,
+    /// Its Avro type.
+    pub avro: &'static str,
+    /// Whether it may be null.
+    pub nullable: bool,
+    /// The unit that it counts in; empty where it counts nothing.
+    pub unit: &'static str,
+    /// What it says.
+    pub meaning: &'static str,
+}
+
+/// A type that a column may have.
+pub trait Cell {
+    /// Its Avro type.
+    const AVRO: &'static str;
+    /// Whether it may be null.
+    const NULLABLE: bool = false;
+}
+
+macro_rules! cells {
+    ($($rust:ty => $avro:literal),*) => { $(impl Cell for $rust { const AVRO: &'static str = $avro; })* };
+}
+cells!(String => "string", i32 => "int", i64 => "long", f64 => "double", bool => "boolean");
+
+impl<C: Cell> Cell for Option<C> {
+    const AVRO: &'static str = C::AVRO;
+    const NULLABLE: bool = true;
+}
+
+/// The wire form of one kind of row: its schema and the ten bytes that stand before every datum.
+pub struct Form {
+    schema: Schema,
+    header: Vec<u8>,
+}
+
+impl Form {
+    /// Builds the form from the columns.
+    pub(crate) fn of(name: &str, doc: &str, columns: &[Column]) -> Result<Self, Box<apache_avro::Error>> {
+        let schema = Schema::parse(&avro(name, doc, columns)).map_err(Box::new)?;
+        let header = RabinFingerprintHeader::from_schema(&schema).build_header();
+        Ok(Self { schema, header })
+    }
+}
+
+/// The Avro schema of a row, as it is published.
+pub fn avro(name: &str, doc: &str, columns: &[Column]) -> Value {
+    let field = |column: &Column| {
+        let doc = match column.unit {
+            "" => column.meaning.to_owned(),
+            unit => format!("{} [{unit}]", column.meaning),
+        };
+        let kind = match column.unit {
+            "µs since 1970" => json!({"type": "long", "logicalType": "timestamp-micros"}),
+            _ => json!(column.avro),
+        };
+        match column.nullable {
+            true => json!({"name": column.name, "type": ["null", kind], "default": null, "doc": doc}),
+            false => json!({"name": column.name, "type": kind, "doc": doc}),
+        }
+    };
+    let fields: Vec<_> = columns.iter().map(field).collect();
+    json!({"type": "record", "name": name, "namespace": "forebay", "doc": doc, "fields": fields})
+}
+
+/// The form, or the fault in our own declaration of it; a test of each row shows that there is none.
+pub(crate) type LazyForm = LazyLock<Result<Form, Box<apache_avro::Error>>>;
+
+pub(crate) fn encode<R: Serialize>(
+    record: &'static str,
+    form: &LazyForm,
+    row: &R,
+) -> Result<Vec<u8>, EncodeError> {
+    let wrong = |detail: String| EncodeError::Avro { record, detail };
+    let form = form.as_ref().map_err(|error| wrong(error.to_string()))?;
+    let write = || {
+        let mut bytes = form.header.clone();
+        GenericDatumWriter::builder(&form.schema).build()?.write_ser(&mut bytes, row)?;
+        Ok(bytes)
+    };
+    write().map_err(|error: apache_avro::Error| wrong(error.to_string()))
+}
+
+pub(crate) fn decode<R: DeserializeOwned>(
+    record: &'static str,
+    form: &LazyForm,
+    body: &[u8],
+) -> Result<R, DecodeError> {
+    let wrong = |detail: String| DecodeError::Avro { record, detail };
+    let form = form.as_ref().map_err(|error| wrong(error.to_string()))?;
+    let Some(mut datum) = body.strip_prefix(form.header.as_slice()) else {
+        return Err(wrong("it does not start with the fingerprint of a known schema".to_owned()));
+    };
+    let mut read = || GenericDatumReader::builder(&form.schema).build()?.read_deser(&mut datum);
+    read().map_err(|error: apache_avro::Error| wrong(error.to_string()))
+}
+
+/// Declares a row: its struct, its columns with unit and meaning, its Avro form.
+macro_rules! row {
+    (
+        $(#[doc = $doc:literal])+
+        $name:ident, $key:ident;
+        $( $(#[doc = $meaning:literal])+ $column:ident: $kind:ty $([$unit:literal])?, )*
+    ) => {
+        $(#[doc = $doc])+
+        #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+        pub struct $name { $( $(#[doc = $meaning])+ pub $column: $kind, )* }
+
+        impl $name {
+            /// All columns, in the order of the wire.
+            pub const COLUMNS: &'static [crate::Column] = &[$(crate::Column {
+                name: stringify!($column),
+                avro: <$kind as crate::row::Cell>::AVRO,
+                nullable: <$kind as crate::row::Cell>::NULLABLE,
+                unit: concat!($($unit)?),
+                meaning: concat!($($meaning),+).trim_ascii_start(),
+            }),*];
+
+            /// The published Avro schema.
+            pub fn avro() -> serde_json::Value {
+                crate::row::avro(stringify!($name), concat!($($doc),+).trim_ascii_start(), Self::COLUMNS)
+            }
+        }
+
+        impl crate::Record for $name {
+            const NAME: &'static str = stringify!($name);
+            fn decode(body: &[u8]) -> Result<Self, crate::DecodeError> {
+                crate::row::decode(Self::NAME, &FORM, body)
+            }
+            fn encode(&self) -> Result<Option<Vec<u8>>, crate::EncodeError> {
+                crate::row::encode(Self::NAME, &FORM, self).map(Some)
+            }
+            fn key(&self) -> Option<&str> {
+                Some(&self.$key)
+            }
+        }
+
+        static FORM: crate::row::LazyForm = std::sync::LazyLock::new(|| {
+            crate::row::Form::of(stringify!($name), concat!($($doc),+).trim_ascii_start(), $name::COLUMNS)
+        });
+    };
+}
+pub(crate) use row;

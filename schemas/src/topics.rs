@@ -1,0 +1,105 @@
+//! Every topic, its name spelled once, with what lies on it.
+//!
+//! Invariant: no other file of this workspace spells a topic's name, but the pipelines and the documentation.
+
+use crate::{
+    Answer, Attempt, CacheEntry, Cancel, Chunks, Completion, DeadLetter, Delta, Document, Ending, Grounded,
+    Outcome, Record, Request,
+};
+
+/// How Kafka forgets the records of a topic.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cleanup {
+    /// After so many hours.
+    Delete {
+        /// Hours until a record may go.
+        hours: u32,
+    },
+    /// When a younger record has the same key.
+    Compact,
+}
+
+/// What a topic carries and how it is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Topic {
+    /// The name, without the prefix.
+    pub name: &'static str,
+    /// The name of the record that lies on it.
+    pub record: &'static str,
+    /// How it forgets.
+    pub cleanup: Cleanup,
+    /// Whether clients write to it: then a record's headers are the client's, never an envelope.
+    pub from_clients: bool,
+}
+
+const fn topic<R: Record>(name: &'static str, cleanup: Cleanup, from_clients: bool) -> Topic {
+    Topic { name, record: R::NAME, cleanup, from_clients }
+}
+
+const DAY: Cleanup = Cleanup::Delete { hours: 24 };
+const WEEK: Cleanup = Cleanup::Delete { hours: 7 * 24 };
+const MONTH: Cleanup = Cleanup::Delete { hours: 30 * 24 };
+
+/// Questions from clients, as typed into kcat.
+pub const REQUESTS: Topic = topic::<Request>("requests", WEEK, true);
+/// Requests that the cache could not answer.
+pub const QUESTIONS: Topic = topic::<Request>("questions", WEEK, false);
+/// Questions with the passages that may answer them.
+pub const PROMPTS: Topic = topic::<Grounded>("prompts", WEEK, false);
+/// Answers that nobody has checked yet.
+pub const COMPLETIONS: Topic = topic::<Completion>("completions", WEEK, false);
+/// How each request ended, before anyone is told.
+pub const ENDINGS: Topic = topic::<Ending>("endings", WEEK, false);
+/// What clients read.
+pub const RESULTS: Topic = topic::<Answer>("results", WEEK, false);
+/// One wide row a request, for SQL.
+pub const OUTCOMES: Topic = topic::<Outcome>("outcomes", WEEK, false);
+/// One row an upstream call.
+pub const ATTEMPTS: Topic = topic::<Attempt>("attempts", WEEK, false);
+/// Pieces of answers while they are written.
+pub const DELTAS: Topic = topic::<Delta>("deltas", Cleanup::Delete { hours: 1 }, false);
+/// Requests that their clients took back.
+pub const CANCELS: Topic = topic::<Cancel>("cancels", DAY, true);
+/// Sources of knowledge.
+pub const DOCUMENTS: Topic = topic::<Document>("documents", Cleanup::Compact, true);
+/// Documents, split for retrieval.
+pub const CHUNKS: Topic = topic::<Chunks>("chunks", Cleanup::Compact, false);
+/// Answers that may be given again.
+pub const CACHE: Topic = topic::<CacheEntry>("cache", Cleanup::Compact, false);
+/// Records that no step could process.
+pub const DEAD_LETTERS: Topic = topic::<DeadLetter>("dead-letters", MONTH, false);
+
+/// All topics, in the order in which a request meets them.
+pub const ALL: &[Topic] = &[
+    REQUESTS,
+    QUESTIONS,
+    PROMPTS,
+    COMPLETIONS,
+    ENDINGS,
+    RESULTS,
+    OUTCOMES,
+    ATTEMPTS,
+    DELTAS,
+    CANCELS,
+    DOCUMENTS,
+    CHUNKS,
+    CACHE,
+    DEAD_LETTERS,
+];
+
+/// The topic of this name.
+pub fn find(name: &str) -> Option<&'static Topic> {
+    ALL.iter().find(|topic| topic.name == name)
+}
+
+/// Partitions of every topic of a pipeline, unless `topics apply --partitions` says otherwise.
+pub const PARTITIONS: i32 = 12;
+
+/// The largest message of a topic that clients write to; Kafka's own default.
+pub const MESSAGE_BYTES_MAX: usize = 1_048_588;
+
+/// What internal topics take beyond that: headers grow on the way, and a dead letter holds the whole record.
+pub const INTERNAL_HEADROOM_BYTES: usize = 64 * 1024;
+
+/// The topics whose records are made of *many* passages or a whole split document, and may be larger still.
+pub const DERIVED_MESSAGE_BYTES_MAX: usize = 4 * MESSAGE_BYTES_MAX;
