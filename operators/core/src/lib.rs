@@ -1,1 +1,21 @@
-//! Being written.
+//! The contract between an operator and its host.
+//!
+//! An operator says *what happened* to a record; the pipeline says *where it goes*; the host moves the bytes.
+//! So an operator holds no spans, metrics, retries, offsets or clocks of its own: it gets a [`Context`].
+//!
+//! Invariant: nothing heavy is linked here. Whoever writes an operator compiles this crate and the records.
+
+mod clock;
+pub mod compliance;
+mod context;
+mod failure;
+mod operator;
+mod step;
+mod table;
+
+pub use clock::Clock;
+pub use context::{Context, Delivery, Event, Host, Ledger, Quiet, Stop, StopSignal};
+pub use failure::{BoxError, Failure};
+pub use operator::{Operator, Output, Port};
+pub use step::{Addressed, Opened, Step, step};
+pub use table::{Change, Table};

@@ -1,0 +1,55 @@
+//! Why a record could not be processed, in the words that a host acts on.
+
+/// Any error, as the cause of a failure.
+pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+/// Why a record could not be processed.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// The world failed; the same record may succeed later. The host waits and tries again.
+    #[error("{what} is unavailable")]
+    Unavailable {
+        /// What could not be had, such as `model http://127.0.0.1:8000`.
+        what: String,
+        /// A word of a closed vocabulary, such as `model_unavailable`.
+        code: &'static str,
+        /// What happened.
+        #[source]
+        source: BoxError,
+    },
+    /// The record is at fault; no retry can help. The host keeps it as a dead letter.
+    #[error("{message}")]
+    Rejected {
+        /// A word of a closed vocabulary, such as `model_rejected`.
+        code: &'static str,
+        /// What is wrong with the record, for a person.
+        message: String,
+    },
+    /// The deadline passed.
+    #[error("the deadline passed")]
+    Expired,
+    /// The client took the request back.
+    #[error("the request was cancelled")]
+    Cancelled,
+}
+
+impl Failure {
+    /// The record is at fault.
+    pub fn rejected(code: &'static str, message: impl Into<String>) -> Self {
+        Self::Rejected { code, message: message.into() }
+    }
+
+    /// The world failed.
+    pub fn unavailable(code: &'static str, what: impl Into<String>, source: impl Into<BoxError>) -> Self {
+        Self::Unavailable { what: what.into(), code, source: source.into() }
+    }
+
+    /// The word of the closed vocabulary under which this is counted.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Unavailable { code, .. } | Self::Rejected { code, .. } => code,
+            Self::Expired => "deadline",
+            Self::Cancelled => "cancelled",
+        }
+    }
+}

@@ -1,0 +1,1 @@
+//! Reads a pipeline and checks it.
