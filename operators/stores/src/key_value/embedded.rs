@@ -1,0 +1,352 @@
+//! The key-value store of a process of its own: a table in a [`Database`], with the entries in demand in memory.
+//!
+//! Invariant: memory never holds an older value than the file once a write is acknowledged. The fill after a miss and
+//! the update after a commit take turns on each key, and the fill reads the file within its turn.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::FutureExt;
+use moka::ops::compute::{CompResult, Op};
+use moka::sync::Cache;
+use redb::{ReadableDatabase, ReadableTable, Table, TableDefinition, WriteTransaction};
+
+use super::{KeyValue, check_entries, check_entry, check_key, check_keys};
+use crate::clock::{ttl_ms, unix_ms};
+use crate::{Answer, Clock, Database, Error, wall_clock};
+
+/// The time that never comes.
+const NEVER_MS: u64 = u64::MAX;
+/// Each write removes at most so many expired entries, so that no write pays for many.
+const SWEPT_PER_WRITE_MAX: usize = 16;
+/// `clear` removes in steps of so many, so that other writes get their turn.
+const CLEARED_PER_STEP_MAX: usize = 4096;
+
+/// How an embedded store is kept.
+#[derive(Clone)]
+pub struct Options {
+    /// Memory for entries in demand.
+    pub cache_bytes: u64,
+    /// Times to live are counted by it.
+    pub clock: Clock,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { cache_bytes: 64 * 1024 * 1024, clock: wall_clock() }
+    }
+}
+
+/// A named table of a [`Database`].
+pub struct Embedded {
+    store: Arc<Store>,
+}
+
+struct Store {
+    database: Database,
+    entries: String,
+    expiries: String,
+    cache: Cache<String, Entry>,
+    clock: Clock,
+}
+
+#[derive(Clone)]
+struct Entry {
+    value: Bytes,
+    expires_ms: u64,
+}
+
+/// A key and what it is now.
+type Change = (String, Option<Entry>);
+
+impl Embedded {
+    /// Opens the table `name`, made if it is not there. Tables of one database do not see each other's keys.
+    pub async fn open(database: &Database, name: &str, options: Options) -> Result<Self, Error> {
+        database.claim(&format!("key-value {name}"))?;
+        let cache = Cache::builder()
+            .max_capacity(options.cache_bytes)
+            .weigher(|key: &String, entry: &Entry| {
+                u32::try_from(key.len() + entry.value.len()).unwrap_or(u32::MAX)
+            })
+            .build();
+        let store = Arc::new(Store {
+            database: database.clone(),
+            entries: format!("key-value/{name}/entries"),
+            expiries: format!("key-value/{name}/expiries"),
+            cache,
+            clock: options.clock,
+        });
+        let this = Self { store };
+        // So that a read finds a table, also an empty one.
+        this.store.write(0, |_| Ok(((), Vec::new()))).await?;
+        Ok(this)
+    }
+}
+
+impl KeyValue for Embedded {
+    fn get(&self, key: &str) -> Answer<'_, Option<Bytes>> {
+        if let Err(error) = check_key(key) {
+            return async { Err(error) }.boxed();
+        }
+        if let Some(entry) = self.store.cache.get(key) {
+            let value = self.store.live(entry);
+            return async { Ok(value) }.boxed();
+        }
+        let (store, key) = (Arc::clone(&self.store), key.to_owned());
+        async move { self.store.database.read(move |redb| store.read_through(redb, &key)).await }.boxed()
+    }
+
+    fn get_many(&self, keys: &[String]) -> Answer<'_, Vec<Option<Bytes>>> {
+        if let Err(error) = check_keys(keys) {
+            return async { Err(error) }.boxed();
+        }
+        let (store, keys) = (Arc::clone(&self.store), keys.to_vec());
+        async move {
+            let all = move |redb: &redb::Database| {
+                keys.iter()
+                    .map(|key| match store.cache.get(key) {
+                        Some(entry) => Ok(store.live(entry)),
+                        None => store.read_through(redb, key),
+                    })
+                    .collect()
+            };
+            self.store.database.read(all).await
+        }
+        .boxed()
+    }
+
+    fn set(&self, key: &str, value: Bytes, ttl: Option<Duration>) -> Answer<'_, ()> {
+        let key = key.to_owned();
+        async move {
+            check_entry(&key, &value)?;
+            let (bytes, entry) = (value.len(), self.store.entry(value, ttl));
+            let put = move |tables: &mut Tables| {
+                tables.put(&key, &entry)?;
+                Ok(((), vec![(key, Some(entry))]))
+            };
+            self.store.write(bytes, put).await
+        }
+        .boxed()
+    }
+
+    fn set_if_absent(&self, key: &str, value: Bytes, ttl: Option<Duration>) -> Answer<'_, bool> {
+        let key = key.to_owned();
+        async move {
+            check_entry(&key, &value)?;
+            let (bytes, entry) = (value.len(), self.store.entry(value, ttl));
+            let put = move |tables: &mut Tables| {
+                if tables.live(&key)?.is_some() {
+                    return Ok((false, Vec::new()));
+                }
+                tables.put(&key, &entry)?;
+                Ok((true, vec![(key, Some(entry))]))
+            };
+            self.store.write(bytes, put).await
+        }
+        .boxed()
+    }
+
+    fn delete(&self, key: &str) -> Answer<'_, bool> {
+        let key = key.to_owned();
+        async move {
+            check_key(&key)?;
+            let delete = move |tables: &mut Tables| {
+                let was_there = tables.live(&key)?.is_some();
+                tables.remove(&key)?;
+                Ok((was_there, vec![(key, None)]))
+            };
+            self.store.write(0, delete).await
+        }
+        .boxed()
+    }
+
+    fn delete_if(&self, key: &str, expected: &[u8]) -> Answer<'_, bool> {
+        let (key, expected) = (key.to_owned(), expected.to_vec());
+        async move {
+            check_key(&key)?;
+            let delete = move |tables: &mut Tables| {
+                if tables.live(&key)?.is_none_or(|value| value != expected) {
+                    return Ok((false, Vec::new()));
+                }
+                tables.remove(&key)?;
+                Ok((true, vec![(key, None)]))
+            };
+            self.store.write(0, delete).await
+        }
+        .boxed()
+    }
+
+    fn set_many(&self, entries: Vec<(String, Option<Bytes>)>) -> Answer<'_, ()> {
+        async move {
+            let bytes = check_entries(&entries)?;
+            let put = move |tables: &mut Tables| {
+                let mut changes = Vec::with_capacity(entries.len());
+                for (key, value) in entries {
+                    let entry = value.map(|value| Entry { value, expires_ms: NEVER_MS });
+                    match &entry {
+                        Some(entry) => tables.put(&key, entry)?,
+                        None => tables.remove(&key)?,
+                    }
+                    changes.push((key, entry));
+                }
+                Ok(((), changes))
+            };
+            self.store.write(bytes, put).await
+        }
+        .boxed()
+    }
+
+    fn clear(&self, prefix: &str) -> Answer<'_, u64> {
+        let prefix = prefix.to_owned();
+        async move {
+            let mut cleared = 0;
+            loop {
+                let prefix = prefix.clone();
+                let (live, more) = self.store.write(0, move |tables| tables.clear_step(&prefix)).await?;
+                cleared += live;
+                if !more {
+                    return Ok(cleared);
+                }
+            }
+        }
+        .boxed()
+    }
+
+    fn flush(&self) -> Answer<'_, ()> {
+        self.store.database.flush().boxed()
+    }
+}
+
+impl Store {
+    fn entry(&self, value: Bytes, ttl: Option<Duration>) -> Entry {
+        let expires_ms = ttl.map_or(NEVER_MS, |ttl| self.now_ms().saturating_add(ttl_ms(ttl)));
+        Entry { value, expires_ms }
+    }
+
+    fn now_ms(&self) -> u64 {
+        unix_ms((self.clock)())
+    }
+
+    fn live(&self, entry: Entry) -> Option<Bytes> {
+        (entry.expires_ms > self.now_ms()).then_some(entry.value)
+    }
+
+    /// Reads the file and remembers what it says, unless a write has just told memory better.
+    fn read_through(&self, redb: &redb::Database, key: &str) -> Result<Option<Bytes>, redb::Error> {
+        let fill = |held: Option<moka::Entry<String, Entry>>| {
+            if held.is_some() {
+                return Ok(Op::Nop);
+            }
+            let table = redb.begin_read()?.open_table(entries(&self.entries))?;
+            let read = table.get(key)?.map(|found| {
+                let (expires_ms, value) = found.value();
+                Entry { value: Bytes::copy_from_slice(value), expires_ms }
+            });
+            Ok::<_, redb::Error>(read.map_or(Op::Nop, Op::Put))
+        };
+        Ok(match self.cache.entry_by_ref(key).and_try_compute_with(fill)? {
+            CompResult::Inserted(entry) | CompResult::Unchanged(entry) | CompResult::ReplacedWith(entry) => {
+                self.live(entry.into_value())
+            }
+            CompResult::StillNone(_) | CompResult::Removed(_) => None,
+        })
+    }
+
+    /// Runs `work` on the tables and, once it is committed, brings memory in line with what it says it changed.
+    async fn write<T: Send + 'static>(
+        self: &Arc<Self>,
+        bytes: usize,
+        work: impl FnOnce(&mut Tables) -> Result<(T, Vec<Change>), redb::Error> + Send + 'static,
+    ) -> Result<T, Error> {
+        let (store, cache) = (Arc::clone(self), self.cache.clone());
+        let work = move |transaction: &WriteTransaction| {
+            let mut tables = Tables::open(&store, transaction)?;
+            let done = work(&mut tables)?;
+            tables.sweep()?;
+            Ok(done)
+        };
+        let after = move |(done, changes): (T, Vec<Change>)| {
+            for (key, entry) in changes {
+                cache.entry(key).and_compute_with(|_| entry.map_or(Op::Remove, Op::Put));
+            }
+            done
+        };
+        self.database.write(bytes, work, after).await
+    }
+}
+
+fn entries(name: &str) -> TableDefinition<'_, &'static str, (u64, &'static [u8])> {
+    TableDefinition::new(name)
+}
+
+/// The tables within a transaction. `expiries` holds exactly one row for each entry that expires.
+struct Tables<'t> {
+    entries: Table<'t, &'static str, (u64, &'static [u8])>,
+    expiries: Table<'t, (u64, &'static str), ()>,
+    now_ms: u64,
+}
+
+impl<'t> Tables<'t> {
+    fn open(store: &Store, transaction: &'t WriteTransaction) -> Result<Self, redb::Error> {
+        Ok(Self {
+            entries: transaction.open_table(entries(&store.entries))?,
+            expiries: transaction.open_table(TableDefinition::new(&store.expiries))?,
+            now_ms: store.now_ms(),
+        })
+    }
+
+    fn live(&self, key: &str) -> Result<Option<Vec<u8>>, redb::Error> {
+        let Some(found) = self.entries.get(key)? else { return Ok(None) };
+        let (expires_ms, value) = found.value();
+        Ok((expires_ms > self.now_ms).then(|| value.to_vec()))
+    }
+
+    fn put(&mut self, key: &str, entry: &Entry) -> Result<(), redb::Error> {
+        let before = self.entries.insert(key, (entry.expires_ms, entry.value.as_ref()))?;
+        let before_ms = before.map_or(NEVER_MS, |before| before.value().0);
+        self.forget_expiry(before_ms, key)?;
+        if entry.expires_ms != NEVER_MS {
+            self.expiries.insert((entry.expires_ms, key), ())?;
+        }
+        Ok(())
+    }
+
+    fn remove(&mut self, key: &str) -> Result<(), redb::Error> {
+        let before = self.entries.remove(key)?;
+        let before_ms = before.map_or(NEVER_MS, |before| before.value().0);
+        self.forget_expiry(before_ms, key)
+    }
+
+    fn forget_expiry(&mut self, expires_ms: u64, key: &str) -> Result<(), redb::Error> {
+        if expires_ms != NEVER_MS {
+            self.expiries.remove((expires_ms, key))?;
+        }
+        Ok(())
+    }
+
+    /// Frees the space of some that have expired. Memory needs no word of it: it sees for itself that they have.
+    fn sweep(&mut self) -> Result<(), redb::Error> {
+        let mut expired = Vec::new();
+        for row in self.expiries.range(..(self.now_ms.saturating_add(1), ""))?.take(SWEPT_PER_WRITE_MAX) {
+            expired.push(row?.0.value().1.to_owned());
+        }
+        expired.iter().try_for_each(|key| self.remove(key))
+    }
+
+    /// Removes the first few that begin with `prefix`; returns how many were live, and whether there are more.
+    fn clear_step(&mut self, prefix: &str) -> Result<((u64, bool), Vec<Change>), redb::Error> {
+        let (mut live, mut keys) = (0, Vec::new());
+        for row in self.entries.range(prefix..)? {
+            let (key, value) = row?;
+            if !key.value().starts_with(prefix) || keys.len() == CLEARED_PER_STEP_MAX {
+                break;
+            }
+            live += u64::from(value.value().0 > self.now_ms);
+            keys.push(key.value().to_owned());
+        }
+        keys.iter().try_for_each(|key| self.remove(key))?;
+        let more = keys.len() == CLEARED_PER_STEP_MAX;
+        Ok(((live, more), keys.into_iter().map(|key| (key, None)).collect()))
+    }
+}
