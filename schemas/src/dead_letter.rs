@@ -7,6 +7,14 @@ use serde::{Deserialize, Serialize};
 /// Header names of `dead-letters`. The message's value is the original record's bytes, untouched; all that is
 /// known about it stands in headers, so that a redrive is a copy.
 pub mod header {
+    /// Starts the name of every one of them.
+    pub const OURS: &str = "forebay-dead-";
+    /// The id of the request; derived where the record did not say.
+    pub const ID: &str = "forebay-dead-id";
+    /// Whose request it was.
+    pub const TENANT: &str = "forebay-dead-tenant";
+    /// Present where the original was too large to copy; says where it lies.
+    pub const BODY: &str = "forebay-dead-body";
     /// The step that gave up.
     pub const STAGE: &str = "forebay-dead-stage";
     /// The topic, partition, offset and timestamp of the original: `topic/partition/offset@ms`.

@@ -118,6 +118,9 @@ impl StopSignal {
 pub struct Delivery {
     /// What travels beside the record.
     pub envelope: Envelope,
+    /// The timestamp of the record itself, in milliseconds since 1970. What must come out the same when the record is
+    /// processed again takes its time from here and not from the clock.
+    pub recorded_at_ms: i64,
     /// The step's key in its pipeline.
     pub stage: Arc<str>,
     /// The id of the Kafka cluster.
@@ -143,7 +146,8 @@ impl Context {
 
     /// A context that reaches nobody, for tests of operators.
     pub fn quiet(envelope: Envelope, clock: Clock) -> Self {
-        let delivery = Delivery { envelope, stage: "test".into(), cluster: "test".into() };
+        let recorded_at_ms = envelope.accepted_at_ms;
+        let delivery = Delivery { envelope, recorded_at_ms, stage: "test".into(), cluster: "test".into() };
         // The switch is dropped: this request is never taken back.
         Self::new(delivery, clock, Arc::new(Quiet), StopSignal::new().1)
     }
@@ -151,6 +155,11 @@ impl Context {
     /// What travels beside the record.
     pub fn envelope(&self) -> &Envelope {
         &self.delivery.envelope
+    }
+
+    /// The timestamp of the record itself, in milliseconds since 1970.
+    pub fn recorded_at_ms(&self) -> i64 {
+        self.delivery.recorded_at_ms
     }
 
     /// The step's key in its pipeline.

@@ -13,6 +13,9 @@ pub enum Failure {
         what: String,
         /// A word of a closed vocabulary, such as `model_unavailable`.
         code: &'static str,
+        /// Whether it cannot be reached at all. Waiting for that costs a record none of its tries: an outage must
+        /// not turn a topic into dead letters.
+        outage: bool,
         /// What happened.
         #[source]
         source: BoxError,
@@ -41,7 +44,12 @@ impl Failure {
 
     /// The world failed.
     pub fn unavailable(code: &'static str, what: impl Into<String>, source: impl Into<BoxError>) -> Self {
-        Self::Unavailable { what: what.into(), code, source: source.into() }
+        Self::Unavailable { what: what.into(), code, outage: false, source: source.into() }
+    }
+
+    /// The world cannot be reached.
+    pub fn outage(code: &'static str, what: impl Into<String>, source: impl Into<BoxError>) -> Self {
+        Self::Unavailable { what: what.into(), code, outage: true, source: source.into() }
     }
 
     /// The word of the closed vocabulary under which this is counted.
