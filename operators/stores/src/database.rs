@@ -350,3 +350,176 @@ fn panic_message(panic: &(dyn Any + Send)) -> Box<dyn std::error::Error + Send +
     let message = message.or_else(|| panic.downcast_ref::<&str>().map(ToString::to_string));
     message.unwrap_or_else(|| "the storage engine panicked".to_owned()).into()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use futures::future::join_all;
+    use redb::backends::InMemoryBackend;
+    use redb::{ReadableDatabase, ReadableTableMetadata, StorageBackend, TableDefinition};
+
+    use super::*;
+
+    const NUMBERS: TableDefinition<u64, &[u8]> = TableDefinition::new("numbers");
+
+    async fn put(database: &Database, number: u64) -> Result<(), Error> {
+        let insert = move |transaction: &WriteTransaction| {
+            transaction.open_table(NUMBERS)?.insert(number, [7; 10_000].as_slice())?;
+            Ok(())
+        };
+        database.write(8, insert, |()| ()).await
+    }
+
+    async fn count(database: &Database) -> Result<u64, Error> {
+        database.read(|redb| Ok(redb.begin_read()?.open_table(NUMBERS)?.len()?)).await
+    }
+
+    /// Memory that counts its fsyncs, and whose space can run out.
+    #[derive(Debug, Clone, Default)]
+    struct Disk {
+        memory: Arc<InMemoryBackend>,
+        syncs: Arc<AtomicUsize>,
+        full: Arc<AtomicUsize>,
+    }
+
+    impl StorageBackend for Disk {
+        fn len(&self) -> io::Result<u64> {
+            self.memory.len()
+        }
+
+        fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+            self.memory.read(offset, out)
+        }
+
+        fn set_len(&self, len: u64) -> io::Result<()> {
+            self.memory.set_len(len)
+        }
+
+        fn sync_data(&self) -> io::Result<()> {
+            self.syncs.fetch_add(1, Ordering::SeqCst);
+            self.memory.sync_data()
+        }
+
+        fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+            if self.full.load(Ordering::SeqCst) == 1 {
+                return Err(io::ErrorKind::StorageFull.into());
+            }
+            self.memory.write(offset, data)
+        }
+    }
+
+    fn open_on(disk: Disk) -> Database {
+        let options = Options { durable_every: Duration::from_secs(3600), ..Options::default() };
+        let create = |builder: &redb::Builder, _: &Path| builder.create_with_backend(disk);
+        Database::create("/data/store".into(), &options, create).expect("an empty disk opens")
+    }
+
+    #[tokio::test]
+    async fn many_that_wait_share_a_commit() {
+        let disk = Disk::default();
+        let database = open_on(disk.clone());
+        let before = disk.syncs.load(Ordering::SeqCst);
+        let durable = |number| {
+            let database = database.clone();
+            async move {
+                put(&database, number).await?;
+                database.flush().await
+            }
+        };
+        for done in join_all((0..500).map(durable)).await {
+            done.expect("a disk with space takes all");
+        }
+        assert_eq!(count(&database).await.expect("readable"), 500);
+        let syncs = disk.syncs.load(Ordering::SeqCst) - before;
+        assert!((1..=100).contains(&syncs), "500 flushes took {syncs} fsyncs");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_write_is_made_durable_without_anyone_asking() {
+        let disk = Disk::default();
+        let database = open_on(disk.clone());
+        put(&database, 1).await.expect("a disk with space takes it");
+        let before = disk.syncs.load(Ordering::SeqCst);
+        tokio::time::sleep(Duration::from_secs(3599)).await;
+        assert_eq!(disk.syncs.load(Ordering::SeqCst), before);
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        // Queued behind the flush that time has brought about.
+        put(&database, 2).await.expect("a disk with space takes it");
+        assert!(disk.syncs.load(Ordering::SeqCst) > before);
+    }
+
+    #[tokio::test]
+    async fn a_full_disk_is_named_to_all_who_wait_and_all_who_come_after() {
+        let disk = Disk::default();
+        let database = open_on(disk.clone());
+        put(&database, 1).await.expect("a disk with space takes it");
+        database.flush().await.expect("a disk with space takes it");
+        disk.full.store(1, Ordering::SeqCst);
+        put(&database, 2).await.expect("memory takes it");
+        let flushed = join_all((0..10).map(|_| database.flush())).await;
+        let after = [put(&database, 3).await, database.flush().await];
+        for answer in flushed.into_iter().chain(after) {
+            let error = answer.expect_err("there is no space");
+            assert!(matches!(error, Error::Full { .. }), "{error:?}");
+            assert_eq!(error.to_string(), "no space left for store /data/store; free some, then restart");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_second_opener_is_told_who_has_it_until_the_first_closes() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("data/store");
+        let first = Database::open(&path, Options::default()).await.expect("a new file opens");
+        put(&first, 1).await.expect("writable");
+        let error = Database::open(&path, Options::default()).await.err().expect("it is locked");
+        assert!(matches!(&error, Error::Locked { path: named } if *named == path), "{error:?}");
+        assert!(error.to_string().contains("in use by another process; stop that one"), "{error}");
+        first.close().await.expect("closes");
+        assert!(matches!(put(&first, 2).await, Err(Error::Closed { .. })));
+        assert!(matches!(count(&first).await, Err(Error::Closed { .. })));
+        let second = Database::open(&path, Options::default()).await.expect("it is free");
+        assert_eq!(count(&second).await.expect("readable"), 1);
+    }
+
+    #[tokio::test]
+    async fn damage_anywhere_is_told_and_never_a_panic() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("store");
+        let database = Database::open(&path, Options::default()).await.expect("a new file opens");
+        for number in 0..50 {
+            put(&database, number).await.expect("writable");
+        }
+        database.close().await.expect("closes");
+        let sound = std::fs::read(&path).expect("readable");
+
+        let half = sound.len() / 2;
+        let cut = sound[..half].to_vec();
+        let mut header = sound.clone();
+        header[..512].fill(0xAA);
+        let text = b"not a database at all, but quite long enough to be looked into".repeat(200);
+        let mut values = sound.clone();
+        let in_values =
+            sound.windows(64).position(|window| window == [7; 64]).expect("values are in the file");
+        values[in_values + 9] ^= 1;
+        for (what, bytes) in [("cut", cut), ("header", header), ("text", text), ("value", values)] {
+            std::fs::write(&path, bytes).expect("writable");
+            let opened = Database::open(&path, Options::default()).await;
+            let error = opened.err().unwrap_or_else(|| panic!("{what}: opened"));
+            assert!(
+                matches!(&error, Error::Damaged { path: named, .. } if *named == path),
+                "{what}: {error:?}"
+            );
+            assert!(error.to_string().contains("is damaged; move it away and start again"), "{error}");
+        }
+    }
+
+    #[tokio::test]
+    async fn one_name_is_opened_once() {
+        let database = open_on(Disk::default());
+        database.claim("cache").expect("free");
+        database.claim("leases").expect("free");
+        assert!(matches!(database.claim("cache"), Err(Error::Opened { name, .. }) if name == "cache"));
+    }
+}

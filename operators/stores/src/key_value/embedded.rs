@@ -350,3 +350,71 @@ impl<'t> Tables<'t> {
         Ok(((live, more), keys.into_iter().map(|key| (key, None)).collect()))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    use std::time::UNIX_EPOCH;
+
+    use redb::ReadableTableMetadata;
+
+    use super::*;
+    use crate::database;
+
+    async fn rows(store: &Store) -> (u64, u64) {
+        let (entries_name, expiries_name) = (store.entries.clone(), store.expiries.clone());
+        let read = move |redb: &redb::Database| {
+            let expiries: TableDefinition<(u64, &str), ()> = TableDefinition::new(&expiries_name);
+            let transaction = redb.begin_read()?;
+            let entries = transaction.open_table(entries(&entries_name))?.len()?;
+            Ok((entries, transaction.open_table(expiries)?.len()?))
+        };
+        store.database.read(read).await.expect("readable")
+    }
+
+    #[tokio::test]
+    async fn writes_free_the_space_of_what_has_expired_a_little_each() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("store");
+        let database = Database::open(path, database::Options::default()).await.expect("opens");
+        let now_s = Arc::new(AtomicU64::new(1_000));
+        let clock: Clock = {
+            let now_s = Arc::clone(&now_s);
+            Arc::new(move || UNIX_EPOCH + Duration::from_secs(now_s.load(Ordering::SeqCst)))
+        };
+        let options = Options { clock, ..Options::default() };
+        let embedded = Embedded::open(&database, "t", options).await.expect("opens");
+        let value = Bytes::from_static(b"v");
+        for number in 0..40 {
+            let ttl = Some(Duration::from_secs(10));
+            embedded.set(&format!("short {number}"), value.clone(), ttl).await.expect("writable");
+        }
+        // Set again with another time to live, or none: no row of the old one may stay.
+        embedded.set("short 0", value.clone(), Some(Duration::from_secs(99))).await.expect("writable");
+        embedded.set("short 1", value.clone(), None).await.expect("writable");
+        assert_eq!(rows(&embedded.store).await, (40, 39));
+
+        now_s.store(1_010, Ordering::SeqCst);
+        embedded.set("a", value.clone(), None).await.expect("writable");
+        assert_eq!(rows(&embedded.store).await, (41 - 16, 39 - 16));
+        for _ in 0..5 {
+            embedded.set("a", value.clone(), None).await.expect("writable");
+        }
+        assert_eq!(rows(&embedded.store).await, (3, 1));
+        assert_eq!(embedded.get("short 0").await.expect("readable"), Some(value.clone()));
+        assert_eq!(embedded.get("short 1").await.expect("readable"), Some(value));
+    }
+
+    #[tokio::test]
+    async fn a_prefix_of_more_keys_than_one_step_is_cleared_whole() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("store");
+        let database = Database::open(path, database::Options::default()).await.expect("opens");
+        let embedded = Embedded::open(&database, "t", Options::default()).await.expect("opens");
+        let many = (0..2 * CLEARED_PER_STEP_MAX).map(|number| (format!("p{number}"), Some(Bytes::new())));
+        embedded.set_many(many.collect()).await.expect("writable");
+        embedded.set("q", Bytes::new(), None).await.expect("writable");
+        assert_eq!(embedded.clear("p").await.expect("writable"), 8192);
+        assert_eq!(rows(&embedded.store).await, (1, 0));
+    }
+}

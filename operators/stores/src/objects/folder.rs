@@ -136,14 +136,19 @@ fn stored(path: &Path, error: object_store::Error) -> Error {
 mod tests {
     use super::*;
 
+    #[derive(Debug, thiserror::Error)]
+    #[error("what the library says")]
+    struct Wrapped(#[source] std::io::Error);
+
     #[test]
     fn a_full_disk_is_told_from_other_errors_however_deep_it_lies() {
-        let full = std::io::Error::from(std::io::ErrorKind::StorageFull);
-        let deep = object_store::Error::Generic { store: "x", source: Box::new(std::io::Error::other(full)) };
-        assert!(
-            matches!(stored(Path::new("/data"), deep), Error::Full { path, .. } if path == Path::new("/data"))
-        );
-        let other = object_store::Error::Generic { store: "x", source: "y".into() };
-        assert!(matches!(stored(Path::new("/data"), other), Error::Io { .. }));
+        let deep = |kind: std::io::ErrorKind| object_store::Error::Generic {
+            store: "x",
+            source: Box::new(Wrapped(kind.into())),
+        };
+        let error = stored(Path::new("/data"), deep(std::io::ErrorKind::StorageFull));
+        assert!(matches!(&error, Error::Full { path, .. } if path == Path::new("/data")), "{error:?}");
+        let error = stored(Path::new("/data"), deep(std::io::ErrorKind::PermissionDenied));
+        assert!(matches!(&error, Error::Io { path, .. } if path == Path::new("/data")), "{error:?}");
     }
 }
