@@ -1,6 +1,6 @@
 //! An answer that may be given again.
 
-use crate::{DecodeError, EncodeError, Generated, Passage, Record, Retrieval};
+use crate::{DecodeError, EncodeError, Generated, Record, Retrieval};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -15,12 +15,13 @@ pub struct CacheEntry {
 }
 
 /// An answer and what it rests on.
+///
+/// It names its passages and does not hold them: before it is given again they are sought again, and a changed
+/// document gives other ids.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Kept {
     /// The answer.
     pub answer: Generated,
-    /// The passages that the answer cites, so that they can be checked again.
-    pub passages: Vec<Passage>,
     /// How the passages were sought, so that they can be sought again.
     pub retrieval: Option<Retrieval>,
     /// The ids of all chunks that the model saw, best first.

@@ -43,7 +43,7 @@ pub trait Ledger: Send + Sync {
 pub enum Event {
     /// The cache was asked.
     CacheLookedUp {
-        /// `hit`, `miss` or `bypass`.
+        /// `hit`, `miss`, `bypass`, or `unavailable` where the store failed and it was taken for a miss.
         status: &'static str,
     },
     /// Passages were sought.
