@@ -1,0 +1,82 @@
+//! Waiting for what another process does, which no event here announces.
+//!
+//! Invariant: every wait ends, by its condition or by its limit, and then says what it waited for.
+
+use std::time::{Duration, Instant};
+
+const INTERVAL: Duration = Duration::from_millis(20);
+
+/// Asks `condition` until it gives a value, and gives that value on.
+///
+/// # Panics
+/// When `limit` has passed without one.
+#[track_caller]
+pub fn wait_for<T>(what: &str, limit: Duration, mut condition: impl FnMut() -> Option<T>) -> T {
+    let start = Instant::now();
+    loop {
+        if let Some(value) = condition() {
+            return value;
+        }
+        if start.elapsed() >= limit {
+            panic!("waited {limit:?} in vain for {what}");
+        }
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "another process announces nothing here; it has to be asked"
+        )]
+        std::thread::sleep(INTERVAL);
+    }
+}
+
+/// [`wait_for`] in async code. A condition that hangs does not outlive the limit either.
+///
+/// # Panics
+/// When `limit` has passed without a value.
+pub async fn wait_for_async<T>(
+    what: &str,
+    limit: Duration,
+    mut condition: impl AsyncFnMut() -> Option<T>,
+) -> T {
+    let asking = async {
+        loop {
+            if let Some(value) = condition().await {
+                return value;
+            }
+            tokio::time::sleep(INTERVAL).await;
+        }
+    };
+    match tokio::time::timeout(limit, asking).await {
+        Ok(value) => value,
+        Err(_) => panic!("waited {limit:?} in vain for {what}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gives_the_value_that_ended_the_wait() {
+        let mut asked = 0;
+        let value = wait_for("the third question", Duration::from_secs(5), || {
+            asked += 1;
+            (asked == 3).then_some("here")
+        });
+        assert_eq!((value, asked), ("here", 3));
+    }
+
+    #[test]
+    #[should_panic(expected = "in vain for godot")]
+    fn ends_at_its_limit_and_says_what_it_waited_for() {
+        wait_for("godot", Duration::from_millis(30), || None::<()>);
+    }
+
+    #[tokio::test(start_paused = true)]
+    #[should_panic(expected = "in vain for an answer")]
+    async fn a_condition_that_hangs_ends_at_the_limit_too() {
+        wait_for_async("an answer", Duration::from_secs(3600), async || {
+            std::future::pending::<Option<()>>().await
+        })
+        .await;
+    }
+}
