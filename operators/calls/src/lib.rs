@@ -1,1 +1,25 @@
-//! Being written.
+//! Calling what is slow, dear and unreliable.
+//!
+//! [`Model`] is the port: one question in, one answer out. [`OpenAi`] is a client of the OpenAI chat API that makes
+//! one try; [`Retry`] stands around a model and makes a few. They stack, each a `Model` itself, so that later
+//! layers (budgets, hedges, breakers) find their place between them:
+//!
+//! ```text
+//! Retry       an error of the world is tried again, shortly and never past the deadline
+//!   OpenAi    one HTTP request, its timeouts, its errors put into classes
+//! ```
+//!
+//! Invariant: every try is told to the [`Listener`], also the one that fails, so that its cost is never lost; and a
+//! key never reaches a log, an error or a row.
+
+mod error;
+mod model;
+pub mod openai;
+pub mod retry;
+mod secret;
+
+pub use error::{CallError, Class};
+pub use model::{Call, Listener, Model, Reply, Tried};
+pub use openai::OpenAi;
+pub use retry::Retry;
+pub use secret::Secret;

@@ -1,0 +1,288 @@
+//! A client of the OpenAI chat API, as vLLM, SGLang, TGI, llama.cpp and the cloud serve it. One call is one try.
+//!
+//! Whoever reads along gets the answer as server-sent events; otherwise it comes in one piece, which is cheaper.
+//!
+//! Invariant: an answer is whole or an error. A stream that ends without saying so, an empty 200 and a 200 that is
+//! no chat completion are errors; and an error after the first token that somebody read is [`Class::Cut`].
+
+mod refusal;
+mod wire;
+
+use crate::{Call, CallError, Class, Listener, Model, Reply, Secret, Tried};
+use eventsource_stream::Eventsource as _;
+use futures::{StreamExt as _, future::BoxFuture};
+use reqwest::{Client, Response, Url};
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// The largest response, in bytes.
+const RESPONSE_BYTES_MAX: usize = 16 * 1024 * 1024;
+
+/// How long each part of a try may take.
+#[derive(Clone, Copy, Debug)]
+pub struct Timeouts {
+    /// Until a connection stands.
+    pub connect: Duration,
+    /// Until the first token of a streamed answer.
+    pub first_token: Duration,
+    /// Until the answer is whole.
+    pub total: Duration,
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Self {
+            connect: Duration::from_secs(5),
+            first_token: Duration::from_secs(60),
+            total: Duration::from_secs(300),
+        }
+    }
+}
+
+/// An address that no client can be made for.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// It is no URL.
+    #[error("model URL {url:?} is no URL; give one such as http://127.0.0.1:8000/v1")]
+    Url {
+        /// What was given.
+        url: String,
+        /// What is wrong with it.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// It is a URL of another form than expected.
+    #[error("model URL at {host:?} {fault}")]
+    Form {
+        /// The host in it, or nothing; the rest may be a secret.
+        host: String,
+        /// What is wrong with it.
+        fault: &'static str,
+    },
+    /// TLS could not be set up.
+    #[error("could not set up HTTP")]
+    Http(#[from] reqwest::Error),
+}
+
+/// A server that speaks the OpenAI chat API.
+pub struct OpenAi {
+    client: Client,
+    url: Url,
+    endpoint: String,
+    model: String,
+    key: Option<Secret>,
+    timeouts: Timeouts,
+}
+
+impl OpenAi {
+    /// A client for `base_url`, which ends in `/v1`.
+    pub fn new(
+        base_url: &str,
+        model: impl Into<String>,
+        key: Option<Secret>,
+        timeouts: Timeouts,
+    ) -> Result<Self, Error> {
+        let wrong = |source| Error::Url { url: base_url.to_owned(), source: Box::new(source) };
+        let mut url: Url = base_url.trim().parse().map_err(wrong)?;
+        let form = |fault| Error::Form { host: url.host_str().unwrap_or_default().to_owned(), fault };
+        if !matches!(url.scheme(), "http" | "https") {
+            return Err(form("begins with neither http:// nor https://"));
+        }
+        if !url.username().is_empty() || url.password().is_some() {
+            return Err(form("holds a user or a password; give the key apart from it"));
+        }
+        let path = url.path().trim_end_matches('/').to_owned();
+        if !path.ends_with("/v1") || url.query().is_some() {
+            return Err(form("does not end in /v1"));
+        }
+        url.set_path(&format!("{path}/chat/completions"));
+        // A redirected POST would be sent on as a GET: better to say that the address is wrong.
+        let redirects = reqwest::redirect::Policy::none();
+        let client = Client::builder().connect_timeout(timeouts.connect).redirect(redirects).build()?;
+        let endpoint = url.origin().ascii_serialization();
+        Ok(Self { client, url, endpoint, model: model.into(), key, timeouts })
+    }
+
+    async fn attempt(&self, call: &Call, model: &str, pieces: &mut Pieces<'_>) -> Result<Reply, CallError> {
+        let total = pieces.sent + self.timeouts.total;
+        let total = call.deadline.map_or(total, |deadline| total.min(deadline));
+        let answered = async {
+            if call.stream {
+                let first = pieces.sent + self.timeouts.first_token;
+                let opened = tokio::time::timeout_at(first, self.send(call, model)).await;
+                let response = opened.map_err(|_| timeout("no first token"))??;
+                self.read_stream(response, model, first, pieces).await
+            } else {
+                let body = read_body(self.send(call, model).await?).await?;
+                wire::Completion::read(&body)?.into_reply(model)
+            }
+        };
+        let result = match tokio::time::timeout_at(total, answered).await {
+            Ok(result) => result,
+            Err(_) => Err(timeout("no whole answer")),
+        };
+        match result {
+            // Whatever it was: somebody has read the beginning.
+            Err(error) if pieces.ttft.is_some() => {
+                let message = format!("the answer was cut after its first token: {}", error.message);
+                Err(CallError { message, class: Class::Cut, code: "model_cut", ..error })
+            }
+            result => result,
+        }
+    }
+
+    /// Sends, and gives back only a response that says success.
+    async fn send(&self, call: &Call, model: &str) -> Result<Response, CallError> {
+        let mut request = self.client.post(self.url.clone()).json(&wire::request(call, model));
+        if let Some(key) = &self.key {
+            request = request.bearer_auth(key.expose());
+        }
+        let response = request.send().await.map_err(unreachable)?;
+        let status = response.status();
+        if status.is_success() {
+            return Ok(response);
+        }
+        let headers = response.headers().clone();
+        // A refusal whose reason cannot be read is still a refusal.
+        let body = read_body(response).await.unwrap_or_default();
+        let error = refusal::read(status.as_u16(), &headers, &body, &call.question);
+        Err(self.redacted(error))
+    }
+
+    /// A server may echo the key it was given.
+    fn redacted(&self, mut error: CallError) -> CallError {
+        if let Some(key) = self.key.as_ref().map(Secret::expose).filter(|key| !key.is_empty()) {
+            error.message = error.message.replace(key, "(redacted)");
+        }
+        error
+    }
+
+    async fn read_stream(
+        &self,
+        response: Response,
+        model: &str,
+        first: Instant,
+        pieces: &mut Pieces<'_>,
+    ) -> Result<Reply, CallError> {
+        let mut bytes = 0;
+        let body = response.bytes_stream().map(move |part| {
+            let part = part.map_err(|error| broken("the stream broke").because(error.without_url()))?;
+            bytes += part.len();
+            if bytes > RESPONSE_BYTES_MAX { Err(too_large()) } else { Ok(part) }
+        });
+        let mut events = body.eventsource();
+        let mut written = wire::Written::default();
+        loop {
+            let next = match pieces.ttft {
+                Some(_) => events.next().await,
+                None => {
+                    let next = tokio::time::timeout_at(first, events.next()).await;
+                    next.map_err(|_| timeout("no first token"))?
+                }
+            };
+            let event = match next {
+                Some(Ok(event)) => event,
+                Some(Err(eventsource_stream::EventStreamError::Transport(error))) => return Err(error),
+                Some(Err(error)) => return Err(malformed("no server-sent events").because(error.to_string())),
+                None if written.is_whole() => break,
+                None => return Err(broken("the stream ended before the answer did")),
+            };
+            if event.data.trim() == "[DONE]" {
+                break;
+            }
+            if let Some(text) = written.take(&event.data)? {
+                pieces.give(&text);
+            }
+        }
+        written.into_reply(model, pieces.ttft)
+    }
+}
+
+impl Model for OpenAi {
+    fn provider(&self) -> &'static str {
+        "openai_compatible"
+    }
+
+    fn name(&self) -> &str {
+        &self.model
+    }
+
+    fn complete<'a>(
+        &'a self,
+        call: &'a Call,
+        listener: &'a dyn Listener,
+    ) -> BoxFuture<'a, Result<Reply, CallError>> {
+        Box::pin(async move {
+            let model = call.model.as_deref().unwrap_or(&self.model);
+            let endpoint = Some(self.endpoint.as_str());
+            listener.started(endpoint, model);
+            let mut pieces = Pieces { sent: Instant::now(), ttft: None, listener };
+            let result = self.attempt(call, model, &mut pieces).await;
+            let Pieces { sent, ttft, .. } = pieces;
+            listener.ended(&Tried {
+                endpoint,
+                model,
+                duration: sent.elapsed(),
+                ttft,
+                result: result.as_ref(),
+            });
+            result
+        })
+    }
+}
+
+/// Hands pieces on, and notes when the first came.
+struct Pieces<'a> {
+    sent: Instant,
+    ttft: Option<Duration>,
+    listener: &'a dyn Listener,
+}
+
+impl Pieces<'_> {
+    fn give(&mut self, text: &str) {
+        self.ttft.get_or_insert_with(|| self.sent.elapsed());
+        self.listener.token(text);
+    }
+}
+
+async fn read_body(response: Response) -> Result<Vec<u8>, CallError> {
+    let mut parts = response.bytes_stream();
+    let mut body = Vec::new();
+    while let Some(part) = parts.next().await {
+        body.extend_from_slice(
+            &part.map_err(|error| broken("the response broke off").because(error.without_url()))?,
+        );
+        if body.len() > RESPONSE_BYTES_MAX {
+            return Err(too_large());
+        }
+    }
+    Ok(body)
+}
+
+fn unreachable(error: reqwest::Error) -> CallError {
+    // The URL is left out of the cause: the host stands in the failure already.
+    let (is_connect, error) = (error.is_connect(), error.without_url());
+    match is_connect {
+        true => CallError::new(Class::Outage, "model_unavailable", "could not connect").because(error),
+        false => broken("could not send the request").because(error),
+    }
+}
+
+fn timeout(what: &str) -> CallError {
+    CallError::new(Class::Transient, "model_timeout", format!("{what} in time"))
+}
+
+fn broken(what: &str) -> CallError {
+    CallError::new(Class::Transient, "model_unavailable", what)
+}
+
+fn malformed(what: &str) -> CallError {
+    CallError::new(Class::Transient, "model_malformed", format!("the response is {what}"))
+}
+
+fn too_large() -> CallError {
+    malformed("longer than 16 MiB")
+}
+
+#[cfg(test)]
+mod tests;

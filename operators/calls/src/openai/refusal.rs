@@ -1,0 +1,140 @@
+//! What a response that is no success means.
+
+use crate::{CallError, Class};
+use forebay_operator::Clock;
+use reqwest::header::{DATE, HeaderMap, RETRY_AFTER};
+use serde_json::Value;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// The longest reason of a server's that is repeated, in characters.
+const REASON_CHARS_MAX: usize = 300;
+
+/// Puts a refusal into its class. `question` is what must not be repeated.
+pub(super) fn read(status: u16, headers: &HeaderMap, body: &[u8], question: &str) -> CallError {
+    let error = serde_json::from_slice::<Value>(body).ok();
+    let error = error.as_ref().map(|body| body.get("error").unwrap_or(body));
+    let text = |name| error.and_then(|error| error.get(name)).and_then(Value::as_str).unwrap_or_default();
+    let reason = text("message");
+    let spent = text("code") == "insufficient_quota"
+        || (status == 400 && reason.to_lowercase().contains("usage limit"));
+    let (class, code) = match status {
+        401..=403 => (Class::Account, "model_unauthorized"),
+        400 | 429 if spent => (Class::Account, "model_unauthorized"),
+        429 => (Class::Outage, "model_rate_limited"),
+        408 => (Class::Transient, "model_timeout"),
+        502..=504 | 529 => (Class::Outage, "model_unavailable"),
+        500..=599 => (Class::Transient, "model_unavailable"),
+        400..=499 => (Class::Rejected, "model_rejected"),
+        // A redirect, most likely: the address is wrong, and no request is at fault for that.
+        _ => (Class::Outage, "model_unavailable"),
+    };
+    // Only of a rejected request does the reason matter to its sender; of the others it may hold part of a key.
+    let reason = match class {
+        Class::Rejected => repeatable(reason, question),
+        _ => String::new(),
+    };
+    let message = format!("the server answered with status {status}{reason}");
+    CallError {
+        retry_after: retry_after(headers),
+        ..CallError::new(class, code, message).with_status(status)
+    }
+}
+
+/// The reason, cut, and left out where it repeats what was asked.
+fn repeatable(reason: &str, question: &str) -> String {
+    if reason.is_empty() || (!question.is_empty() && reason.contains(question)) {
+        return String::new();
+    }
+    format!(": {}", reason.chars().take(REASON_CHARS_MAX).collect::<String>())
+}
+
+/// How long to wait: `retry-after-ms`, or `retry-after` in seconds or as a date.
+fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+    let text = |value: &reqwest::header::HeaderValue| value.to_str().ok().map(|text| text.trim().to_owned());
+    let seconds = |text: &str, unit: f64| Duration::try_from_secs_f64(text.parse::<f64>().ok()? * unit).ok();
+    if let Some(wait) = headers.get("retry-after-ms").and_then(text).and_then(|text| seconds(&text, 0.001)) {
+        return Some(wait);
+    }
+    let value = headers.get(RETRY_AFTER).and_then(text)?;
+    if let Some(wait) = seconds(&value, 1.0) {
+        return Some(wait);
+    }
+    let until = httpdate::parse_http_date(&value).ok()?;
+    // Counted from the server's own clock where it shows it: ours may be off by more than the wait.
+    let server = headers.get(DATE).and_then(text).and_then(|text| httpdate::parse_http_date(&text).ok());
+    Some(until.duration_since(server.unwrap_or_else(now)).unwrap_or_default())
+}
+
+fn now() -> SystemTime {
+    UNIX_EPOCH + Duration::from_millis(u64::try_from(Clock::System.now_ms()).unwrap_or(0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(status: u16, headers: &[(&'static str, &str)], body: &str, expected: &str) {
+        let headers = headers.iter().map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap()));
+        let error = read(status, &headers.collect(), body.as_bytes(), "what is my secret");
+        let wait =
+            error.retry_after.map(|wait| format!(" after {} ms", wait.as_millis())).unwrap_or_default();
+        assert_eq!(format!("{:?} {}{wait}", error.class, error.code), expected, "{status} {body}");
+    }
+
+    #[test]
+    fn each_status_has_its_class() {
+        for (status, expected) in [
+            (302, "Outage model_unavailable"),
+            (400, "Rejected model_rejected"),
+            (401, "Account model_unauthorized"),
+            (402, "Account model_unauthorized"),
+            (403, "Account model_unauthorized"),
+            (404, "Rejected model_rejected"),
+            (408, "Transient model_timeout"),
+            (413, "Rejected model_rejected"),
+            (422, "Rejected model_rejected"),
+            (429, "Outage model_rate_limited"),
+            (500, "Transient model_unavailable"),
+            (502, "Outage model_unavailable"),
+            (503, "Outage model_unavailable"),
+            (504, "Outage model_unavailable"),
+            (529, "Outage model_unavailable"),
+        ] {
+            check(status, &[], "", expected);
+        }
+    }
+
+    #[test]
+    fn an_account_with_nothing_left_is_no_rate_limit_and_no_fault_of_the_request() {
+        let quota = r#"{"error": {"message": "You exceeded it", "code": "insufficient_quota"}}"#;
+        check(429, &[], quota, "Account model_unauthorized");
+        let limit = r#"{"error": {"message": "You have reached your specified API usage limits."}}"#;
+        check(400, &[], limit, "Account model_unauthorized");
+    }
+
+    #[test]
+    fn a_wait_is_read_in_each_of_its_forms() {
+        check(429, &[("retry-after", "3")], "", "Outage model_rate_limited after 3000 ms");
+        check(
+            429,
+            &[("retry-after-ms", "1500"), ("retry-after", "9")],
+            "",
+            "Outage model_rate_limited after 1500 ms",
+        );
+        let (date, until) = ("Sun, 06 Nov 1994 08:49:37 GMT", "Sun, 06 Nov 1994 08:49:41 GMT");
+        check(503, &[("date", date), ("retry-after", until)], "", "Outage model_unavailable after 4000 ms");
+        check(503, &[("date", until), ("retry-after", date)], "", "Outage model_unavailable after 0 ms");
+        check(503, &[("retry-after", "soon")], "", "Outage model_unavailable");
+        check(503, &[("retry-after", "-1")], "", "Outage model_unavailable");
+    }
+
+    #[test]
+    fn the_reason_of_a_rejection_is_kept_unless_it_repeats_the_question() {
+        let message = |body: &str| read(400, &HeaderMap::new(), body.as_bytes(), "what is my secret").message;
+        let long = r#"{"error": {"message": "maximum context length is 4096 tokens"}}"#;
+        let kept = "the server answered with status 400: maximum context length is 4096 tokens";
+        assert_eq!(message(long), kept);
+        let echo = r#"{"message": "bad input: what is my secret"}"#;
+        assert_eq!(message(echo), "the server answered with status 400");
+    }
+}

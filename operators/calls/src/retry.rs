@@ -1,0 +1,201 @@
+//! Tries a call again when the world failed: a few times, shortly, and never past the deadline.
+//!
+//! The delays are those of "full jitter" (a random part of a doubling bound), so that callers which failed together
+//! do not come back together. A provider that says how long to wait is obeyed instead.
+//!
+//! Invariant: what is returned is the last error itself, so that the caller knows why, and no wait outlives the
+//! deadline: an error now is worth more than an answer that nobody waits for.
+
+use crate::{Call, CallError, Listener, Model, Reply};
+use futures::future::BoxFuture;
+use std::{sync::Arc, time::Duration};
+use tokio::time::Instant;
+
+/// Tries after the first.
+pub const RETRIES_MAX: u32 = 2;
+/// The bound of the first delay; it doubles with each try.
+const DELAY_MIN: Duration = Duration::from_millis(250);
+/// The bound of every delay that we choose.
+const DELAY_MAX: Duration = Duration::from_secs(8);
+/// The longest wait that a provider may ask for. Whoever asks for more gets the record back from the host later,
+/// which does not hold a place in flight meanwhile.
+const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
+
+/// Gives numbers from 0 to 1; passed in, so that a test can choose them.
+pub type Jitter = Arc<dyn Fn() -> f64 + Send + Sync>;
+
+/// A model that is tried again.
+pub struct Retry {
+    inner: Arc<dyn Model>,
+    jitter: Jitter,
+}
+
+impl Retry {
+    /// Tries `inner` again, after random delays.
+    pub fn new(inner: Arc<dyn Model>) -> Self {
+        Self::with_jitter(inner, Arc::new(rand::random::<f64>))
+    }
+
+    /// The same with chosen randomness.
+    pub fn with_jitter(inner: Arc<dyn Model>, jitter: Jitter) -> Self {
+        Self { inner, jitter }
+    }
+
+    /// How long to wait after try `number` (from 0) ended in `error`; `None` where it was the last.
+    fn delay(&self, number: u32, error: &CallError) -> Option<Duration> {
+        if number >= RETRIES_MAX || !error.is_retryable() {
+            return None;
+        }
+        match error.retry_after {
+            Some(asked) if asked > RETRY_AFTER_MAX => None,
+            Some(asked) => Some(asked),
+            None => {
+                let bound = DELAY_MIN.saturating_mul(2u32.saturating_pow(number)).min(DELAY_MAX);
+                Some(bound.mul_f64((self.jitter)().clamp(0.0, 1.0)))
+            }
+        }
+    }
+}
+
+impl Model for Retry {
+    fn provider(&self) -> &'static str {
+        self.inner.provider()
+    }
+
+    fn name(&self) -> &str {
+        self.inner.name()
+    }
+
+    fn complete<'a>(
+        &'a self,
+        call: &'a Call,
+        listener: &'a dyn Listener,
+    ) -> BoxFuture<'a, Result<Reply, CallError>> {
+        Box::pin(async move {
+            let mut number = 0;
+            loop {
+                let error = match self.inner.complete(call, listener).await {
+                    Ok(reply) => return Ok(reply),
+                    Err(error) => error,
+                };
+                let Some(delay) = self.delay(number, &error) else { return Err(error) };
+                let wake = Instant::now() + delay;
+                if call.deadline.is_some_and(|deadline| wake >= deadline) {
+                    return Err(error);
+                }
+                tokio::time::sleep_until(wake).await;
+                number += 1;
+            }
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Class;
+    use std::{collections::VecDeque, sync::Mutex};
+
+    struct Deaf;
+    impl Listener for Deaf {
+        fn started(&self, _: Option<&str>, _: &str) {}
+        fn token(&self, _: &str) {}
+        fn ended(&self, _: &crate::Tried<'_>) {}
+    }
+
+    /// Fails as it was told and then answers.
+    struct Scripted(Mutex<VecDeque<CallError>>);
+    impl Model for Scripted {
+        fn provider(&self) -> &'static str {
+            "scripted"
+        }
+        fn name(&self) -> &str {
+            "scripted"
+        }
+        fn complete<'a>(
+            &'a self,
+            _: &'a Call,
+            _: &'a dyn Listener,
+        ) -> BoxFuture<'a, Result<Reply, CallError>> {
+            Box::pin(async {
+                let next = self.0.lock().unwrap().pop_front();
+                next.map_or_else(|| Ok(reply()), Err)
+            })
+        }
+    }
+
+    fn reply() -> Reply {
+        Reply {
+            text: "yes".to_owned(),
+            citations: None,
+            model: "scripted".to_owned(),
+            usage: None,
+            cost_nano_usd: None,
+            finish_reason: None,
+            ttft: None,
+        }
+    }
+
+    fn error(class: Class, retry_after_s: Option<u64>) -> CallError {
+        let retry_after = retry_after_s.map(Duration::from_secs);
+        CallError { retry_after, ..CallError::new(class, "model_unavailable", "it failed") }
+    }
+
+    /// Runs the script with the largest jitter and says how it went and after how many milliseconds.
+    async fn check(script: Vec<CallError>, deadline_ms: Option<u64>, expected: &str) {
+        let deadline = deadline_ms.map(|ms| Instant::now() + Duration::from_millis(ms));
+        let call = Call {
+            question: String::new(),
+            passages: Vec::new(),
+            messages: Vec::new(),
+            model: None,
+            sampling: Default::default(),
+            stream: false,
+            deadline,
+        };
+        let script: VecDeque<_> = script.into();
+        let tries = script.len();
+        let scripted = Arc::new(Scripted(Mutex::new(script)));
+        let started = Instant::now();
+        let retry = Retry::with_jitter(scripted.clone(), Arc::new(|| 1.0));
+        let result = retry.complete(&call, &Deaf).await;
+        let unused = scripted.0.lock().unwrap().len();
+        let seen = format!(
+            "{} after {} failures and {} ms",
+            if result.is_ok() { "answered" } else { "failed" },
+            tries - unused,
+            started.elapsed().as_millis()
+        );
+        assert_eq!(seen, expected);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_world_gets_two_more_chances_at_doubling_delays() {
+        use Class::{Outage, Transient};
+        check(vec![], None, "answered after 0 failures and 0 ms").await;
+        check(vec![error(Transient, None)], None, "answered after 1 failures and 250 ms").await;
+        let twice = vec![error(Outage, None), error(Transient, None)];
+        check(twice, None, "answered after 2 failures and 750 ms").await;
+        let thrice = (0..3).map(|_| error(Transient, None)).collect();
+        check(thrice, None, "failed after 3 failures and 750 ms").await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_no_try_can_help_is_not_tried_again() {
+        for class in [Class::Rejected, Class::Account, Class::Cut] {
+            check(vec![error(class, None)], None, "failed after 1 failures and 0 ms").await;
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_provider_that_says_how_long_to_wait_is_obeyed() {
+        check(vec![error(Class::Outage, Some(3))], None, "answered after 1 failures and 3000 ms").await;
+        check(vec![error(Class::Outage, Some(61))], None, "failed after 1 failures and 0 ms").await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn no_wait_outlives_the_deadline() {
+        check(vec![error(Class::Outage, Some(3))], Some(3000), "failed after 1 failures and 0 ms").await;
+        check(vec![error(Class::Outage, Some(3))], Some(3001), "answered after 1 failures and 3000 ms").await;
+    }
+}
