@@ -1,1 +1,27 @@
-//! Metrics, traces and health.
+//! What a process tells about itself: metrics, traces, health, logs, and the admin port that serves them.
+//!
+//! The runtime asks [`Telemetry`] for one [`StepMeter`] per step and calls it around every record; operators report
+//! through [`forebay_operator::Event`]s, which end in [`Telemetry::observe`]. Nobody else names OpenTelemetry.
+//!
+//! Invariant: telling never changes what is told. Counting takes no lock that a record waits for, an unreachable
+//! collector costs dropped spans and nothing else, and a label holds one of a bounded set of words: never an id, a
+//! tenant or a text of a client.
+
+#![warn(missing_docs)]
+
+pub mod admin;
+mod events;
+mod health;
+mod instruments;
+pub mod logging;
+mod meter;
+mod page;
+mod span;
+mod telemetry;
+mod words;
+
+pub use health::{Component, Health, Report};
+pub use meter::{Outcome, StepMeter};
+pub use page::metrics_reference;
+pub use span::StepSpan;
+pub use telemetry::{Settings, StartError, Telemetry};

@@ -1,0 +1,334 @@
+//! All that is measured, declared once.
+//!
+//! Invariant: an instrument is made from its line in [`DECLARED`] only, and METRICS.md is written from the same lines.
+//! So the page, the Prometheus output and the code cannot disagree; a test fails where they would.
+//!
+//! Names of `gen_ai.*` and their buckets are those of the OpenTelemetry semantic conventions, v1.41.
+
+use opentelemetry::metrics::{Counter, Gauge, Histogram, Meter};
+
+/// What an instrument is.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Kind {
+    /// Only grows.
+    Counter,
+    /// Goes up and down.
+    Gauge,
+    /// Counts values by size, within these upper bounds.
+    Histogram(&'static [f64]),
+}
+
+/// One instrument, as users see it.
+pub(crate) struct Declared {
+    pub(crate) name: &'static str,
+    pub(crate) kind: Kind,
+    /// In UCUM, as OpenTelemetry writes units.
+    pub(crate) unit: &'static str,
+    pub(crate) labels: &'static [&'static str],
+    /// Labels that only some of its series have.
+    pub(crate) sometimes: &'static [&'static str],
+    /// At most so many series; what comes later is counted under `otel_metric_overflow`.
+    pub(crate) series_max: usize,
+    pub(crate) meaning: &'static str,
+}
+
+/// From half a millisecond, a step that calls nobody, to five minutes, the longest call that anybody waits for.
+const STEP_SECONDS: &[f64] = &[
+    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0,
+];
+const CALL_SECONDS: &[f64] =
+    &[0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92];
+const TTFT_SECONDS: &[f64] =
+    &[0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0];
+const TPOT_SECONDS: &[f64] = &[0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5];
+const TOKENS: &[f64] = &[
+    1.0,
+    4.0,
+    16.0,
+    64.0,
+    256.0,
+    1024.0,
+    4096.0,
+    16384.0,
+    65536.0,
+    262_144.0,
+    1_048_576.0,
+    4_194_304.0,
+    16_777_216.0,
+    67_108_864.0,
+];
+const PASSAGES: &[f64] = &[0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0];
+
+const STEP: &[&str] = &["stage", "operator"];
+const STEP_TOPIC: &[&str] = &["stage", "operator", "topic"];
+const STEP_PARTITION: &[&str] = &["stage", "operator", "topic", "partition"];
+const CALL: &[&str] = &["stage", "gen_ai.operation.name", "gen_ai.provider.name", "gen_ai.request.model"];
+
+/// Enough for a hundred steps with a handful of series each.
+const SERIES: usize = 1_000;
+/// A series a partition: 40 input topics of 100 partitions.
+const SERIES_OF_PARTITIONS: usize = 4_000;
+
+/// A line of the table; what differs from it is said by name.
+const LINE: Declared = Declared {
+    name: "",
+    kind: Kind::Counter,
+    unit: "",
+    labels: STEP,
+    sometimes: &[],
+    series_max: SERIES,
+    meaning: "",
+};
+
+pub(crate) const RECEIVED_RECORDS: Declared = Declared {
+    name: "forebay.step.received.records",
+    unit: "{record}",
+    labels: STEP_TOPIC,
+    meaning: "Records that came from a topic.",
+    ..LINE
+};
+pub(crate) const RECEIVED_BYTES: Declared = Declared {
+    name: "forebay.step.received",
+    unit: "By",
+    labels: STEP_TOPIC,
+    meaning: "Bytes of keys and values that came from a topic.",
+    ..LINE
+};
+pub(crate) const EMITTED_RECORDS: Declared = Declared {
+    name: "forebay.step.emitted.records",
+    unit: "{record}",
+    labels: STEP_TOPIC,
+    meaning: "Records that a topic acknowledged.",
+    ..LINE
+};
+pub(crate) const EMITTED_BYTES: Declared = Declared {
+    name: "forebay.step.emitted",
+    unit: "By",
+    labels: STEP_TOPIC,
+    meaning: "Bytes of keys and values that a topic acknowledged.",
+    ..LINE
+};
+pub(crate) const FINISHED: Declared = Declared {
+    name: "forebay.step.finished.records",
+    unit: "{record}",
+    labels: &["stage", "operator", "outcome"],
+    meaning: "Records that a step is done with, by outcome: ok, expired, cancelled, rejected, unavailable, \
+              undecodable or panicked.",
+    ..LINE
+};
+pub(crate) const DURATION: Declared = Declared {
+    name: "forebay.step.duration",
+    kind: Kind::Histogram(STEP_SECONDS),
+    unit: "s",
+    labels: &["stage", "operator", "outcome"],
+    meaning: "From the dispatch of a record to its outcome, retries in place included.",
+    ..LINE
+};
+pub(crate) const QUEUE_WAIT: Declared = Declared {
+    name: "forebay.step.queue_wait",
+    kind: Kind::Histogram(STEP_SECONDS),
+    unit: "s",
+    meaning: "From the time stamp of a record in its topic to its dispatch.",
+    ..LINE
+};
+pub(crate) const RETRIES: Declared = Declared {
+    name: "forebay.step.retries",
+    unit: "{retry}",
+    meaning: "Times that a record was processed again because the world failed.",
+    ..LINE
+};
+pub(crate) const DEAD_LETTERS: Declared = Declared {
+    name: "forebay.step.dead_letters",
+    unit: "{record}",
+    labels: &["stage", "operator", "class"],
+    meaning: "Records put aside as dead letters, by class of error.",
+    ..LINE
+};
+pub(crate) const IN_FLIGHT: Declared = Declared {
+    name: "forebay.step.in_flight.records",
+    kind: Kind::Gauge,
+    unit: "{record}",
+    meaning: "Records being processed.",
+    ..LINE
+};
+pub(crate) const BUFFERED_RECORDS: Declared = Declared {
+    name: "forebay.step.buffered.records",
+    kind: Kind::Gauge,
+    unit: "{record}",
+    meaning: "Records held in memory: read and not yet committed.",
+    ..LINE
+};
+pub(crate) const BUFFERED_BYTES: Declared = Declared {
+    name: "forebay.step.buffered",
+    kind: Kind::Gauge,
+    unit: "By",
+    meaning: "Bytes of the records held in memory.",
+    ..LINE
+};
+pub(crate) const ASSIGNED: Declared = Declared {
+    name: "forebay.step.assigned.partitions",
+    kind: Kind::Gauge,
+    unit: "{partition}",
+    meaning: "Partitions that this process reads.",
+    ..LINE
+};
+pub(crate) const PAUSED: Declared = Declared {
+    name: "forebay.step.paused.partitions",
+    kind: Kind::Gauge,
+    unit: "{partition}",
+    meaning: "Assigned partitions that are not read at the moment, because a limit is reached or a retry waits.",
+    ..LINE
+};
+pub(crate) const LAG: Declared = Declared {
+    name: "forebay.step.lag",
+    kind: Kind::Gauge,
+    unit: "{record}",
+    labels: STEP_PARTITION,
+    series_max: SERIES_OF_PARTITIONS,
+    meaning: "Records of an assigned partition that are not committed. A partition that is read elsewhere has no \
+              series here, so that the sum over processes is right.",
+    ..LINE
+};
+pub(crate) const COMMITTED: Declared = Declared {
+    name: "forebay.step.committed_offset",
+    kind: Kind::Gauge,
+    unit: "{offset}",
+    labels: STEP_PARTITION,
+    series_max: SERIES_OF_PARTITIONS,
+    meaning: "The offset from which an assigned partition would be read again.",
+    ..LINE
+};
+pub(crate) const REBALANCES: Declared = Declared {
+    name: "forebay.step.rebalances",
+    unit: "{rebalance}",
+    meaning: "Times that the consumer group gave or took partitions.",
+    ..LINE
+};
+pub(crate) const WORK_QUEUED: Declared = Declared {
+    name: "forebay.step.work_queued",
+    kind: Kind::Gauge,
+    unit: "s",
+    meaning: "How long the records that wait would take at the measured rate: what to scale on.",
+    ..LINE
+};
+pub(crate) const CACHE_LOOKUPS: Declared = Declared {
+    name: "forebay.cache.lookups",
+    unit: "{lookup}",
+    labels: &["stage", "status"],
+    meaning: "Questions to the cache of answers, by status: hit, miss or bypass.",
+    ..LINE
+};
+pub(crate) const RETRIEVED: Declared = Declared {
+    name: "forebay.retrieved.passages",
+    kind: Kind::Histogram(PASSAGES),
+    unit: "{passage}",
+    labels: &["stage"],
+    meaning: "Passages found for a question. The bucket 0 counts the questions for which nothing was found.",
+    ..LINE
+};
+pub(crate) const JUDGEMENTS: Declared = Declared {
+    name: "forebay.judgements",
+    unit: "{answer}",
+    labels: &["stage", "judgement"],
+    meaning: "Answers judged, by judgement: pass, annotate or block.",
+    ..LINE
+};
+pub(crate) const CALL_DURATION: Declared = Declared {
+    name: "gen_ai.client.operation.duration",
+    kind: Kind::Histogram(CALL_SECONDS),
+    unit: "s",
+    labels: CALL,
+    sometimes: &["error.type"],
+    meaning: "How long a call of a model took. Calls that failed have the label error_type.",
+    ..LINE
+};
+pub(crate) const TOKEN_USAGE: Declared = Declared {
+    name: "gen_ai.client.token.usage",
+    kind: Kind::Histogram(TOKENS),
+    unit: "{token}",
+    labels: &[
+        "stage",
+        "gen_ai.operation.name",
+        "gen_ai.provider.name",
+        "gen_ai.request.model",
+        "gen_ai.token.type",
+    ],
+    meaning: "Tokens of a call, by type: input or output.",
+    ..LINE
+};
+pub(crate) const TTFT: Declared = Declared {
+    name: "gen_ai.server.time_to_first_token",
+    kind: Kind::Histogram(TTFT_SECONDS),
+    unit: "s",
+    labels: CALL,
+    meaning: "From the sending of a streamed call to its first token that is not empty, as the caller saw it.",
+    ..LINE
+};
+pub(crate) const TPOT: Declared = Declared {
+    name: "gen_ai.server.time_per_output_token",
+    kind: Kind::Histogram(TPOT_SECONDS),
+    unit: "s",
+    labels: CALL,
+    meaning: "Time per output token of a streamed call after its first, as the caller saw it.",
+    ..LINE
+};
+
+/// The table.
+pub(crate) const DECLARED: &[Declared] = &[
+    RECEIVED_RECORDS,
+    RECEIVED_BYTES,
+    EMITTED_RECORDS,
+    EMITTED_BYTES,
+    FINISHED,
+    DURATION,
+    QUEUE_WAIT,
+    RETRIES,
+    DEAD_LETTERS,
+    IN_FLIGHT,
+    BUFFERED_RECORDS,
+    BUFFERED_BYTES,
+    ASSIGNED,
+    PAUSED,
+    LAG,
+    COMMITTED,
+    REBALANCES,
+    WORK_QUEUED,
+    CACHE_LOOKUPS,
+    RETRIEVED,
+    JUDGEMENTS,
+    CALL_DURATION,
+    TOKEN_USAGE,
+    TTFT,
+    TPOT,
+];
+
+impl Declared {
+    pub(crate) fn counter(&self, meter: &Meter) -> Counter<u64> {
+        meter.u64_counter(self.name).with_unit(self.unit).with_description(self.meaning).build()
+    }
+
+    pub(crate) fn gauge_u64(&self, meter: &Meter) -> Gauge<u64> {
+        meter.u64_gauge(self.name).with_unit(self.unit).with_description(self.meaning).build()
+    }
+
+    pub(crate) fn gauge_f64(&self, meter: &Meter) -> Gauge<f64> {
+        meter.f64_gauge(self.name).with_unit(self.unit).with_description(self.meaning).build()
+    }
+
+    pub(crate) fn histogram_u64(&self, meter: &Meter) -> Histogram<u64> {
+        let builder = meter.u64_histogram(self.name).with_unit(self.unit).with_description(self.meaning);
+        builder.with_boundaries(self.bounds().to_vec()).build()
+    }
+
+    pub(crate) fn histogram_f64(&self, meter: &Meter) -> Histogram<f64> {
+        let builder = meter.f64_histogram(self.name).with_unit(self.unit).with_description(self.meaning);
+        builder.with_boundaries(self.bounds().to_vec()).build()
+    }
+
+    fn bounds(&self) -> &'static [f64] {
+        match self.kind {
+            Kind::Histogram(bounds) => bounds,
+            Kind::Counter | Kind::Gauge => &[],
+        }
+    }
+}

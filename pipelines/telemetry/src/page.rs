@@ -1,0 +1,275 @@
+//! Writes the reference of all metrics, METRICS.md, from the table of instruments.
+
+use crate::instruments::{DECLARED, Declared, Kind};
+use std::fmt::Write;
+
+/// METRICS.md: every metric with its name in Prometheus and in OpenTelemetry, unit, labels and meaning.
+pub fn metrics_reference() -> String {
+    let mut page = String::from(
+        "# Metrics\n\n\
+         Written from the table of instruments in src/instruments.rs; a test fails where this page is stale, and\n\
+         `FOREBAY_UPDATE=1 cargo test -p forebay-telemetry` writes it anew.\n\n\
+         `GET /metrics` on the admin port gives them in the Prometheus text format, under the first name of each\n\
+         entry; where a collector is set, they also go to its `/v1/metrics` over OTLP, under the second. Labels hold\n\
+         words of bounded sets, never ids, tenants or texts. What does not fit is counted as `other`, and series\n\
+         beyond an instrument's limit under the label `otel_metric_overflow`.\n\n\
+         `target_info` names the service and its version.\n",
+    );
+    for declared in DECLARED {
+        entry(&mut page, declared);
+    }
+    page
+}
+
+fn entry(page: &mut String, declared: &Declared) {
+    let kind = match declared.kind {
+        Kind::Counter => "counter",
+        Kind::Gauge => "gauge",
+        Kind::Histogram(_) => "histogram",
+    };
+    let labels = declared.labels.iter().chain(declared.sometimes);
+    let labels: Vec<String> = labels.map(|label| format!("`{}`", sanitized(label))).collect();
+    // Writing to a string cannot go wrong.
+    let _ = write!(
+        page,
+        "\n## `{}`\n\n{}\n\n- {kind}, unit `{}`, OpenTelemetry name `{}`\n- labels: {}\n- at most {} series\n",
+        declared.prometheus_name(),
+        declared.meaning,
+        declared.unit,
+        declared.name,
+        labels.join(", "),
+        declared.series_max,
+    );
+    if let Kind::Histogram(bounds) = declared.kind {
+        let bounds: Vec<String> = bounds.iter().map(f64::to_string).collect();
+        let _ = writeln!(page, "- buckets: {}", bounds.join(", "));
+    }
+}
+
+impl Declared {
+    /// The name under which Prometheus users see it.
+    pub(crate) fn prometheus_name(&self) -> String {
+        let unit = match self.unit {
+            "s" => "_seconds",
+            "By" => "_bytes",
+            _ => "",
+        };
+        let total = if self.kind == Kind::Counter { "_total" } else { "" };
+        format!("{}{unit}{total}", sanitized(self.name))
+    }
+}
+
+fn sanitized(name: &str) -> String {
+    name.replace('.', "_")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Outcome, Settings, StepMeter, Telemetry, words};
+    use forebay_operator::Event;
+    use std::{
+        collections::{BTreeMap, BTreeSet},
+        time::Duration,
+    };
+
+    #[test]
+    fn the_page_is_not_stale() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/METRICS.md");
+        let page = metrics_reference();
+        if std::env::var_os("FOREBAY_UPDATE").is_some() {
+            std::fs::write(path, &page).unwrap();
+        }
+        let stands = std::fs::read_to_string(path).unwrap_or_default();
+        assert!(
+            stands == page,
+            "METRICS.md is stale; FOREBAY_UPDATE=1 cargo test -p forebay-telemetry writes it"
+        );
+    }
+
+    /// A metric as Prometheus reads it: its type, and its samples by labels.
+    #[derive(Debug, Default)]
+    struct Family {
+        kind: String,
+        help: bool,
+        samples: Vec<(String, BTreeMap<String, String>, f64)>,
+    }
+
+    /// Reads the text format strictly: whatever is not a line of it fails the test.
+    fn parse(text: &str) -> BTreeMap<String, Family> {
+        let mut families = BTreeMap::<String, Family>::new();
+        for line in text.lines() {
+            if let Some(help) = line.strip_prefix("# HELP ") {
+                families.entry(help.split_once(' ').unwrap().0.to_owned()).or_default().help = true;
+            } else if let Some(kind) = line.strip_prefix("# TYPE ") {
+                let (name, kind) = kind.split_once(' ').unwrap();
+                families.get_mut(name).unwrap().kind = kind.to_owned();
+            } else {
+                let (series, value) = line.rsplit_once(' ').unwrap();
+                let (name, labels) =
+                    series.strip_suffix('}').and_then(|series| series.split_once('{')).unwrap();
+                let label = |pair: &str| {
+                    let (name, value) = pair.split_once('=').unwrap();
+                    (name.to_owned(), value.strip_prefix('"').unwrap().strip_suffix('"').unwrap().to_owned())
+                };
+                let labels = labels.split(',').map(label).collect();
+                let family = ["_bucket", "_sum", "_count"].iter().find_map(|suffix| {
+                    let base = name.strip_suffix(suffix)?;
+                    families.get(base).is_some_and(|family| family.kind == "histogram").then_some(base)
+                });
+                let family = families.get_mut(family.unwrap_or(name)).expect("a sample comes after its type");
+                family.samples.push((name.to_owned(), labels, value.parse().unwrap()));
+            }
+        }
+        families
+    }
+
+    fn quiet() -> Telemetry {
+        Telemetry::start(Settings::new("forebay", "0.1.0")).unwrap()
+    }
+
+    fn called(model: &str, error: Option<&'static str>) -> Event {
+        Event::Called {
+            provider: "openai".to_owned(),
+            model: model.to_owned(),
+            duration_us: 1_100_000,
+            ttft_us: Some(100_000),
+            input_tokens: Some(300),
+            output_tokens: Some(11),
+            error,
+        }
+    }
+
+    /// Moves every instrument. The meter is handed back because a step that is gone tells no lag.
+    fn exercise(telemetry: &Telemetry) -> StepMeter {
+        let meter = telemetry.step("infer", "infer");
+        meter.received("prompts", 100);
+        meter.emitted("completions", 2, 300);
+        meter.finished(Outcome::Ok, Duration::from_millis(20), Duration::from_millis(3));
+        meter.finished(Outcome::Rejected, Duration::from_millis(1), Duration::ZERO);
+        meter.retried();
+        meter.dead_lettered("rejected");
+        meter.in_flight(5);
+        meter.buffered(7, 700);
+        meter.assigned(12);
+        meter.paused(1);
+        meter.lag("prompts", 3, 42);
+        meter.committed("prompts", 3, 90);
+        meter.rebalanced();
+        meter.seconds_of_work_queued(1.5);
+        telemetry.observe("cache", &Event::CacheLookedUp { status: "hit" });
+        telemetry.observe("retrieve", &Event::Retrieved { passages: 4 });
+        telemetry.observe("validate", &Event::Judged { judgement: "pass" });
+        telemetry.observe("infer", &called("small", None));
+        telemetry.observe("infer", &called("small", Some("model_unavailable")));
+        meter
+    }
+
+    #[test]
+    fn prometheus_shows_all_that_is_declared_and_nothing_else() {
+        let telemetry = quiet();
+        let _meter = exercise(&telemetry);
+        let mut shown = parse(&telemetry.prometheus());
+        let target = shown.remove("target_info").unwrap();
+        assert_eq!(target.samples[0].1["service_name"], "forebay");
+        assert_eq!(target.samples[0].1["service_version"], "0.1.0");
+        for declared in DECLARED {
+            let name = declared.prometheus_name();
+            let family = shown.remove(&name).unwrap_or_else(|| panic!("{name} is declared and not shown"));
+            let kind = match declared.kind {
+                Kind::Counter => "counter",
+                Kind::Gauge => "gauge",
+                Kind::Histogram(_) => "histogram",
+            };
+            assert_eq!((family.kind.as_str(), family.help), (kind, true), "{name}");
+            let mut bounds = BTreeSet::new();
+            for (_, mut labels, _) in family.samples {
+                bounds.extend(labels.remove("le"));
+                declared.sometimes.iter().for_each(|label| drop(labels.remove(&sanitized(label))));
+                let expected: BTreeSet<String> =
+                    declared.labels.iter().map(|label| sanitized(label)).collect();
+                assert_eq!(labels.into_keys().collect::<BTreeSet<_>>(), expected, "{name}");
+            }
+            if let Kind::Histogram(declared) = declared.kind {
+                let declared = declared.iter().map(f64::to_string).chain(["+Inf".to_owned()]);
+                assert_eq!(bounds, declared.collect(), "{name}");
+            }
+        }
+        assert!(shown.is_empty(), "shown and not declared: {:?}", shown.keys());
+    }
+
+    /// The value of the one series whose labels contain these.
+    fn value(telemetry: &Telemetry, sample: &str, labels: &[(&str, &str)]) -> Option<f64> {
+        let families = parse(&telemetry.prometheus());
+        let matches = |of: &BTreeMap<String, String>| {
+            labels.iter().all(|(name, value)| of.get(*name).is_some_and(|label| label == value))
+        };
+        let samples = families.values().flat_map(|family| &family.samples);
+        let mut found =
+            samples.filter(|(name, of, _)| name == sample && matches(of)).map(|(_, _, value)| *value);
+        let value = found.next();
+        assert_eq!(found.next(), None, "{sample} {labels:?} is more than one series");
+        value
+    }
+
+    #[test]
+    fn what_is_counted_is_what_is_shown() {
+        let telemetry = quiet();
+        let _meter = exercise(&telemetry);
+        for (sample, labels, expected) in [
+            ("forebay_step_received_bytes_total", &[("topic", "prompts")][..], 100.0),
+            ("forebay_step_emitted_records_total", &[("topic", "completions")], 2.0),
+            ("forebay_step_finished_records_total", &[("outcome", "rejected")], 1.0),
+            ("forebay_step_finished_records_total", &[("outcome", "panicked")], 0.0),
+            ("forebay_step_duration_seconds_sum", &[("outcome", "ok")], 0.02),
+            ("forebay_step_queue_wait_seconds_count", &[], 2.0),
+            ("forebay_step_lag", &[("topic", "prompts"), ("partition", "3")], 42.0),
+            ("forebay_step_committed_offset", &[("stage", "infer"), ("partition", "3")], 90.0),
+            ("forebay_step_work_queued_seconds", &[], 1.5),
+            ("forebay_cache_lookups_total", &[("stage", "cache"), ("status", "hit")], 1.0),
+            ("gen_ai_client_operation_duration_seconds_sum", &[("error_type", "model_unavailable")], 1.1),
+            ("gen_ai_client_token_usage_sum", &[("gen_ai_token_type", "input")], 600.0),
+            ("gen_ai_server_time_to_first_token_seconds_sum", &[], 0.2),
+            // One second for the ten tokens after the first, twice.
+            ("gen_ai_server_time_per_output_token_seconds_sum", &[], 0.2),
+        ] {
+            assert_eq!(value(&telemetry, sample, labels), Some(expected), "{sample} {labels:?}");
+        }
+    }
+
+    #[test]
+    fn the_lag_of_a_revoked_partition_is_no_longer_told() {
+        let telemetry = quiet();
+        let meter = telemetry.step("infer", "infer");
+        meter.lag("prompts", 3, 42);
+        meter.committed("prompts", 3, 90);
+        meter.lag("prompts", 4, 1);
+        meter.revoked("prompts", 3);
+        assert_eq!(value(&telemetry, "forebay_step_lag", &[("partition", "3")]), None);
+        assert_eq!(value(&telemetry, "forebay_step_committed_offset", &[("partition", "3")]), None);
+        assert_eq!(value(&telemetry, "forebay_step_lag", &[("partition", "4")]), Some(1.0));
+    }
+
+    #[test]
+    fn models_that_clients_invent_share_one_series() {
+        let telemetry = quiet();
+        for n in 0..1_000 {
+            telemetry.observe("infer", &called(&format!("model-{n}"), None));
+        }
+        let families = parse(&telemetry.prometheus());
+        let durations = &families["gen_ai_client_operation_duration_seconds"].samples;
+        let models: BTreeSet<&str> =
+            durations.iter().map(|(_, labels, _)| &*labels["gen_ai_request_model"]).collect();
+        assert_eq!(models.len(), 33);
+        let other = [("gen_ai_request_model", words::OTHER)];
+        assert_eq!(value(&telemetry, "gen_ai_client_operation_duration_seconds_count", &other), Some(968.0));
+    }
+
+    #[test]
+    fn two_meters_of_one_step_count_together() {
+        let telemetry = quiet();
+        telemetry.step("infer", "infer").received("prompts", 1);
+        telemetry.step("infer", "infer").clone().received("prompts", 1);
+        assert_eq!(value(&telemetry, "forebay_step_received_records_total", &[]), Some(2.0));
+    }
+}
