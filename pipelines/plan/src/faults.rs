@@ -4,6 +4,9 @@
 
 use std::fmt;
 
+/// The most faults that are kept of one file; nobody reads further, and one more fault says that there are more.
+const FAULTS_MAX: usize = 500;
+
 /// A place in a file; both count from 1, columns in characters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Place {
@@ -70,6 +73,11 @@ impl Faults {
     }
 
     pub(crate) fn push(&mut self, Place { line, column }: Place, message: String, hint: Option<String>) {
+        let (message, hint) = match self.faults.len() {
+            ..FAULTS_MAX => (message, hint),
+            FAULTS_MAX => (format!("there are more than {FAULTS_MAX} faults; here the report ends"), None),
+            _ => return,
+        };
         let fault = Fault { file: self.file.clone(), line, column, message, hint };
         // The same text read through two aliases is wrong once.
         if self.faults.contains(&fault) {

@@ -161,7 +161,7 @@ struct Stop;
 /// A list or a map whose end has not come.
 enum Open {
     List(Vec<Node>),
-    Map { entries: Vec<(Key, Node)>, key: Option<Result<Key, Place>> },
+    Map { entries: Vec<(Key, Node)>, lines: BTreeMap<String, usize>, key: Option<Result<Key, Place>> },
 }
 
 #[derive(Default)]
@@ -210,9 +210,12 @@ impl Tree {
                 self.place_node(Node { place, value }, anchor, faults)
             }
             Event::SequenceStart(anchor, _) => self.start(place, anchor, Open::List(Vec::new()), faults),
-            Event::MappingStart(anchor, _) => {
-                self.start(place, anchor, Open::Map { entries: Vec::new(), key: None }, faults)
-            }
+            Event::MappingStart(anchor, _) => self.start(
+                place,
+                anchor,
+                Open::Map { entries: Vec::new(), lines: BTreeMap::new(), key: None },
+                faults,
+            ),
             Event::SequenceEnd | Event::MappingEnd => {
                 let Some((place, anchor, open)) = self.open.pop() else { return Ok(()) };
                 let value = match open {
@@ -273,19 +276,17 @@ impl Tree {
         match self.open.last_mut() {
             None => self.root = Some(node),
             Some((_, _, Open::List(items))) => items.push(node),
-            Some((_, _, Open::Map { entries, key })) => match key.take() {
+            Some((_, _, Open::Map { entries, lines, key })) => match key.take() {
                 None => *key = Some(as_key(node, faults)),
-                Some(Ok(key)) => match entries.iter().find(|(other, _)| other.text == key.text) {
-                    Some((first, _)) => {
+                Some(Ok(key)) => {
+                    if let Some(first) = lines.get(&key.text) {
                         let message = format!("the key {:?} stands here a second time", key.text);
-                        faults.add_with_hint(
-                            key.place,
-                            message,
-                            format!("the first is in line {}", first.place.line),
-                        );
+                        faults.add_with_hint(key.place, message, format!("the first is in line {first}"));
+                    } else {
+                        lines.insert(key.text.clone(), key.place.line);
+                        entries.push((key, node));
                     }
-                    None => entries.push((key, node)),
-                },
+                }
                 // Its key was no key; that is told.
                 Some(Err(_)) => {}
             },

@@ -101,3 +101,11 @@ fn a_byte_order_mark_is_no_fault() {
 fn windows_line_ends_are_no_fault() {
     assert!(plan("f.yaml", &read("answer.yaml").replace('\n', "\r\n"), &Operators).is_ok());
 }
+
+#[test]
+fn a_report_is_bounded() {
+    let text: String = (0..20_000).map(|n| format!("key{n}: 1\nkey{n}: 2\n")).collect();
+    let faults = plan("f.yaml", &text, &Operators).unwrap_err();
+    assert_eq!(faults.len(), 501);
+    assert!(faults.to_string().contains("there are more than 500 faults"), "{faults}");
+}
