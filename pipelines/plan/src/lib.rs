@@ -14,6 +14,7 @@ pub mod explain;
 mod faults;
 mod fields;
 mod graph;
+pub mod leaves;
 mod name;
 mod nearest;
 mod pipeline;

@@ -1,1 +1,15 @@
-//! Being written.
+//! Hosts any operator: moves its records from topic to topic, over Kafka or in memory.
+//!
+//! Follow a record: a [`host`] hands it to [`drive`], the only loop; [`stage`] says what the record becomes;
+//! the host's sink has it acknowledged; [`tracker`] then lets the offset go on.
+//!
+//! Architecture invariant: this crate knows no operator. An operator reaches it as a `dyn Step`, and its settings,
+//! stores and models are somebody else's business.
+
+pub mod budget;
+pub mod drive;
+pub mod host;
+pub mod message;
+pub mod process;
+pub mod stage;
+pub mod tracker;

@@ -1,0 +1,462 @@
+//! The one loop: read, process, write, let the offset go on.
+//!
+//! A record goes through four states. *Waiting* until the step has room; *running* in its operator, at most
+//! `in_flight` at a time; *unacknowledged* until all that it became is written; *finished*. Records finish in any
+//! order; offsets go on in theirs ([`crate::tracker`]).
+//!
+//! Invariants: an offset is stored only after every message that its record became is acknowledged. A partition that
+//! is taken away is first drained, then its progress is stored, then it is given up; what still finishes later is
+//! fenced off by the assignment's epoch. Every queue here has a bound.
+
+use crate::{
+    message::{Incoming, Outgoing, Partition},
+    stage::Stage,
+    tracker::Tracker,
+};
+use bytes::Bytes;
+use forebay_telemetry::StepMeter;
+use futures::future::BoxFuture;
+use std::{
+    collections::{HashMap, HashSet, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    task::JoinSet,
+    time::{Instant, MissedTickBehavior},
+};
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+
+/// Where a stage's records come from.
+pub trait Source: Send {
+    /// Waits for what happens next. Cancel safe: nothing is lost when the future is dropped.
+    fn next(&mut self) -> BoxFuture<'_, Event>;
+
+    /// Takes what has happened already, without waiting.
+    fn try_next(&mut self) -> Option<Event>;
+
+    /// A record has left the queue of those that wait: the source may read on.
+    fn dispatched(&mut self, bytes: usize);
+
+    /// Notes how far partitions have come. What is noted for a partition that is no longer ours is ignored.
+    fn store(&mut self, progress: &[(Partition, i64)]);
+
+    /// Commits what is stored, without waiting.
+    fn commit(&mut self);
+
+    /// Reads no more of this partition until [`resume`](Self::resume).
+    fn pause(&mut self, partition: &Partition);
+
+    /// Reads on.
+    fn resume(&mut self, partition: &Partition);
+
+    /// The partitions of the oldest [`Event::Revoked`] are drained and stored: commit, then give them up.
+    fn release(&mut self);
+
+    /// Gives up everything: each partition comes back as [`Event::Revoked`], and [`Event::Ended`] follows.
+    fn close(&mut self);
+}
+
+/// What a source tells.
+#[derive(Debug)]
+pub enum Event {
+    /// These partitions are ours from now on.
+    Assigned(Vec<Partition>),
+    /// These partitions are to be given up. `lost` where somebody else may own them already.
+    Revoked {
+        /// Which.
+        partitions: Vec<Partition>,
+        /// Whether it is too late to store anything.
+        lost: bool,
+    },
+    /// A record.
+    Record(Incoming),
+    /// Nothing more will come.
+    Ended,
+    /// The source cannot go on.
+    Failed(String),
+}
+
+/// Where a stage's messages go.
+pub trait Sink: Send + Sync + 'static {
+    /// Writes messages; resolves when all of them are acknowledged. Waits for a log that is away.
+    fn send(&self, messages: Vec<Outgoing>) -> BoxFuture<'_, Result<(), SendError>>;
+}
+
+/// Why messages were not written.
+#[derive(Debug, thiserror::Error)]
+pub enum SendError {
+    /// The topic does not take so large a message; no retry can help.
+    #[error("a message of {bytes} bytes is larger than topic {topic} takes")]
+    TooLarge {
+        /// The topic.
+        topic: String,
+        /// The bytes of the message's value.
+        bytes: usize,
+    },
+    /// The sink is closed; the record stays unfinished and is read again.
+    #[error("the sink is closed")]
+    Closed,
+    /// The sink cannot go on.
+    #[error("could not write to topic {topic}: {reason}")]
+    Fatal {
+        /// The topic.
+        topic: String,
+        /// What happened.
+        reason: String,
+    },
+}
+
+/// The bounds of one stage.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Records in the operator at a time.
+    pub in_flight: usize,
+    /// Offsets between the lowest unfinished record of a partition and the highest that was read.
+    pub window: i64,
+    /// How long a partition that is taken away may take to finish what is running.
+    pub drain: Duration,
+    /// How often progress is committed.
+    pub commit_every: Duration,
+    /// Whether records of one key are processed one after the other.
+    pub ordered: bool,
+}
+
+impl Limits {
+    /// The usual bounds, with so many records in the operator at a time.
+    pub fn new(in_flight: usize) -> Self {
+        Self {
+            in_flight,
+            window: 65_536,
+            // Shorter than max.poll.interval.ms and than what init systems allow before they kill.
+            drain: Duration::from_secs(10),
+            commit_every: Duration::from_millis(250),
+            ordered: false,
+        }
+    }
+}
+
+/// Why a stage ended before it was asked to.
+#[derive(Debug, thiserror::Error)]
+#[error("stage {stage} cannot go on: {reason}")]
+pub struct DriveError {
+    stage: String,
+    reason: String,
+}
+
+/// One partition that is ours.
+#[derive(Default)]
+struct Owned {
+    epoch: u64,
+    tracker: Tracker,
+    /// Records that are running or unacknowledged.
+    busy: usize,
+    paused: bool,
+    /// Set when it is being taken away: nothing of it is dispatched any more.
+    leaving: bool,
+}
+
+/// A record whose messages are acknowledged, or that is to be read again.
+struct Done {
+    partition: Partition,
+    epoch: u64,
+    offset: i64,
+    key: Option<Bytes>,
+    result: Result<(), SendError>,
+}
+
+/// A record that waits for the operator.
+struct Waiting {
+    incoming: Incoming,
+    /// Whether its key's turn is its own already.
+    has_turn: bool,
+}
+
+/// Partitions that are being taken away together.
+struct Leaving {
+    partitions: Vec<Partition>,
+    until: Instant,
+}
+
+struct Loop<S> {
+    stage: Arc<Stage>,
+    source: S,
+    sink: Arc<dyn Sink>,
+    limits: Limits,
+    owned: HashMap<Partition, Owned>,
+    epoch: u64,
+    waiting: VecDeque<Waiting>,
+    /// Keys whose turn somebody has, with the records that wait for the next one; only where the step is ordered.
+    turns: HashMap<Bytes, VecDeque<Incoming>>,
+    room: Arc<Semaphore>,
+    tasks: JoinSet<Done>,
+    leaving: VecDeque<Leaving>,
+}
+
+/// Runs a stage until `shutdown` is given and its partitions are drained, or until it cannot go on.
+pub async fn drive<S: Source>(
+    stage: Arc<Stage>,
+    source: S,
+    sink: Arc<dyn Sink>,
+    limits: Limits,
+    shutdown: CancellationToken,
+) -> Result<(), DriveError> {
+    let room = Arc::new(Semaphore::new(limits.in_flight));
+    let mut state = Loop {
+        stage,
+        source,
+        sink,
+        limits,
+        owned: HashMap::new(),
+        epoch: 0,
+        waiting: VecDeque::new(),
+        turns: HashMap::new(),
+        room,
+        tasks: JoinSet::new(),
+        leaving: VecDeque::new(),
+    };
+    state.run(shutdown).await
+}
+
+impl<S: Source> Loop<S> {
+    async fn run(&mut self, shutdown: CancellationToken) -> Result<(), DriveError> {
+        let mut commit = tokio::time::interval(self.limits.commit_every);
+        commit.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut closing = false;
+        loop {
+            let drained_by = self.leaving.front().map(|leaving| leaving.until);
+            tokio::select! {
+                biased;
+                () = shutdown.cancelled(), if !closing => {
+                    closing = true;
+                    self.source.close();
+                }
+                Some(done) = self.tasks.join_next() => {
+                    // A task ends by a panic only where our own code has a bug: its record stays unfinished.
+                    self.finish(done.map_err(|panic| self.error(format!("a task panicked: {panic}")))?)?;
+                }
+                permit = Arc::clone(&self.room).acquire_owned(), if !self.waiting.is_empty() => {
+                    let permit = permit.map_err(|closed| self.error(closed.to_string()))?;
+                    self.dispatch(permit);
+                }
+                () = until(drained_by), if drained_by.is_some() => self.release_drained(true),
+                event = self.source.next() => {
+                    if self.take(event)? {
+                        return Ok(());
+                    }
+                    while let Some(event) = self.source.try_next() {
+                        if self.take(event)? {
+                            return Ok(());
+                        }
+                    }
+                }
+                _ = commit.tick() => {
+                    self.store();
+                    self.source.commit();
+                    self.measure();
+                }
+            }
+        }
+    }
+
+    /// Takes in what the source tells; true at its end.
+    fn take(&mut self, event: Event) -> Result<bool, DriveError> {
+        match event {
+            Event::Record(incoming) => self.admit(incoming),
+            Event::Assigned(partitions) => self.assign(partitions),
+            Event::Revoked { partitions, lost } => self.revoke(partitions, lost),
+            Event::Ended => return Ok(true),
+            Event::Failed(reason) => return Err(self.error(reason)),
+        }
+        Ok(false)
+    }
+
+    fn assign(&mut self, partitions: Vec<Partition>) {
+        for partition in partitions {
+            self.epoch += 1;
+            self.owned.insert(partition, Owned { epoch: self.epoch, ..Owned::default() });
+        }
+        self.meter().assigned(self.owned.len());
+        info!(stage = %self.stage.key(), partitions = self.owned.len(), "partitions assigned");
+    }
+
+    fn admit(&mut self, incoming: Incoming) {
+        let Some(owned) = self.owned.get_mut(&incoming.partition).filter(|owned| !owned.leaving) else {
+            // It was read before the partition was taken away; its next owner reads it.
+            return self.source.dispatched(incoming.held.bytes());
+        };
+        if !owned.tracker.begin(incoming.offset) {
+            return self.source.dispatched(incoming.held.bytes());
+        }
+        if !owned.paused && owned.tracker.span() > self.limits.window {
+            owned.paused = true;
+            self.source.pause(&incoming.partition);
+        }
+        self.stage.meter().received(&incoming.partition.topic, incoming.held.bytes());
+        self.waiting.push_back(Waiting { incoming, has_turn: false });
+    }
+
+    /// Gives the first record that waits to the operator.
+    fn dispatch(&mut self, permit: OwnedSemaphorePermit) {
+        let Some(Waiting { incoming, has_turn }) = self.waiting.pop_front() else { return };
+        if has_turn {
+            return self.start(incoming, permit);
+        }
+        self.source.dispatched(incoming.held.bytes());
+        if self.limits.ordered
+            && let Some(key) = incoming.key.clone()
+        {
+            if let Some(turn) = self.turns.get_mut(&key) {
+                return turn.push_back(incoming);
+            }
+            self.turns.insert(key, VecDeque::new());
+        }
+        self.start(incoming, permit);
+    }
+
+    fn start(&mut self, incoming: Incoming, permit: OwnedSemaphorePermit) {
+        let Some(owned) = self.owned.get_mut(&incoming.partition).filter(|owned| !owned.leaving) else {
+            return self.next_turn(incoming.key.as_ref());
+        };
+        owned.busy += 1;
+        let epoch = owned.epoch;
+        let (stage, sink) = (Arc::clone(&self.stage), Arc::clone(&self.sink));
+        self.tasks.spawn(async move {
+            let messages = stage.process(&incoming).await;
+            // The operator is free for the next record while this one's messages are on their way.
+            drop(permit);
+            let result = match sink.send(messages).await {
+                Err(SendError::TooLarge { topic, .. }) => sink.send(stage.too_large(&incoming, &topic)).await,
+                result => result,
+            };
+            let Incoming { partition, offset, key, .. } = incoming;
+            Done { partition, epoch, offset, key, result }
+        });
+    }
+
+    fn finish(&mut self, done: Done) -> Result<(), DriveError> {
+        let Done { partition, epoch, offset, key, result } = done;
+        self.next_turn(key.as_ref());
+        let finished = match result {
+            Ok(()) => true,
+            Err(SendError::Closed) => false,
+            Err(fault) => return Err(self.error(fault.to_string())),
+        };
+        let Some(owned) = self.owned.get_mut(&partition).filter(|owned| owned.epoch == epoch) else {
+            warn!(stage = %self.stage.key(), %partition, offset,
+                "a record finished after its partition was given up; its next owner may process it again");
+            return Ok(());
+        };
+        owned.busy -= 1;
+        if finished {
+            owned.tracker.finish(offset);
+        }
+        if owned.paused && owned.tracker.span() < self.limits.window / 2 {
+            owned.paused = false;
+            self.source.resume(&partition);
+        }
+        if owned.leaving {
+            self.release_drained(false);
+        }
+        Ok(())
+    }
+
+    /// Passes the turn of a key on, to the record that has waited longest.
+    fn next_turn(&mut self, key: Option<&Bytes>) {
+        let Some((key, mut turn)) = key.and_then(|key| self.turns.remove_entry(key)) else { return };
+        if let Some(incoming) = turn.pop_front() {
+            self.turns.insert(key, turn);
+            self.waiting.push_front(Waiting { incoming, has_turn: true });
+        }
+    }
+
+    fn revoke(&mut self, partitions: Vec<Partition>, lost: bool) {
+        let gone: HashSet<_> = partitions.iter().cloned().collect();
+        // What waits was never started: the next owner reads it.
+        // Records of one key lie in one partition, so a turn that waits leaves together with all who wait behind it.
+        for turn in self.turns.values_mut() {
+            turn.retain(|incoming| !gone.contains(&incoming.partition));
+        }
+        for waiting in std::mem::take(&mut self.waiting) {
+            if !gone.contains(&waiting.incoming.partition) {
+                self.waiting.push_back(waiting);
+            } else if waiting.has_turn {
+                waiting.incoming.key.and_then(|key| self.turns.remove(&key));
+            } else {
+                self.source.dispatched(waiting.incoming.held.bytes());
+            }
+        }
+        for partition in &partitions {
+            if lost {
+                self.owned.remove(partition);
+            } else if let Some(owned) = self.owned.get_mut(partition) {
+                owned.leaving = true;
+            }
+        }
+        self.meter().rebalanced();
+        info!(stage = %self.stage.key(), partitions = partitions.len(), lost, "partitions revoked; draining");
+        self.leaving.push_back(Leaving { partitions, until: Instant::now() + self.limits.drain });
+        self.release_drained(false);
+    }
+
+    /// Gives up, in order, all partitions that are drained; the first also when its time is up.
+    fn release_drained(&mut self, mut late: bool) {
+        while let Some(leaving) = self.leaving.front() {
+            let busy = |partition| self.owned.get(partition).map_or(0, |owned: &Owned| owned.busy);
+            let unfinished: usize = leaving.partitions.iter().map(busy).sum();
+            if unfinished > 0 && !late {
+                return;
+            }
+            if unfinished > 0 {
+                warn!(stage = %self.stage.key(), unfinished,
+                    "partitions are given up before all their records finished; these will be processed again");
+            }
+            late = false;
+            self.store();
+            let Some(leaving) = self.leaving.pop_front() else { return };
+            for partition in &leaving.partitions {
+                self.owned.remove(partition);
+            }
+            self.meter().assigned(self.owned.len());
+            self.source.release();
+        }
+    }
+
+    fn store(&mut self) {
+        let mut progress = Vec::new();
+        for (partition, owned) in &mut self.owned {
+            if let Some(offset) = owned.tracker.take_progress() {
+                progress.push((partition.clone(), offset));
+            }
+        }
+        if !progress.is_empty() {
+            self.source.store(&progress);
+        }
+    }
+
+    fn measure(&self) {
+        let meter = self.meter();
+        meter.in_flight(self.limits.in_flight - self.room.available_permits());
+        let bytes = self.waiting.iter().map(|waiting| waiting.incoming.held.bytes()).sum();
+        meter.buffered(self.waiting.len(), bytes);
+        meter.paused(self.owned.values().filter(|owned| owned.paused).count());
+    }
+
+    fn meter(&self) -> &StepMeter {
+        self.stage.meter()
+    }
+
+    fn error(&self, reason: String) -> DriveError {
+        error!(stage = %self.stage.key(), reason, "a stage cannot go on");
+        DriveError { stage: self.stage.key().to_string(), reason }
+    }
+}
+
+async fn until(moment: Option<Instant>) {
+    match moment {
+        Some(moment) => tokio::time::sleep_until(moment).await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,259 @@
+//! What all clients of one cluster share: where it is, how it is spoken to, and which settings are not for the user.
+//!
+//! librdkafka's properties pass through, so that TLS, SASL and tuning need nothing of ours. A short list is refused:
+//! on these the promises rest.
+
+use rdkafka::{
+    ClientConfig, ClientContext,
+    config::RDKafkaLogLevel,
+    consumer::{BaseConsumer, Consumer},
+    error::KafkaError,
+};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use tracing::{debug, error, info, warn};
+
+/// Properties that the promises own, each with the reason.
+const REFUSED: &[(&str, &str)] = &[
+    ("bootstrap.servers", "give it as bootstrap_servers, which every command reads"),
+    ("metadata.broker.list", "give the brokers as bootstrap_servers, which every command reads"),
+    ("group.id", "the group is {prefix}{pipeline}.{step}, so that every process of a stage finds the others"),
+    ("group.instance.id", "a static member that is gone holds its partitions until the session times out"),
+    ("enable.auto.commit", "an offset is committed only after all that its record became is acknowledged"),
+    ("enable.auto.offset.store", "an offset is stored only after all that its record became is acknowledged"),
+    (
+        "auto.offset.reset",
+        "a stage without a committed offset starts at the earliest record, or it would lose some",
+    ),
+    (
+        "partition.assignment.strategy",
+        "partitions are drained one by one, which only cooperative-sticky allows",
+    ),
+    ("enable.partition.eof", "tables use it to know that they are read whole"),
+    ("acks", "a message counts as written when all replicas have it"),
+    ("request.required.acks", "a message counts as written when all replicas have it"),
+    ("enable.idempotence", "without it a retry of the client may write a message twice"),
+    ("transactional.id", "there are no transactions here"),
+    ("partitioner", "records of one job must meet at one partition number, also beside Java clients"),
+    ("allow.auto.create.topics", "topics are made by `forebay topics apply` only, with their settings"),
+];
+
+/// Where the cluster is and how it is spoken to.
+#[derive(Clone, Debug, Default)]
+pub struct KafkaSettings {
+    /// `host:port`, joined by commas.
+    pub bootstrap_servers: String,
+    /// librdkafka's properties.
+    pub properties: BTreeMap<String, String>,
+}
+
+/// A property that is not the user's to set, or that librdkafka does not take.
+#[derive(Debug, thiserror::Error)]
+pub enum SettingsError {
+    /// On the list of those that the promises own.
+    #[error("kafka property {property} cannot be set: {reason}")]
+    Refused {
+        /// The property.
+        property: String,
+        /// Why.
+        reason: &'static str,
+    },
+    /// librdkafka does not take it.
+    #[error(
+        "kafka property {property} = {value:?} is not accepted: {reason}; see CONFIGURATION.md of librdkafka"
+    )]
+    NotAccepted {
+        /// The property.
+        property: String,
+        /// Its value.
+        value: String,
+        /// librdkafka's words.
+        reason: String,
+    },
+    /// The client could not be made.
+    #[error("could not make a Kafka client")]
+    Client(#[source] KafkaError),
+}
+
+/// Nobody answers.
+#[derive(Debug, thiserror::Error)]
+#[error("could not reach Kafka at {bootstrap_servers} within {} s; check that the broker runs and that the address, TLS and SASL settings are right", waited.as_secs())]
+pub struct UnreachableError {
+    bootstrap_servers: String,
+    waited: Duration,
+    #[source]
+    source: Option<KafkaError>,
+}
+
+/// A cluster, ready to make clients of.
+#[derive(Clone, Debug)]
+pub struct Kafka {
+    config: ClientConfig,
+    bootstrap_servers: String,
+}
+
+impl Kafka {
+    /// Checks the settings; connects to nothing yet.
+    pub fn new(settings: &KafkaSettings) -> Result<Self, SettingsError> {
+        let mut config = ClientConfig::new();
+        config.set("bootstrap.servers", &settings.bootstrap_servers);
+        config.set("client.id", "forebay");
+        config.set_log_level(RDKafkaLogLevel::Notice);
+        for (property, value) in &settings.properties {
+            if let Some((_, reason)) = REFUSED.iter().find(|(refused, _)| refused == property) {
+                return Err(SettingsError::Refused { property: property.clone(), reason });
+            }
+            config.set(property, value);
+        }
+        config.create_native_config().map_err(|error| match error {
+            KafkaError::ClientConfig(_, reason, property, value) => {
+                SettingsError::NotAccepted { property, value, reason }
+            }
+            error => SettingsError::Client(error),
+        })?;
+        Ok(Self { config, bootstrap_servers: settings.bootstrap_servers.clone() })
+    }
+
+    /// Where the cluster is.
+    pub fn bootstrap_servers(&self) -> &str {
+        &self.bootstrap_servers
+    }
+
+    /// The settings that all clients start from.
+    pub fn config(&self) -> ClientConfig {
+        self.config.clone()
+    }
+
+    /// The settings of a member of a consumer group.
+    pub(super) fn group_config(&self, group: &str) -> ClientConfig {
+        let mut config = self.config();
+        let kip_848 =
+            config.get("group.protocol").is_some_and(|protocol| protocol.eq_ignore_ascii_case("consumer"));
+        // Defaults first, so that what the user passed through wins.
+        let mut default = |name: &str, value: &str| {
+            if config.get(name).is_none() {
+                config.set(name, value);
+            }
+        };
+        default("max.poll.interval.ms", "60000");
+        // Small prefetch: what librdkafka holds counts against no budget of ours.
+        default("queued.min.messages", "1000");
+        default("queued.max.messages.kbytes", "16384");
+        default("fetch.wait.max.ms", "100");
+        default("statistics.interval.ms", "5000");
+        if !kip_848 {
+            default("session.timeout.ms", "10000");
+            default("heartbeat.interval.ms", "3000");
+            config.set("partition.assignment.strategy", "cooperative-sticky");
+        }
+        config.set("group.id", group);
+        config.set("enable.auto.commit", "false");
+        config.set("enable.auto.offset.store", "false");
+        config.set("auto.offset.reset", "earliest");
+        config
+    }
+
+    /// The settings of a reader without a group, which assigns partitions to itself.
+    pub fn reader_config(&self) -> ClientConfig {
+        let mut config = self.config();
+        // librdkafka wants a group id for any consumer; nothing is ever committed under this one.
+        config.set("group.id", "forebay-reader");
+        config.set("enable.auto.commit", "false");
+        config.set("enable.auto.offset.store", "false");
+        config.set("auto.offset.reset", "earliest");
+        config.set("enable.partition.eof", "true");
+        config.set("fetch.wait.max.ms", "100");
+        config
+    }
+
+    /// The settings of a producer whose messages are written once and never lost.
+    pub fn producer_config(&self) -> ClientConfig {
+        let mut config = self.config();
+        let mut default = |name: &str, value: &str| {
+            if config.get(name).is_none() {
+                config.set(name, value);
+            }
+        };
+        // Seven hops share a budget of 10 ms: batches form by themselves while requests are in flight.
+        default("linger.ms", "0.5");
+        default("queue.buffering.max.kbytes", "65536");
+        default("message.max.bytes", &forebay_schemas::topics::DERIVED_MESSAGE_BYTES_MAX.to_string());
+        config.set("acks", "all");
+        config.set("enable.idempotence", "true");
+        // As the Java client does, so that records of one key meet whoever wrote them.
+        config.set("partitioner", "murmur2_random");
+        config
+    }
+
+    /// The id of the cluster; fails where nobody answers in time. Blocks.
+    pub fn cluster_id(&self, wait: Duration) -> Result<String, UnreachableError> {
+        let unreachable = |source| UnreachableError {
+            bootstrap_servers: self.bootstrap_servers.clone(),
+            waited: wait,
+            source,
+        };
+        let reader: BaseConsumer<LogContext> =
+            self.reader_config().create_with_context(LogContext).map_err(|error| unreachable(Some(error)))?;
+        reader.client().fetch_cluster_id(wait).ok_or_else(|| unreachable(None))
+    }
+}
+
+/// Says what librdkafka says, in our log.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct LogContext;
+
+impl ClientContext for LogContext {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        log(level, facility, message);
+    }
+    fn error(&self, fault: KafkaError, reason: &str) {
+        say(&fault, reason);
+    }
+}
+
+impl rdkafka::consumer::ConsumerContext for LogContext {}
+
+pub(super) fn log(level: RDKafkaLogLevel, facility: &str, message: &str) {
+    match level {
+        RDKafkaLogLevel::Emerg
+        | RDKafkaLogLevel::Alert
+        | RDKafkaLogLevel::Critical
+        | RDKafkaLogLevel::Error => {
+            error!(facility, message, "librdkafka");
+        }
+        RDKafkaLogLevel::Warning => warn!(facility, message, "librdkafka"),
+        RDKafkaLogLevel::Notice | RDKafkaLogLevel::Info => info!(facility, message, "librdkafka"),
+        RDKafkaLogLevel::Debug => debug!(facility, message, "librdkafka"),
+    }
+}
+
+pub(super) fn say(fault: &KafkaError, reason: &str) {
+    warn!(error = %fault, reason, "Kafka client");
+}
+
+/// A topic's name, shared by all who name it.
+pub(super) fn shared_name(names: &[Arc<str>], name: &str) -> Arc<str> {
+    names.iter().find(|known| ***known == *name).map_or_else(|| Arc::from(name), Arc::clone)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refusal(property: &str, value: &str) -> String {
+        let properties = BTreeMap::from([(property.to_owned(), value.to_owned())]);
+        let settings = KafkaSettings { bootstrap_servers: "127.0.0.1:1".to_owned(), properties };
+        Kafka::new(&settings).expect_err(property).to_string()
+    }
+
+    #[test]
+    fn properties_that_the_promises_own_are_refused_with_the_reason() {
+        assert!(refusal("acks", "1").contains("all replicas"));
+        assert!(refusal("group.id", "mine").contains("{prefix}{pipeline}.{step}"));
+    }
+
+    #[test]
+    fn a_property_that_librdkafka_does_not_know_is_named() {
+        assert!(refusal("sesion.timeout.ms", "1").contains("sesion.timeout.ms"));
+        assert!(refusal("session.timeout.ms", "soon").contains("soon"));
+    }
+}

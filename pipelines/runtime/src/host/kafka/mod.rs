@@ -1,0 +1,12 @@
+//! Over Kafka: a consumer group for each stage, one producer for each process.
+
+mod client;
+mod sink;
+mod source;
+mod table;
+pub mod topics;
+
+pub use client::{Kafka, KafkaSettings, SettingsError, UnreachableError};
+pub use sink::KafkaSink;
+pub use source::{KafkaSource, ReadBounds};
+pub use table::{TableError, TableReader};

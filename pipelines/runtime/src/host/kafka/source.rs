@@ -1,0 +1,532 @@
+//! Reads a stage's topics as a member of its consumer group.
+//!
+//! One thread owns the consumer and never awaits a model: it polls, turns messages into records of our own at once,
+//! and hands them over. Not `StreamConsumer` and not split queues, which stall silently (rust-rdkafka #638, #665).
+//!
+//! A rebalance is not served inside librdkafka's callback, as is usual: the callback only notes it, and the thread
+//! gives partitions up after the loop has drained them, polling on meanwhile. So a drain of 10 s neither evicts the
+//! member nor stops the heartbeat.
+//!
+//! Invariant: a partition is unassigned only after its progress is committed, or when it was lost already.
+
+use super::client::{Kafka, SettingsError, log, say, shared_name};
+use crate::{
+    budget::Budget,
+    drive::{Event, Source},
+    message::{Incoming, Partition},
+};
+use bytes::Bytes;
+use forebay_schemas::Headers as OwnHeaders;
+use forebay_telemetry::{Health, StepMeter};
+use futures::future::BoxFuture;
+use rdkafka::{
+    ClientContext, Message, Offset, Statistics, TopicPartitionList,
+    config::RDKafkaLogLevel,
+    consumer::{BaseConsumer, CommitMode, Consumer, ConsumerContext},
+    error::{KafkaError, KafkaResult},
+    message::{BorrowedMessage, Headers},
+    types::{RDKafkaErrorCode, RDKafkaRespErr},
+};
+use std::{
+    collections::{BTreeSet, HashMap, VecDeque},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+        mpsc as sync_mpsc,
+    },
+    time::{Duration, Instant},
+};
+use tokio::sync::mpsc;
+use tracing::{error, warn};
+
+/// How much may wait between the reading thread and the operator.
+#[derive(Clone, Copy, Debug)]
+pub struct ReadBounds {
+    /// Records.
+    pub records: usize,
+    /// Their bytes.
+    pub bytes: usize,
+}
+
+impl ReadBounds {
+    /// The usual bounds for a step with so many records in its operator at a time.
+    pub fn new(in_flight: usize) -> Self {
+        Self { records: (4 * in_flight).max(2048), bytes: 16 << 20 }
+    }
+}
+
+/// How long the thread sleeps in a poll that brings nothing: the bound on how late it notices a command.
+const POLL: Duration = Duration::from_millis(20);
+
+/// How long giving partitions up may wait for the commit before it.
+const COMMIT_WAIT: Duration = Duration::from_secs(3);
+
+/// A member of a consumer group.
+pub struct KafkaSource {
+    consumer: Arc<BaseConsumer<Member>>,
+    events: mpsc::UnboundedReceiver<Event>,
+    commands: sync_mpsc::Sender<Command>,
+    waiting: Arc<Waiting>,
+    meter: StepMeter,
+}
+
+enum Command {
+    Pause(Partition),
+    Resume(Partition),
+    Release,
+    Close,
+}
+
+/// What was read and is not dispatched yet.
+#[derive(Default)]
+struct Waiting {
+    records: AtomicUsize,
+    bytes: AtomicUsize,
+}
+
+impl KafkaSource {
+    /// Joins the group. `topics` are full names.
+    pub fn join(
+        kafka: &Kafka,
+        group: &str,
+        topics: &[Arc<str>],
+        bounds: ReadBounds,
+        budget: Arc<Budget>,
+        meter: StepMeter,
+        health: Health,
+    ) -> Result<Self, SettingsError> {
+        let member = Member::new(meter.clone());
+        let config = kafka.group_config(group);
+        let consumer: BaseConsumer<Member> =
+            config.create_with_context(member).map_err(SettingsError::Client)?;
+        let names: Vec<&str> = topics.iter().map(|name| &**name).collect();
+        consumer.subscribe(&names).map_err(SettingsError::Client)?;
+        let consumer = Arc::new(consumer);
+        let (events_in, events) = mpsc::unbounded_channel();
+        let (commands, commands_out) = sync_mpsc::channel();
+        let waiting = Arc::new(Waiting::default());
+        let heart = format!("consumer {group}");
+        let reader = Reader {
+            consumer: Arc::clone(&consumer),
+            events: events_in,
+            commands: commands_out,
+            waiting: Arc::clone(&waiting),
+            bounds,
+            budget,
+            topics: topics.to_vec(),
+            paused: BTreeSet::new(),
+            holding: false,
+            revoked: VecDeque::new(),
+            expected: HashMap::new(),
+            closing: false,
+            complained: None,
+        };
+        let thread = std::thread::Builder::new().name(format!("read {group}"));
+        thread
+            .spawn(move || reader.run(|| health.beat(&heart)))
+            .map_err(|fault| SettingsError::Client(KafkaError::ClientCreation(fault.to_string())))?;
+        Ok(Self { consumer, events, commands, waiting, meter })
+    }
+
+    fn command(&self, command: Command) {
+        // The thread ends only after it has said so, and then there is nothing left to command.
+        let _ = self.commands.send(command);
+    }
+}
+
+impl Source for KafkaSource {
+    fn next(&mut self) -> BoxFuture<'_, Event> {
+        Box::pin(async { self.events.recv().await.unwrap_or(Event::Ended) })
+    }
+
+    fn try_next(&mut self) -> Option<Event> {
+        self.events.try_recv().ok()
+    }
+
+    fn dispatched(&mut self, bytes: usize) {
+        self.waiting.records.fetch_sub(1, Ordering::Relaxed);
+        self.waiting.bytes.fetch_sub(bytes, Ordering::Relaxed);
+    }
+
+    fn store(&mut self, progress: &[(Partition, i64)]) {
+        // One by one: librdkafka refuses the whole list for one partition that has just been lost, and it is right
+        // to refuse that one: it fences us off.
+        for (partition, offset) in progress {
+            let mut one = TopicPartitionList::new();
+            let added = one.add_partition_offset(&partition.topic, partition.number, Offset::Offset(*offset));
+            match added.and_then(|()| self.consumer.store_offsets(&one)) {
+                Ok(()) => self.meter.committed(&partition.topic, partition.number, *offset),
+                Err(fault) => {
+                    warn!(%partition, offset, error = %fault, "could not store an offset; its next owner repeats")
+                }
+            }
+        }
+    }
+
+    fn commit(&mut self) {
+        if let Err(fault) = self.consumer.commit_consumer_state(CommitMode::Async)
+            && !is_nothing_to_commit(&fault)
+        {
+            warn!(error = %fault, "could not commit; will try again");
+        }
+    }
+
+    fn pause(&mut self, partition: &Partition) {
+        self.command(Command::Pause(partition.clone()));
+    }
+
+    fn resume(&mut self, partition: &Partition) {
+        self.command(Command::Resume(partition.clone()));
+    }
+
+    fn release(&mut self) {
+        self.command(Command::Release);
+    }
+
+    fn close(&mut self) {
+        self.command(Command::Close);
+    }
+}
+
+fn is_nothing_to_commit(fault: &KafkaError) -> bool {
+    matches!(fault, KafkaError::ConsumerCommit(RDKafkaErrorCode::NoOffset))
+}
+
+/// What librdkafka calls back: it only takes notes.
+struct Member {
+    rebalances: Mutex<VecDeque<Rebalance>>,
+    /// Commits that were answered, counted.
+    commits: AtomicUsize,
+    /// Set when nobody drains any more: then partitions are given up at once.
+    closed: AtomicBool,
+    meter: StepMeter,
+}
+
+impl Member {
+    fn new(meter: StepMeter) -> Self {
+        Self {
+            rebalances: Mutex::default(),
+            commits: AtomicUsize::new(0),
+            closed: AtomicBool::new(false),
+            meter,
+        }
+    }
+}
+
+enum Rebalance {
+    Assign(TopicPartitionList),
+    Revoke(TopicPartitionList),
+}
+
+impl ClientContext for Member {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        log(level, facility, message);
+    }
+    fn error(&self, fault: KafkaError, reason: &str) {
+        say(&fault, reason);
+    }
+    fn stats(&self, statistics: Statistics) {
+        for (topic, of_topic) in &statistics.topics {
+            for (number, partition) in &of_topic.partitions {
+                // −1 means not known: the partition is not ours, or nothing was fetched yet.
+                if *number >= 0 && partition.consumer_lag >= 0 {
+                    self.meter.lag(topic, *number, partition.consumer_lag);
+                }
+            }
+        }
+    }
+}
+
+impl ConsumerContext for Member {
+    fn rebalance(
+        &self,
+        consumer: &BaseConsumer<Self>,
+        kind: RDKafkaRespErr,
+        partitions: &mut TopicPartitionList,
+    ) {
+        let assigns = kind == RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS;
+        if self.closed.load(Ordering::Acquire) {
+            let done = match assigns {
+                true => consumer.incremental_assign(partitions),
+                false => consumer.incremental_unassign(partitions),
+            };
+            if let Err(fault) = done {
+                warn!(error = %fault, "could not follow a rebalance while closing");
+            }
+            return;
+        }
+        let partitions = partitions.clone();
+        let change = if assigns { Rebalance::Assign(partitions) } else { Rebalance::Revoke(partitions) };
+        self.rebalances.lock().unwrap_or_else(PoisonError::into_inner).push_back(change);
+    }
+
+    fn commit_callback(&self, result: KafkaResult<()>, _: &TopicPartitionList) {
+        self.commits.fetch_add(1, Ordering::Release);
+        if let Err(fault) = result
+            && !is_nothing_to_commit(&fault)
+        {
+            warn!(error = %fault, "a commit was refused");
+        }
+    }
+}
+
+/// The reading thread.
+struct Reader {
+    consumer: Arc<BaseConsumer<Member>>,
+    events: mpsc::UnboundedSender<Event>,
+    commands: sync_mpsc::Receiver<Command>,
+    waiting: Arc<Waiting>,
+    bounds: ReadBounds,
+    budget: Arc<Budget>,
+    topics: Vec<Arc<str>>,
+    /// Partitions whose window is full.
+    paused: BTreeSet<Partition>,
+    /// Whether everything is paused, because too much waits.
+    holding: bool,
+    /// Partitions that are being drained, oldest first.
+    revoked: VecDeque<TopicPartitionList>,
+    /// Where reading a partition should begin, until it has.
+    expected: HashMap<Partition, i64>,
+    closing: bool,
+    /// When an error was last said aloud: one that lasts must not fill the log.
+    complained: Option<Instant>,
+}
+
+impl Reader {
+    fn run(mut self, beat: impl Fn()) {
+        let ended = loop {
+            beat();
+            for command in self.commands.try_iter().collect::<Vec<_>>() {
+                self.obey(command);
+            }
+            self.follow_rebalances();
+            self.hold_or_go_on();
+            if self.closing && self.revoked.is_empty() && self.owns_nothing() {
+                break Event::Ended;
+            }
+            if self.events.is_closed() {
+                // The loop is gone: nobody will ever drain. Leave at once, so that others take over.
+                break Event::Ended;
+            }
+            if let Some(fault) = self.poll(POLL) {
+                break Event::Failed(fault);
+            }
+        };
+        self.consumer.context().closed.store(true, Ordering::Release);
+        for partitions in self.revoked.drain(..) {
+            let _ = self.consumer.incremental_unassign(&partitions);
+        }
+        self.consumer.unsubscribe();
+        // The loop may be gone already.
+        let _ = self.events.send(ended);
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Pause(partition) => {
+                self.set_paused(std::slice::from_ref(&partition), true);
+                self.paused.insert(partition);
+            }
+            Command::Resume(partition) => {
+                self.paused.remove(&partition);
+                if !self.holding {
+                    self.set_paused(std::slice::from_ref(&partition), false);
+                }
+            }
+            Command::Release => {
+                let Some(partitions) = self.revoked.pop_front() else { return };
+                if !self.consumer.assignment_lost() {
+                    self.commit_and_wait();
+                }
+                if let Err(fault) = self.consumer.incremental_unassign(&partitions) {
+                    warn!(error = %fault, "could not give partitions up");
+                }
+            }
+            Command::Close => {
+                self.closing = true;
+                self.consumer.unsubscribe();
+            }
+        }
+    }
+
+    fn follow_rebalances(&mut self) {
+        loop {
+            // The lock is not held on: what follows may call back.
+            let change =
+                self.consumer.context().rebalances.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+            match change {
+                Some(Rebalance::Assign(partitions)) => self.assign(&partitions),
+                Some(Rebalance::Revoke(partitions)) => self.revoke(partitions),
+                None => return,
+            }
+        }
+    }
+
+    fn assign(&mut self, partitions: &TopicPartitionList) {
+        if let Err(fault) = self.consumer.incremental_assign(partitions) {
+            warn!(error = %fault, "could not take partitions on");
+            return;
+        }
+        let owned = self.partitions(partitions);
+        // Known only to tell a loss from a gap; without an answer nothing is told.
+        if let Ok(committed) = self.consumer.committed_offsets(partitions.clone(), Duration::from_secs(2)) {
+            for element in committed.elements() {
+                if let Offset::Offset(offset) = element.offset() {
+                    let topic = shared_name(&self.topics, element.topic());
+                    self.expected.insert(Partition { topic, number: element.partition() }, offset);
+                }
+            }
+        }
+        if self.holding {
+            self.set_paused(&owned, true);
+        }
+        let _ = self.events.send(Event::Assigned(owned));
+    }
+
+    fn revoke(&mut self, partitions: TopicPartitionList) {
+        let lost = self.consumer.assignment_lost();
+        let gone = self.partitions(&partitions);
+        for partition in &gone {
+            self.paused.remove(partition);
+            self.expected.remove(partition);
+        }
+        self.revoked.push_back(partitions);
+        let _ = self.events.send(Event::Revoked { partitions: gone, lost });
+    }
+
+    /// Commits what is stored and polls until that is answered, or for a bounded time.
+    fn commit_and_wait(&mut self) {
+        let context = Arc::clone(self.consumer.context());
+        let answered = context.commits.load(Ordering::Acquire);
+        if let Err(fault) = self.consumer.commit_consumer_state(CommitMode::Async) {
+            if !is_nothing_to_commit(&fault) {
+                warn!(error = %fault, "could not commit before giving partitions up; the next owner repeats");
+            }
+            return;
+        }
+        let until = Instant::now() + COMMIT_WAIT;
+        while context.commits.load(Ordering::Acquire) == answered {
+            if Instant::now() > until {
+                warn!("a commit was not answered before partitions are given up; the next owner may repeat");
+                return;
+            }
+            if self.poll(Duration::from_millis(5)).is_some() {
+                return;
+            }
+        }
+    }
+
+    /// Stops reading while too much waits, and goes on when half of it is gone.
+    fn hold_or_go_on(&mut self) {
+        let (records, bytes) =
+            (self.waiting.records.load(Ordering::Relaxed), self.waiting.bytes.load(Ordering::Relaxed));
+        if !self.holding {
+            if records >= self.bounds.records || bytes >= self.bounds.bytes || self.budget.is_spent() {
+                self.holding = true;
+                self.set_paused(&self.owned(), true);
+            }
+        } else if records <= self.bounds.records / 2
+            && bytes <= self.bounds.bytes / 2
+            && self.budget.is_roomy()
+        {
+            self.holding = false;
+            let reading: Vec<_> = self.owned().into_iter().filter(|one| !self.paused.contains(one)).collect();
+            self.set_paused(&reading, false);
+        }
+    }
+
+    /// One message, if any comes; the fault where the consumer cannot go on.
+    fn poll(&mut self, wait: Duration) -> Option<String> {
+        // A second handle, since a message borrows the consumer.
+        let consumer = Arc::clone(&self.consumer);
+        match consumer.poll(wait)? {
+            Ok(message) => self.hand_over(&message),
+            Err(KafkaError::PartitionEOF(_)) => {}
+            Err(KafkaError::MessageConsumptionFatal(code)) => {
+                return Some(format!("the consumer met a fatal error: {code}"));
+            }
+            Err(fault) => self.complain(&fault),
+        }
+        None
+    }
+
+    fn hand_over(&mut self, message: &BorrowedMessage<'_>) {
+        let partition =
+            Partition { topic: shared_name(&self.topics, message.topic()), number: message.partition() };
+        if let Some(expected) = self.expected.remove(&partition) {
+            self.check_for_loss(&partition, expected, message.offset());
+        }
+        let bytes = Incoming::bytes(message.key(), message.payload());
+        let incoming = Incoming {
+            partition,
+            offset: message.offset(),
+            timestamp_ms: message.timestamp().to_millis().unwrap_or(0),
+            key: message.key().map(Bytes::copy_from_slice),
+            value: message.payload().map(Bytes::copy_from_slice),
+            headers: headers(message),
+            held: self.budget.take(bytes),
+        };
+        self.waiting.records.fetch_add(1, Ordering::Relaxed);
+        self.waiting.bytes.fetch_add(bytes, Ordering::Relaxed);
+        // Where the loop is gone, the record stays unfinished, and its next owner reads it.
+        let _ = self.events.send(Event::Record(incoming));
+    }
+
+    /// Records that Kafka forgot before we read them are a loss, and are said aloud.
+    fn check_for_loss(&self, partition: &Partition, expected: i64, first: i64) {
+        if first <= expected {
+            return;
+        }
+        let marks =
+            self.consumer.fetch_watermarks(&partition.topic, partition.number, Duration::from_secs(2));
+        if let Ok((low, _)) = marks
+            && low > expected
+        {
+            error!(%partition, committed = expected, log_start = low, lost = low - expected,
+                "records were deleted before they were processed; raise retention.ms of the topic");
+        }
+    }
+
+    fn complain(&mut self, fault: &KafkaError) {
+        const EVERY: Duration = Duration::from_secs(10);
+        if self.complained.is_none_or(|last| last.elapsed() > EVERY) {
+            self.complained = Some(Instant::now());
+            error!(error = %fault, topics = ?self.topics, "could not read; will try again");
+        }
+    }
+
+    fn owned(&self) -> Vec<Partition> {
+        self.consumer.assignment().map(|assignment| self.partitions(&assignment)).unwrap_or_default()
+    }
+
+    fn owns_nothing(&self) -> bool {
+        self.consumer.assignment().is_ok_and(|assignment| assignment.count() == 0)
+    }
+
+    fn partitions(&self, list: &TopicPartitionList) -> Vec<Partition> {
+        let partition = |element: rdkafka::topic_partition_list::TopicPartitionListElem<'_>| Partition {
+            topic: shared_name(&self.topics, element.topic()),
+            number: element.partition(),
+        };
+        list.elements().into_iter().map(partition).collect()
+    }
+
+    fn set_paused(&self, partitions: &[Partition], paused: bool) {
+        let mut list = TopicPartitionList::new();
+        for partition in partitions {
+            list.add_partition(&partition.topic, partition.number);
+        }
+        let set = if paused { self.consumer.pause(&list) } else { self.consumer.resume(&list) };
+        if let Err(fault) = set {
+            warn!(error = %fault, paused, "could not change whether partitions are read");
+        }
+    }
+}
+
+fn headers(message: &BorrowedMessage<'_>) -> OwnHeaders {
+    let Some(headers) = message.headers() else { return OwnHeaders::new() };
+    let own = |header: rdkafka::message::Header<'_, &[u8]>| {
+        (header.key.to_owned(), header.value.map(Bytes::copy_from_slice))
+    };
+    headers.iter().map(own).collect()
+}

@@ -1,0 +1,214 @@
+//! The topics of a pipeline on a cluster: what is there, what is wanted, what would have to change.
+
+use super::client::{Kafka, LogContext};
+use forebay_schemas::topics::{
+    Cleanup, DERIVED_MESSAGE_BYTES_MAX, INTERNAL_HEADROOM_BYTES, MESSAGE_BYTES_MAX,
+};
+use rdkafka::{
+    admin::{AdminClient, AdminOptions, NewPartitions, NewTopic, TopicReplication},
+    error::KafkaError,
+    types::RDKafkaErrorCode,
+};
+use std::{collections::BTreeMap, fmt, time::Duration};
+
+const WAIT: Duration = Duration::from_secs(30);
+
+/// A topic as a pipeline wants it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Wanted {
+    /// Its full name.
+    pub name: String,
+    /// How many partitions.
+    pub partitions: i32,
+    /// Its settings, under Kafka's names.
+    pub settings: BTreeMap<&'static str, String>,
+}
+
+impl Wanted {
+    /// A topic with the settings that its content asks for.
+    pub fn new(name: String, partitions: i32, cleanup: Cleanup, from_clients: bool) -> Self {
+        let mut settings = BTreeMap::new();
+        let internal_max = match cleanup {
+            // What is read whole holds split documents and answers with their passages.
+            Cleanup::Compact => DERIVED_MESSAGE_BYTES_MAX,
+            Cleanup::Delete { .. } => {
+                DERIVED_MESSAGE_BYTES_MAX.max(MESSAGE_BYTES_MAX + INTERNAL_HEADROOM_BYTES)
+            }
+        };
+        let bytes = if from_clients { MESSAGE_BYTES_MAX } else { internal_max };
+        settings.insert("max.message.bytes", bytes.to_string());
+        match cleanup {
+            Cleanup::Compact => {
+                settings.insert("cleanup.policy", "compact".to_owned());
+            }
+            Cleanup::Delete { hours } => {
+                settings.insert("cleanup.policy", "delete".to_owned());
+                settings.insert("retention.ms", (u64::from(hours) * 3_600_000).to_string());
+            }
+        }
+        if from_clients {
+            // Deadlines count from the record's timestamp: a client's clock must not shift them.
+            settings.insert("message.timestamp.type", "LogAppendTime".to_owned());
+        }
+        Self { name, partitions, settings }
+    }
+}
+
+/// What would have to be done about a topic.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// It is as it should be.
+    Keep(String),
+    /// It is not there.
+    Create(Wanted),
+    /// It has too few partitions. Records of one key may then lie in two partitions.
+    AddPartitions {
+        /// Its full name.
+        name: String,
+        /// How many it has.
+        from: i32,
+        /// How many it should have.
+        to: i32,
+    },
+    /// It has more partitions than is wanted; Kafka cannot take any away.
+    TooMany {
+        /// Its full name.
+        name: String,
+        /// How many it has.
+        has: i32,
+        /// How many are wanted.
+        wanted: i32,
+    },
+}
+
+impl fmt::Display for Change {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Keep(name) => write!(f, "  = {name}"),
+            Self::Create(Wanted { name, partitions, settings }) => {
+                let settings: Vec<_> = settings.iter().map(|(key, value)| format!("{key}={value}")).collect();
+                write!(f, "  + {name}  {partitions} partitions  {}", settings.join(" "))
+            }
+            Self::AddPartitions { name, from, to } => write!(f, "  ~ {name}  {from} → {to} partitions"),
+            Self::TooMany { name, has, wanted } => {
+                write!(
+                    f,
+                    "  ! {name}  has {has} partitions, {wanted} are wanted; make it anew or ask for {has}"
+                )
+            }
+        }
+    }
+}
+
+/// Why topics could not be seen or made.
+#[derive(Debug, thiserror::Error)]
+pub enum TopicsError {
+    /// The cluster did not say what it has.
+    #[error(
+        "could not read the topics of {bootstrap_servers}; check that the broker runs and that the address, TLS and SASL settings are right"
+    )]
+    Read {
+        /// Where the cluster is.
+        bootstrap_servers: String,
+        /// What happened.
+        #[source]
+        source: KafkaError,
+    },
+    /// The cluster did not make or change a topic.
+    #[error("could not make topic {topic}: {reason}")]
+    Change {
+        /// Its full name.
+        topic: String,
+        /// The broker's reason.
+        reason: String,
+    },
+}
+
+/// Full name → number of partitions, of all topics of a cluster. Blocks.
+pub fn existing(kafka: &Kafka, wait: Duration) -> Result<BTreeMap<String, i32>, TopicsError> {
+    let read = |source| TopicsError::Read { bootstrap_servers: kafka.bootstrap_servers().to_owned(), source };
+    let admin: AdminClient<LogContext> = kafka.config().create_with_context(LogContext).map_err(read)?;
+    let metadata = admin.inner().fetch_metadata(None, wait).map_err(read)?;
+    let count = |topic: &rdkafka::metadata::MetadataTopic| {
+        i32::try_from(topic.partitions().len()).unwrap_or(i32::MAX)
+    };
+    Ok(metadata.topics().iter().map(|topic| (topic.name().to_owned(), count(topic))).collect())
+}
+
+/// What would have to be done so that all wanted topics are there.
+pub fn compare(wanted: Vec<Wanted>, existing: &BTreeMap<String, i32>) -> Vec<Change> {
+    let change = |wanted: Wanted| match existing.get(&wanted.name) {
+        None => Change::Create(wanted),
+        Some(&from) if from < wanted.partitions => {
+            Change::AddPartitions { name: wanted.name, from, to: wanted.partitions }
+        }
+        Some(&has) if has > wanted.partitions => {
+            Change::TooMany { name: wanted.name, has, wanted: wanted.partitions }
+        }
+        Some(_) => Change::Keep(wanted.name),
+    };
+    wanted.into_iter().map(change).collect()
+}
+
+/// Makes the changes. `replication` of −1 is the broker's default.
+pub async fn apply(kafka: &Kafka, changes: &[Change], replication: i32) -> Result<(), TopicsError> {
+    let failed = |topic: &str, reason: String| TopicsError::Change { topic: topic.to_owned(), reason };
+    let admin: AdminClient<LogContext> =
+        kafka.config().create_with_context(LogContext).map_err(|source| TopicsError::Read {
+            bootstrap_servers: kafka.bootstrap_servers().to_owned(),
+            source,
+        })?;
+    let options = AdminOptions::new().operation_timeout(Some(WAIT)).request_timeout(Some(WAIT));
+    let mut created = Vec::new();
+    let mut grown = Vec::new();
+    for change in changes {
+        match change {
+            Change::Create(wanted) => {
+                let mut topic =
+                    NewTopic::new(&wanted.name, wanted.partitions, TopicReplication::Fixed(replication));
+                for (key, value) in &wanted.settings {
+                    topic = topic.set(key, value);
+                }
+                created.push(topic);
+            }
+            Change::AddPartitions { name, to, .. } => {
+                grown.push(NewPartitions::new(name, usize::try_from(*to).unwrap_or(0)));
+            }
+            Change::Keep(_) | Change::TooMany { .. } => {}
+        }
+    }
+    let mut results = Vec::new();
+    if !created.is_empty() {
+        let made = admin.create_topics(&created, &options).await;
+        results.extend(made.map_err(|fault| failed("(all)", fault.to_string()))?);
+    }
+    if !grown.is_empty() {
+        let made = admin.create_partitions(&grown, &options).await;
+        results.extend(made.map_err(|fault| failed("(all)", fault.to_string()))?);
+    }
+    for result in results {
+        match result {
+            // Somebody else was faster.
+            Ok(_) | Err((_, RDKafkaErrorCode::TopicAlreadyExists)) => {}
+            Err((topic, code)) => return Err(failed(&topic, code.to_string())),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn wanted(name: &str) -> Wanted {
+        Wanted::new(name.to_owned(), 12, Cleanup::Compact, false)
+    }
+
+    #[test]
+    fn a_plan_tells_what_is_there_what_is_missing_and_what_cannot_be() {
+        let existing = BTreeMap::from([("a".to_owned(), 12), ("b".to_owned(), 3), ("c".to_owned(), 24)]);
+        let changes = compare(["a", "b", "c", "d"].map(wanted).into(), &existing);
+        let shown: Vec<_> = changes.iter().map(|change| change.to_string().chars().nth(2)).collect();
+        assert_eq!(shown, [Some('='), Some('~'), Some('!'), Some('+')]);
+    }
+}

@@ -1,0 +1,67 @@
+//! Messages as a host reads and writes them.
+
+use crate::budget::Held;
+use bytes::Bytes;
+use forebay_schemas::Headers;
+use std::{fmt, sync::Arc};
+
+/// A partition of a topic, under the topic's full name.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Partition {
+    /// The topic's name, with its prefix.
+    pub topic: Arc<str>,
+    /// The partition's number.
+    pub number: i32,
+}
+
+impl fmt::Display for Partition {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.topic, self.number)
+    }
+}
+
+/// A message that was read.
+#[derive(Debug)]
+pub struct Incoming {
+    /// Where it lies.
+    pub partition: Partition,
+    /// Its offset there.
+    pub offset: i64,
+    /// Its timestamp, in milliseconds since 1970.
+    pub timestamp_ms: i64,
+    /// Its key.
+    pub key: Option<Bytes>,
+    /// Its value; `None` is a tombstone.
+    pub value: Option<Bytes>,
+    /// Its headers.
+    pub headers: Headers,
+    /// Its share of the process's memory.
+    pub held: Held,
+}
+
+impl Incoming {
+    /// `topic/partition/offset`, for a person.
+    pub fn place(&self) -> String {
+        format!("{}/{}", self.partition, self.offset)
+    }
+
+    /// An estimate of the memory that a message takes.
+    pub fn bytes(key: Option<&[u8]>, value: Option<&[u8]>) -> usize {
+        // Headers and the struct itself; a message of no bytes is not free.
+        const OVERHEAD: usize = 512;
+        OVERHEAD + key.map_or(0, <[u8]>::len) + value.map_or(0, <[u8]>::len)
+    }
+}
+
+/// A message to be written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Outgoing {
+    /// The topic's full name.
+    pub topic: Arc<str>,
+    /// Its key.
+    pub key: Option<Vec<u8>>,
+    /// Its value; `None` is a tombstone.
+    pub value: Option<Vec<u8>>,
+    /// Its headers.
+    pub headers: Headers,
+}

@@ -1,0 +1,228 @@
+//! All stages of a process, over Kafka: started in order, drained together.
+//!
+//! Tables first: a stage reads its first record only when every table that it looks things up in has caught up, or
+//! the first request after a start would find nothing.
+
+use crate::{
+    budget::Budget,
+    drive::{DriveError, Limits, drive},
+    host::kafka::{Kafka, KafkaSink, KafkaSource, ReadBounds, SettingsError, TableError, TableReader},
+    message::Outgoing,
+    stage::{CommonTopics, Parts, Patience, Stage},
+};
+use forebay_operator::{Clock, Event, Host, Step, Table};
+use forebay_plan::{Order, Plan, PlannedStep};
+use forebay_schemas::{Delta, Headers, Record, topics};
+use forebay_telemetry::{Health, Telemetry};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
+use tokio::{runtime::Handle, task::JoinSet};
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
+
+/// How long a shutdown may take in all: the drain, the commit, and a little.
+const SHUTDOWN_MAX: Duration = Duration::from_millis(11_500);
+
+/// What a process runs.
+pub struct Launch<'a> {
+    /// The cluster.
+    pub kafka: &'a Kafka,
+    /// Its id.
+    pub cluster: Arc<str>,
+    /// Goes before every topic and group.
+    pub prefix: &'a str,
+    /// The pipeline.
+    pub plan: &'a Plan,
+    /// The steps of it that run here, with their operators.
+    pub steps: Vec<(&'a PlannedStep, Arc<dyn Step>)>,
+    /// Topics without prefix, with the tables that follow them.
+    pub tables: Vec<(String, Arc<dyn Table>)>,
+    /// Bytes of records that may be unfinished at a time.
+    pub memory_bytes_max: usize,
+    /// What is counted.
+    pub telemetry: &'a Telemetry,
+    /// Who is well.
+    pub health: &'a Health,
+    /// What time it is.
+    pub clock: Clock,
+}
+
+/// Why a process did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum LaunchError {
+    /// No client.
+    #[error(transparent)]
+    Client(#[from] SettingsError),
+    /// No table.
+    #[error(transparent)]
+    Table(#[from] TableError),
+    /// The process was told to stop first.
+    #[error("stopped before the tables had caught up")]
+    Stopped,
+}
+
+/// The stages of a process at work.
+pub struct Running {
+    stages: JoinSet<Result<(), DriveError>>,
+    tables: Vec<TableReader>,
+    sink: KafkaSink,
+    shutdown: CancellationToken,
+    /// Given when nobody waits for a broker any more.
+    closed: CancellationToken,
+}
+
+impl Launch<'_> {
+    /// Starts the tables, waits for them, and starts the stages.
+    pub async fn start(self, shutdown: CancellationToken) -> Result<Running, LaunchError> {
+        let closed = CancellationToken::new();
+        let sink = KafkaSink::new(self.kafka, closed.clone())?;
+        let tables = self.start_tables(&shutdown).await?;
+        for table in &tables {
+            tokio::select! {
+                caught_up = table.caught_up() => if !caught_up { return Err(LaunchError::Stopped) },
+                () = shutdown.cancelled() => return Err(LaunchError::Stopped),
+            }
+        }
+        let budget = Budget::new(self.memory_bytes_max);
+        let host: Arc<dyn Host> = Arc::new(KafkaHost {
+            sink: sink.clone(),
+            deltas: self.name(topics::DELTAS.name),
+            telemetry: self.telemetry.clone(),
+        });
+        let mut stages = JoinSet::new();
+        for (planned, step) in &self.steps {
+            let group = self.plan.consumer_group(self.prefix, planned);
+            let stage = Arc::new(self.stage(planned, Arc::clone(step), &host, &group));
+            let from: Vec<Arc<str>> = planned.from.iter().map(|topic| self.name(topic)).collect();
+            let source = KafkaSource::join(
+                self.kafka,
+                &group,
+                &from,
+                ReadBounds::new(planned.in_flight),
+                Arc::clone(&budget),
+                stage.meter().clone(),
+                self.health.clone(),
+            )?;
+            let limits = Limits { ordered: planned.order == Order::Key, ..Limits::new(planned.in_flight) };
+            stages.spawn(drive(stage, source, Arc::new(sink.clone()), limits, shutdown.clone()));
+        }
+        Ok(Running { stages, tables, sink, shutdown, closed })
+    }
+
+    async fn start_tables(&self, shutdown: &CancellationToken) -> Result<Vec<TableReader>, LaunchError> {
+        let mut readers = Vec::with_capacity(self.tables.len());
+        for (topic, table) in &self.tables {
+            let (kafka, topic, table) = (self.kafka.clone(), self.name(topic), Arc::clone(table));
+            let (health, shutdown, runtime) = (self.health.clone(), shutdown.clone(), Handle::current());
+            // Finding the topic's bounds blocks.
+            let started = tokio::task::spawn_blocking(move || {
+                TableReader::start(&kafka, &topic, table, health, &runtime, shutdown)
+            });
+            readers.push(started.await.map_err(|_| LaunchError::Stopped)??);
+        }
+        Ok(readers)
+    }
+
+    fn stage(&self, planned: &PlannedStep, step: Arc<dyn Step>, host: &Arc<dyn Host>, group: &str) -> Stage {
+        let meter = self.telemetry.step(&planned.key, step.operator()).in_group(group);
+        Stage::new(Parts {
+            key: planned.key.as_str().into(),
+            step,
+            routes: planned.to.iter().map(|(port, topic)| (port.clone(), self.name(topic))).collect(),
+            from_clients: self.client_topics(planned),
+            visits_max: planned.visits_max,
+            common: CommonTopics {
+                endings: self.name(topics::ENDINGS.name),
+                dead_letters: self.name(topics::DEAD_LETTERS.name),
+                attempts: self.name(topics::ATTEMPTS.name),
+            },
+            cluster: Arc::clone(&self.cluster),
+            clock: self.clock,
+            host: Arc::clone(host),
+            patience: Patience::default(),
+            meter,
+        })
+    }
+
+    fn client_topics(&self, planned: &PlannedStep) -> BTreeSet<Arc<str>> {
+        let topics = self.plan.topics().into_iter();
+        let written = topics.filter(|topic| topic.from_clients && planned.from.contains(&topic.name));
+        written.map(|topic| self.name(&topic.name)).collect()
+    }
+
+    fn name(&self, topic: &str) -> Arc<str> {
+        format!("{}{topic}", self.prefix).into()
+    }
+}
+
+impl Running {
+    /// How far each table has come: full topic name → partition → next offset.
+    pub fn tables(&self) -> BTreeMap<Arc<str>, BTreeMap<i32, i64>> {
+        self.tables.iter().map(|table| (Arc::clone(table.topic()), table.positions())).collect()
+    }
+
+    /// Handles on the tables, for whoever waits for them.
+    pub fn table_readers(&self) -> Vec<TableReader> {
+        self.tables.clone()
+    }
+
+    /// Waits until the stages have ended: because they were told to, or because one could not go on, which stops all.
+    pub async fn ended(mut self) -> Result<(), DriveError> {
+        let mut outcome = Ok(());
+        let shutdown = self.shutdown.clone();
+        let overdue = async move {
+            shutdown.cancelled().await;
+            tokio::time::sleep(SHUTDOWN_MAX).await;
+        };
+        tokio::pin!(overdue);
+        loop {
+            let ended = tokio::select! {
+                ended = self.stages.join_next() => ended,
+                () = &mut overdue, if !self.closed.is_cancelled() => {
+                    warn!("stages did not drain in time; what they left is processed again");
+                    self.closed.cancel();
+                    self.stages.abort_all();
+                    continue;
+                }
+            };
+            match ended {
+                None => break,
+                Some(Ok(Ok(()))) => {}
+                Some(Ok(Err(fault))) => {
+                    outcome = outcome.and(Err(fault));
+                    self.shutdown.cancel();
+                }
+                // Aborted, or a bug of ours that has said so on its way.
+                Some(Err(_)) => self.shutdown.cancel(),
+            }
+        }
+        self.closed.cancel();
+        let sink = self.sink;
+        // Flushing blocks.
+        let _ = tokio::task::spawn_blocking(move || sink.flush(Duration::from_secs(1))).await;
+        outcome
+    }
+}
+
+/// What operators may do beside their records, over Kafka.
+struct KafkaHost {
+    sink: KafkaSink,
+    deltas: Arc<str>,
+    telemetry: Telemetry,
+}
+
+impl Host for KafkaHost {
+    fn delta(&self, delta: Delta) {
+        let Ok(value) = delta.encode() else { return };
+        let key = Some(delta.id.into_bytes());
+        let message = Outgoing { topic: Arc::clone(&self.deltas), key, value, headers: Headers::new() };
+        self.sink.send_best_effort(&message);
+    }
+
+    fn observe(&self, stage: &str, event: &Event) {
+        self.telemetry.observe(stage, event);
+    }
+}

@@ -1,0 +1,489 @@
+//! What one record becomes.
+//!
+//! A stage is one step of a pipeline with its routes: it reads a message, gives the record to the operator, and says
+//! which messages follow: outputs, rows about upstream calls, an ending for a request that goes no further, a dead
+//! letter for a record that nobody can process.
+//!
+//! Invariant: every record becomes at least one message or was an `Ok` of its operator. A request whose work cannot
+//! go on becomes an ending, whatever happened: bytes that are no record, a panic, a store that is away.
+
+use crate::message::{Incoming, Outgoing};
+use bytes::Bytes;
+use forebay_operator::{Addressed, Clock, Context, Delivery, Failure, Host, Opened, Step, StopSignal};
+use forebay_schemas::{
+    Attempt, DeadLetter, Ending, Envelope, Fault, Headers, NanoUsd, Origin, Record, Request, RequestId,
+    Status, dead_letter::header as dead,
+};
+use forebay_telemetry::{Outcome, StepMeter};
+use futures::FutureExt;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    error::Error,
+    panic::AssertUnwindSafe,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+use tokio::time::Instant;
+use tracing::{error, warn};
+
+/// The full names of the topics that every stage may write to.
+#[derive(Clone, Debug)]
+pub struct CommonTopics {
+    /// Where requests end.
+    pub endings: Arc<str>,
+    /// Where records go that nobody can process.
+    pub dead_letters: Arc<str>,
+    /// Where rows about upstream calls go.
+    pub attempts: Arc<str>,
+}
+
+/// How long a stage waits for a world that failed, before it gives a record up.
+#[derive(Clone, Debug)]
+pub struct Patience {
+    /// The waits between tries; a record is given up after the last.
+    pub waits: Vec<Duration>,
+    /// The wait between tries while what is needed cannot be reached at all: an outage costs no try.
+    pub outage: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        let waits = [500, 2_000, 8_000].map(Duration::from_millis).into();
+        Self { waits, outage: Duration::from_secs(2) }
+    }
+}
+
+/// All that a stage is made of.
+pub struct Parts {
+    /// The step's key in its pipeline.
+    pub key: Arc<str>,
+    /// The operator.
+    pub step: Arc<dyn Step>,
+    /// From port to full topic name.
+    pub routes: BTreeMap<String, Arc<str>>,
+    /// Full names of the topics, among those that it reads, which clients write to.
+    pub from_clients: BTreeSet<Arc<str>>,
+    /// How often one request may pass this step, where the pipeline bounds a loop here.
+    pub visits_max: Option<u32>,
+    /// Topics that every stage may write to.
+    pub common: CommonTopics,
+    /// The id of the Kafka cluster.
+    pub cluster: Arc<str>,
+    /// What time it is.
+    pub clock: Clock,
+    /// What the operator may do beside its record.
+    pub host: Arc<dyn Host>,
+    /// How long to wait for a world that failed.
+    pub patience: Patience,
+    /// What is counted.
+    pub meter: StepMeter,
+}
+
+/// One step of a pipeline, ready to process records.
+pub struct Stage {
+    parts: Parts,
+    /// Never given: cancels reach a stage with the ledger.
+    stop: StopSignal,
+    /// Fields that no version of a record knows, each warned of once.
+    warned: Mutex<BTreeSet<String>>,
+}
+
+/// How many different unknown fields are told apart; a client that invents names must not fill the memory.
+const WARNED_MAX: usize = 1_000;
+
+/// Why a record becomes a dead letter.
+struct Death<'a> {
+    class: &'static str,
+    code: &'a str,
+    message: String,
+    attempts: u32,
+}
+
+impl Stage {
+    /// A stage of these parts.
+    pub fn new(parts: Parts) -> Self {
+        Self { parts, stop: StopSignal::new().1, warned: Mutex::default() }
+    }
+
+    /// The step's key in its pipeline.
+    pub fn key(&self) -> &Arc<str> {
+        &self.parts.key
+    }
+
+    /// What is counted.
+    pub fn meter(&self) -> &StepMeter {
+        &self.parts.meter
+    }
+
+    /// What this record becomes. Takes as long as the operator does, retries included.
+    pub async fn process(&self, incoming: &Incoming) -> Vec<Outgoing> {
+        let started = Instant::now();
+        let queue_us = self.parts.clock.now_us() - incoming.timestamp_ms.saturating_mul(1000);
+        let queue_us = queue_us.max(0);
+        let (messages, outcome) = self.become_messages(incoming, queue_us).await;
+        self.parts.meter.finished(outcome, started.elapsed(), Duration::from_micros(queue_us.unsigned_abs()));
+        messages
+    }
+
+    async fn become_messages(&self, incoming: &Incoming, queue_us: i64) -> (Vec<Outgoing>, Outcome) {
+        let opened = match self.open(incoming) {
+            Ok(opened) => opened,
+            Err(fault) => return (self.undecodable(incoming, &*fault), Outcome::Undecodable),
+        };
+        let mut envelope = match self.envelope(incoming, &*opened) {
+            Ok(envelope) => envelope,
+            Err(fault) => return (self.undecodable(incoming, &*fault), Outcome::Undecodable),
+        };
+        envelope.timings.queue = envelope.timings.queue.saturating_add(queue_us);
+        if let Some(visits_max) = self.parts.visits_max {
+            envelope.visit = envelope.visit.saturating_add(1);
+            if envelope.visit > visits_max {
+                let message = format!("it came to step {} more than {visits_max} times", self.parts.key);
+                let (messages, outcome) =
+                    self.end(incoming, &envelope, &Failure::rejected("visits_spent", message), 1);
+                return (messages, outcome);
+            }
+        }
+        let span = self.parts.meter.span(
+            envelope.traceparent.as_deref(),
+            &incoming.partition.topic,
+            incoming.partition.number,
+            incoming.offset,
+        );
+        if let Some(traceparent) = span.traceparent() {
+            envelope.traceparent = Some(traceparent);
+        }
+        let (messages, outcome) = self.run(incoming, opened, envelope).await;
+        span.end(outcome);
+        (messages, outcome)
+    }
+
+    /// Runs the operator until it answers, refuses or is given up.
+    async fn run<'s>(
+        &'s self,
+        incoming: &'s Incoming,
+        opened: Box<dyn Opened + 's>,
+        mut envelope: Envelope,
+    ) -> (Vec<Outgoing>, Outcome) {
+        let mut rows = Vec::new();
+        let mut opened = Some(opened);
+        let mut tries: u32 = 0;
+        let mut panicked = false;
+        let failure = loop {
+            if let Some(expired) = self.expired(&envelope) {
+                break expired;
+            }
+            let attempt = match opened.take() {
+                Some(opened) => opened,
+                // Read again: the first reading went with the first try.
+                None => match self.open(incoming) {
+                    Ok(opened) => opened,
+                    Err(fault) => return (self.undecodable(incoming, &*fault), Outcome::Undecodable),
+                },
+            };
+            let cx = self.context(incoming, &envelope);
+            let started = Instant::now();
+            let result = AssertUnwindSafe(attempt.run(&cx)).catch_unwind().await;
+            let micros = i64::try_from(started.elapsed().as_micros()).unwrap_or(i64::MAX);
+            if let Some(hop) = self.parts.step.hop() {
+                envelope.timings.add(hop, micros);
+            }
+            rows.extend(self.spend(&mut envelope, cx.take_rows()));
+            tries += 1;
+            match result {
+                Ok(Ok(outputs)) => {
+                    rows.extend(outputs.into_iter().map(|output| self.route(output, &envelope)));
+                    return (rows, Outcome::Ok);
+                }
+                Ok(Err(Failure::Unavailable { outage, what, code, source })) => {
+                    self.parts.meter.retried();
+                    let wait =
+                        match self.parts.patience.waits.get(usize::try_from(tries - 1).unwrap_or(usize::MAX))
+                        {
+                            _ if outage => self.parts.patience.outage,
+                            Some(wait) => *wait,
+                            None => break Failure::Unavailable { outage, what, code, source },
+                        };
+                    warn!(stage = %self.parts.key, code, %what, error = %chain(&*source), place = %incoming.place(),
+                        wait_ms = wait.as_millis(), "could not process a record; will try again");
+                    if outage {
+                        tries -= 1;
+                    }
+                    self.wait(wait, &envelope).await;
+                }
+                Ok(Err(failure)) => break failure,
+                // A panic is a bug. Once more alone, then the record is put aside with the panic as its reason.
+                Err(panic) => {
+                    let message = panic_message(&*panic);
+                    error!(stage = %self.parts.key, place = %incoming.place(), panic = message, "an operator panicked");
+                    if std::mem::replace(&mut panicked, true) {
+                        let death = Death { class: "panicked", code: "panicked", message, attempts: tries };
+                        rows.extend(self.give_up(incoming, &envelope, &death));
+                        return (rows, Outcome::Panicked);
+                    }
+                }
+            }
+        };
+        let (ended, outcome) = self.end(incoming, &envelope, &failure, tries);
+        rows.extend(ended);
+        (rows, outcome)
+    }
+
+    /// Messages of a record whose operator said why it goes no further.
+    fn end(
+        &self,
+        incoming: &Incoming,
+        envelope: &Envelope,
+        failure: &Failure,
+        tries: u32,
+    ) -> (Vec<Outgoing>, Outcome) {
+        let (class, outcome) = match failure {
+            Failure::Expired => {
+                let fault = Fault { code: "deadline".to_owned(), message: self.lateness(envelope) };
+                return (self.ended(incoming, envelope, Status::Expired, fault), Outcome::Expired);
+            }
+            Failure::Cancelled => {
+                let fault = Fault { code: "cancelled".to_owned(), message: failure.to_string() };
+                return (self.ended(incoming, envelope, Status::Cancelled, fault), Outcome::Cancelled);
+            }
+            Failure::Rejected { .. } => ("rejected", Outcome::Rejected),
+            Failure::Unavailable { .. } => ("unavailable", Outcome::Unavailable),
+        };
+        let death = Death { class, code: failure.code(), message: chain(failure), attempts: tries };
+        (self.give_up(incoming, envelope, &death), outcome)
+    }
+
+    /// What becomes of a record whose messages a topic would not take.
+    pub fn too_large(&self, incoming: &Incoming, topic: &str) -> Vec<Outgoing> {
+        let message = format!(
+            "what {} makes of {} is larger than topic {topic} takes; raise max.message.bytes of that topic or send less",
+            self.parts.key,
+            incoming.place()
+        );
+        error!(stage = %self.parts.key, place = %incoming.place(), topic, "a record grew larger than its topic takes");
+        let death = Death { class: "rejected", code: "output_too_large", message, attempts: 1 };
+        let envelope = match self.open(incoming).and_then(|opened| self.envelope(incoming, &*opened)) {
+            Ok(envelope) => envelope,
+            Err(_) => self.derived_envelope(incoming),
+        };
+        let mut messages = self.give_up(incoming, &envelope, &death);
+        // The record itself may be what is too large: then its copy stays where it lies, and the ending goes without it.
+        for message in &mut messages {
+            if message.topic == self.parts.common.dead_letters {
+                message.value = None;
+                let omitted = format!("omitted, {} bytes at {}", incoming.held.bytes(), incoming.place());
+                message.headers.push((dead::BODY.to_owned(), Some(Bytes::from(omitted))));
+            } else {
+                *message = self.ending(&envelope, Status::Failed, None, fault_of(&death));
+            }
+        }
+        messages
+    }
+
+    fn open(&self, incoming: &Incoming) -> Result<Box<dyn Opened + '_>, Box<dyn Error + Send + Sync>> {
+        let key = incoming.key.as_deref().and_then(|key| std::str::from_utf8(key).ok());
+        Ok(self.parts.step.open(key, incoming.value.as_deref())?)
+    }
+
+    /// The envelope that travels with a record: its host's, or a new one where it enters.
+    fn envelope(
+        &self,
+        incoming: &Incoming,
+        opened: &dyn Opened,
+    ) -> Result<Envelope, Box<dyn Error + Send + Sync>> {
+        let enters = self.parts.from_clients.contains(&incoming.partition.topic);
+        if !enters && let Some(envelope) = Envelope::read(&incoming.headers)? {
+            return Ok(envelope);
+        }
+        let identity = opened.identity();
+        self.warn_of(&identity.unknown_fields, incoming);
+        let mut envelope = self.derived_envelope(incoming);
+        if let Some(id) = identity.id {
+            envelope.id = id;
+        }
+        envelope.tenant = identity.tenant.unwrap_or_default();
+        envelope.stream = identity.stream;
+        // A deadline beyond all time is none.
+        let deadline = identity.deadline_ms.and_then(|left| i64::try_from(left).ok());
+        envelope.deadline_at_ms = deadline.and_then(|left| incoming.timestamp_ms.checked_add(left));
+        Ok(envelope)
+    }
+
+    /// The envelope of a record that says nothing of itself.
+    fn derived_envelope(&self, incoming: &Incoming) -> Envelope {
+        let Incoming { partition, offset, timestamp_ms, .. } = incoming;
+        let id = RequestId::derived(
+            &self.parts.cluster,
+            &partition.topic,
+            partition.number,
+            *offset,
+            *timestamp_ms,
+        );
+        let key = incoming.key.as_ref().map(|key| String::from_utf8_lossy(key).into_owned());
+        let origin =
+            Origin { topic: partition.topic.to_string(), partition: partition.number, offset: *offset, key };
+        let headers = incoming.headers.clone();
+        Envelope::entering(id, forebay_schemas::Tenant::default(), origin, *timestamp_ms, headers)
+    }
+
+    fn warn_of(&self, fields: &[String], incoming: &Incoming) {
+        for field in fields {
+            let mut warned = self.warned.lock().unwrap_or_else(PoisonError::into_inner);
+            if warned.len() < WARNED_MAX && warned.insert(field.clone()) {
+                warn!(field, place = %incoming.place(), "a request has a field that nobody reads; it is carried along");
+            }
+        }
+    }
+
+    fn context(&self, incoming: &Incoming, envelope: &Envelope) -> Context {
+        let delivery = Delivery {
+            envelope: envelope.clone(),
+            recorded_at_ms: incoming.timestamp_ms,
+            stage: Arc::clone(&self.parts.key),
+            cluster: Arc::clone(&self.parts.cluster),
+        };
+        Context::new(delivery, self.parts.clock, Arc::clone(&self.parts.host), self.stop.clone())
+    }
+
+    fn expired(&self, envelope: &Envelope) -> Option<Failure> {
+        let deadline = envelope.deadline_at_ms?;
+        // An ending is late by nature: whoever asked must still hear of it.
+        (self.parts.step.is_job() && self.parts.clock.now_ms() >= deadline).then_some(Failure::Expired)
+    }
+
+    fn lateness(&self, envelope: &Envelope) -> String {
+        let allowed = envelope.deadline_at_ms.unwrap_or(envelope.accepted_at_ms) - envelope.accepted_at_ms;
+        format!("not answered within {allowed} ms; it had come as far as step {}", self.parts.key)
+    }
+
+    /// Waits, but not beyond the deadline.
+    async fn wait(&self, wait: Duration, envelope: &Envelope) {
+        let left = envelope.deadline_at_ms.map(|deadline| deadline - self.parts.clock.now_ms());
+        let left = left.map(|left| Duration::from_millis(u64::try_from(left).unwrap_or(0)));
+        tokio::time::sleep(left.map_or(wait, |left| left.min(wait))).await;
+    }
+
+    /// Adds what upstream calls took to the envelope, and gives the rows about them.
+    fn spend(&self, envelope: &mut Envelope, rows: Vec<Attempt>) -> Vec<Outgoing> {
+        let mut messages = Vec::with_capacity(rows.len());
+        for row in rows {
+            envelope.attempts = envelope.attempts.saturating_add(1);
+            envelope.spend = envelope.spend.plus(NanoUsd(row.cost_nano_usd.unwrap_or(0)));
+            match row.encode() {
+                Ok(value) => messages.push(Outgoing {
+                    topic: Arc::clone(&self.parts.common.attempts),
+                    key: Some(row.attempt_id.into_bytes()),
+                    value,
+                    headers: Headers::new(),
+                }),
+                Err(fault) => error!(error = %fault, "could not write a row about an upstream call"),
+            }
+        }
+        messages
+    }
+
+    fn route(&self, output: Addressed, envelope: &Envelope) -> Outgoing {
+        let key = output.key.unwrap_or_else(|| envelope.id.as_str().to_owned()).into_bytes();
+        // `plan::check` has seen to it that every port has a route; an ending is the safe place for a bug.
+        let topic = self.parts.routes.get(output.port).unwrap_or(&self.parts.common.endings);
+        Outgoing { topic: Arc::clone(topic), key: Some(key), value: output.body, headers: envelope.write() }
+    }
+
+    fn undecodable(&self, incoming: &Incoming, fault: &(dyn Error + 'static)) -> Vec<Outgoing> {
+        warn!(stage = %self.parts.key, place = %incoming.place(), "could not read a record; it goes to dead letters");
+        let death = Death { class: "undecodable", code: "undecodable", message: chain(fault), attempts: 1 };
+        self.give_up(incoming, &self.derived_envelope_of_job(incoming), &death)
+    }
+
+    /// The envelope of a record that cannot be read: the one that its host wrote, as far as that can be read.
+    fn derived_envelope_of_job(&self, incoming: &Incoming) -> Envelope {
+        let enters = self.parts.from_clients.contains(&incoming.partition.topic);
+        match Envelope::read(&incoming.headers) {
+            Ok(Some(envelope)) if !enters => envelope,
+            _ => self.derived_envelope(incoming),
+        }
+    }
+
+    /// The dead letter, and the ending where the record was somebody's request.
+    fn give_up(&self, incoming: &Incoming, envelope: &Envelope, death: &Death<'_>) -> Vec<Outgoing> {
+        self.parts.meter.dead_lettered(death.class);
+        let mut messages = vec![self.dead_letter(incoming, envelope, death)];
+        messages.extend(self.ended(incoming, envelope, Status::Failed, fault_of(death)));
+        messages
+    }
+
+    fn dead_letter(&self, incoming: &Incoming, envelope: &Envelope, death: &Death<'_>) -> Outgoing {
+        let Incoming { partition, offset, timestamp_ms, .. } = incoming;
+        let mut headers = incoming.headers.clone();
+        headers.retain(|(name, _)| !name.starts_with(dead::OURS));
+        let mut put = |name: &str, value: String| headers.push((name.to_owned(), Some(Bytes::from(value))));
+        put(dead::STAGE, self.parts.key.to_string());
+        put(dead::SOURCE, format!("{partition}/{offset}@{timestamp_ms}"));
+        put(dead::ID, envelope.id.as_str().to_owned());
+        put(dead::TENANT, envelope.tenant.as_str().to_owned());
+        put(dead::CLASS, death.class.to_owned());
+        put(dead::CODE, death.code.to_owned());
+        put(dead::MESSAGE, DeadLetter::cut(&death.message).to_owned());
+        put(dead::ATTEMPTS, death.attempts.to_string());
+        if let Some(key) = &incoming.key {
+            headers.push((dead::KEY.to_owned(), Some(key.clone())));
+        }
+        let key = DeadLetter::key_of(&self.parts.key, &partition.topic, partition.number, *offset);
+        Outgoing {
+            topic: Arc::clone(&self.parts.common.dead_letters),
+            key: Some(key.into_bytes()),
+            value: incoming.value.as_ref().map(|value| value.to_vec()),
+            headers,
+        }
+    }
+
+    /// The ending of a request that goes no further; nothing for a record that is no request.
+    fn ended(&self, incoming: &Incoming, envelope: &Envelope, status: Status, fault: Fault) -> Vec<Outgoing> {
+        if !self.parts.step.is_job() {
+            return Vec::new();
+        }
+        let request = self.open(incoming).ok().and_then(|opened| opened.request().cloned());
+        vec![self.ending(envelope, status, request, fault)]
+    }
+
+    fn ending(
+        &self,
+        envelope: &Envelope,
+        status: Status,
+        request: Option<Request>,
+        fault: Fault,
+    ) -> Outgoing {
+        let ending = Ending::without_answer(status, &*self.parts.key, request, fault);
+        let value = ending.encode().unwrap_or_else(|fault| {
+            error!(error = %fault, "could not write an ending");
+            None
+        });
+        Outgoing {
+            topic: Arc::clone(&self.parts.common.endings),
+            key: Some(envelope.id.as_str().as_bytes().to_vec()),
+            value,
+            headers: envelope.write(),
+        }
+    }
+}
+
+fn fault_of(death: &Death<'_>) -> Fault {
+    Fault { code: death.code.to_owned(), message: DeadLetter::cut(&death.message).to_owned() }
+}
+
+/// An error with its causes, as one line.
+fn chain(error: &(dyn Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}
+
+fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().copied();
+    let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+    text.unwrap_or("without a message").to_owned()
+}
