@@ -1,0 +1,191 @@
+//! A cache is filled as the pipeline fills it, and then asked.
+
+use super::*;
+use crate::{
+    catalogue,
+    samples::{self, World, document, request},
+};
+use forebay_operator::{Clock, compliance};
+use forebay_schemas::{Completion, Ending, Envelope, Tenant};
+use forebay_stores::{Answer, Error};
+use serde_json::{Value, json};
+use std::time::Duration;
+
+const QUESTION: &str = r#"{"prompt": "What does compaction keep?"}"#;
+
+/// Runs a step on a record and gives what leaves by each port.
+async fn run(world: &World, operator: &str, body: &[u8], cx: &Context) -> Vec<(&'static str, Vec<u8>)> {
+    let step = catalogue::build(operator, &Value::Null, &world.resources).unwrap();
+    let out = step.open(None, Some(body)).unwrap().run(cx).await.unwrap();
+    out.into_iter().map(|record| (record.port, record.body.unwrap())).collect()
+}
+
+/// Asks the question and takes it the whole way to the cache; gives the ending.
+async fn fill(world: &World, question: &str) -> Ending {
+    let mut body = question.as_bytes().to_vec();
+    for operator in ["retrieve", "infer", "validate"] {
+        let mut envelope = compliance::envelope();
+        envelope.timings.cache = Some(1);
+        let cx = Context::quiet(envelope, Clock::starting_at(compliance::NOW_MS));
+        body = run(world, operator, &body, &cx).await.remove(0).1;
+    }
+    for (_, entry) in run(world, "fill_cache", &body, &samples::cx()).await {
+        let key = CacheEntry::decode(&entry).unwrap().key;
+        world.change("CacheEntry", key, Some(entry.into())).await;
+    }
+    Ending::decode(&body).unwrap()
+}
+
+async fn world() -> World {
+    let world = World::new().await;
+    world.learn(document("guide.md", Some(samples::GUIDE))).await;
+    world
+}
+
+/// Looks up, `later_s` seconds after the cache was filled.
+async fn look(world: &World, question: &str, settings: Value, later_s: i64) -> Looked {
+    let settings = serde_json::from_value(settings).unwrap();
+    let lookup = CacheLookup::new(settings, &world.resources);
+    let clock = Clock::starting_at(compliance::NOW_MS + later_s * 1000);
+    let cx = Context::quiet(compliance::envelope(), clock);
+    lookup.process(request(question), &cx).await.unwrap().remove(0)
+}
+
+async fn check(world: &World, question: &str, expected: &str) {
+    let looked = look(world, question, json!({}), 0).await;
+    assert_eq!(forebay_operator::Output::port(&looked), expected, "{question}");
+}
+
+#[tokio::test]
+async fn a_repeated_question_is_answered_from_the_cache() {
+    let world = world().await;
+    check(&world, QUESTION, "miss").await;
+    let filled = fill(&world, QUESTION).await;
+    assert_eq!(filled.cache, CacheStatus::Miss);
+    let Looked::Hit(hit) = look(&world, r#"{"prompt": " What does  compaction keep?"}"#, json!({}), 0).await
+    else {
+        panic!("a miss")
+    };
+    let made = filled.answer.unwrap();
+    assert_eq!((hit.cache, &hit.answer.text, hit.answer.usage), (CacheStatus::Hit, &made.text, made.usage));
+    let chunks: Vec<_> = hit.passages.iter().map(|passage| passage.chunk.clone()).collect();
+    assert_eq!(chunks, filled.chunks, "a hit shows the evidence that the model saw");
+    let validated = run(&world, "validate", &hit.encode().unwrap().unwrap(), &samples::cx()).await;
+    assert_eq!(validated[0].0, "passed");
+    assert_eq!(Completion::decode(&hit.encode().unwrap().unwrap()).unwrap(), hit);
+}
+
+#[tokio::test]
+async fn another_question_or_another_tenant_misses() {
+    let world = world().await;
+    fill(&world, QUESTION).await;
+    check(&world, r#"{"prompt": "What does compaction not keep?"}"#, "miss").await;
+    check(&world, r#"{"prompt": "What does compaction keep?", "model": "large"}"#, "miss").await;
+    let origin = compliance::envelope().origin;
+    let tenant = Tenant::try_from("other".to_owned()).unwrap();
+    let envelope =
+        Envelope::entering(compliance::envelope().id, tenant, origin, compliance::NOW_MS, Vec::new());
+    let cx = Context::quiet(envelope, Clock::starting_at(compliance::NOW_MS));
+    let lookup = CacheLookup::new(Settings::default(), &world.resources);
+    assert!(matches!(lookup.process(request(QUESTION), &cx).await.unwrap()[..], [Looked::Miss(_)]));
+}
+
+#[tokio::test]
+async fn no_answer_outlives_the_document_that_it_rests_on() {
+    let world = world().await;
+    fill(&world, QUESTION).await;
+    check(&world, QUESTION, "hit").await;
+    let changed = samples::GUIDE.replace("youngest", "oldest");
+    world.learn(document("guide.md", Some(&changed))).await;
+    check(&world, QUESTION, "miss").await;
+    world.learn(document("guide.md", Some(samples::GUIDE))).await;
+    check(&world, QUESTION, "hit").await;
+    world.learn(document("other.md", Some("Compaction keeps something else since today."))).await;
+    check(&world, QUESTION, "miss").await;
+    world.learn(document("other.md", None)).await;
+    world.learn(document("guide.md", None)).await;
+    check(&world, QUESTION, "miss").await;
+}
+
+#[tokio::test]
+async fn a_client_says_how_old_an_answer_may_be_and_the_pipeline_too() {
+    let world = world().await;
+    fill(&world, QUESTION).await;
+    let with = |cache: Value| json!({"prompt": "What does compaction keep?", "cache": cache}).to_string();
+    check(&world, &with(json!({"no_store": true})), "hit").await;
+    check(&world, &with(json!({"no_cache": true})), "miss").await;
+    let is_hit = async |question: &str, settings: Value, later_s: i64| {
+        matches!(look(&world, question, settings, later_s).await, Looked::Hit(_))
+    };
+    assert!(is_hit(&with(json!({"max_age_s": 60})), json!({}), 60).await);
+    assert!(!is_hit(&with(json!({"max_age_s": 60})), json!({}), 61).await);
+    assert!(is_hit(QUESTION, json!({"ttl_s": 5}), 5).await);
+    assert!(!is_hit(QUESTION, json!({"ttl_s": 5}), 6).await);
+    assert!(!is_hit(QUESTION, json!({"ttl_s": 5}), 0).await, "what was too old is gone");
+}
+
+/// A key-value store that never answers, or answers with an error.
+struct Broken {
+    hangs: bool,
+}
+
+impl Broken {
+    fn answer<T: Send + 'static>(&self) -> Answer<'_, T> {
+        let hangs = self.hangs;
+        Box::pin(async move {
+            if hangs {
+                std::future::pending::<()>().await;
+            }
+            Err(Error::Closed { path: "broken".into() })
+        })
+    }
+}
+
+impl KeyValue for Broken {
+    fn get(&self, _: &str) -> Answer<'_, Option<bytes::Bytes>> {
+        self.answer()
+    }
+    fn get_many(&self, _: &[String]) -> Answer<'_, Vec<Option<bytes::Bytes>>> {
+        self.answer()
+    }
+    fn set(&self, _: &str, _: bytes::Bytes, _: Option<Duration>) -> Answer<'_, ()> {
+        self.answer()
+    }
+    fn set_if_absent(&self, _: &str, _: bytes::Bytes, _: Option<Duration>) -> Answer<'_, bool> {
+        self.answer()
+    }
+    fn delete(&self, _: &str) -> Answer<'_, bool> {
+        self.answer()
+    }
+    fn delete_if(&self, _: &str, _: &[u8]) -> Answer<'_, bool> {
+        self.answer()
+    }
+    fn set_many(&self, _: Vec<(String, Option<bytes::Bytes>)>) -> Answer<'_, ()> {
+        self.answer()
+    }
+    fn clear(&self, _: &str) -> Answer<'_, u64> {
+        self.answer()
+    }
+    fn flush(&self) -> Answer<'_, ()> {
+        self.answer()
+    }
+}
+
+#[tokio::test]
+async fn a_cache_that_fails_or_hangs_is_a_miss() {
+    for hangs in [false, true] {
+        let mut world = World::new().await;
+        world.resources.cache = Arc::new(Broken { hangs });
+        let looked = look(&world, QUESTION, json!({"timeout_ms": 10}), 0).await;
+        assert_eq!(looked, Looked::Miss(request(QUESTION)), "hangs: {hangs}");
+    }
+}
+
+#[tokio::test]
+async fn it_complies() {
+    let world = world().await;
+    fill(&world, QUESTION).await;
+    let samples = [QUESTION, r#"{"prompt": "other"}"#, r#"{"prompt": "a", "temperature": 2}"#];
+    let samples = samples.map(|body| body.as_bytes().to_vec()).into();
+    compliance::assert_complies(CacheLookup::new(Settings::default(), &world.resources), samples).await;
+}

@@ -1,0 +1,330 @@
+//! A model without weights: it answers with the sentences of the passages that share most with the question, and cites
+//! each of them. It writes nothing of its own and says so by its name.
+//!
+//! Invariant: what it says stands in a passage, and each citation is byte for byte what stands there. Where no passage
+//! shares enough with the question it says that, and cites nothing.
+
+use crate::text::{
+    folded,
+    sentences::{self, Kind},
+    tokens, words,
+};
+use forebay_calls::{Call, CallError, Listener, Model, Reply, Tried};
+use forebay_schemas::{Citation, NanoUsd, Passage, Usage};
+use futures::future::BoxFuture;
+use std::{
+    collections::{HashMap, HashSet},
+    ops::Range,
+};
+use tokio::time::Instant;
+
+/// The name under which it answers, as a model and as a provider.
+pub const NAME: &str = "extractive";
+/// What it says where it has nothing to say.
+pub const NO_ANSWER: &str = "No passage answers this.";
+
+/// The most sentences of an answer.
+const SENTENCES_MAX: usize = 3;
+/// The part of the question's weight that a sentence, its headings included, must share; below it is chance.
+const COVERAGE_MIN: f32 = 0.3;
+/// A further sentence must reach this part of the best one's score.
+const FURTHER_MIN: f32 = 0.65;
+/// What a word counts that stands in the headings above a sentence and not in it.
+const HEADING_WEIGHT: f32 = 0.5;
+/// What a row of a table is worth beside prose, and what leads up to something else (`… as follows:`).
+const ROW_WEIGHT: f32 = 0.8;
+const LEAD_WEIGHT: f32 = 0.5;
+/// What each place lost in the ranking of passages costs.
+const RANK_DISCOUNT: f32 = 0.05;
+/// What two words gain that stand together as in the question.
+const TOGETHER_BONUS: f32 = 0.1;
+/// Fewer words say too little to answer, more are more than an answer.
+const WORDS_MIN: usize = 4;
+const WORDS_MAX: usize = 45;
+
+/// The extractive model.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Extractive;
+
+impl Model for Extractive {
+    fn provider(&self) -> &'static str {
+        NAME
+    }
+
+    fn name(&self) -> &str {
+        NAME
+    }
+
+    fn complete<'a>(
+        &'a self,
+        call: &'a Call,
+        listener: &'a dyn Listener,
+    ) -> BoxFuture<'a, Result<Reply, CallError>> {
+        Box::pin(async move {
+            listener.started(None, NAME);
+            let sent = Instant::now();
+            let (text, citations) = answer(&call.question, &call.passages);
+            let read = call.passages.iter().map(|passage| tokens(&passage.text)).sum::<usize>();
+            let count = |tokens| u64::try_from(tokens).unwrap_or(u64::MAX);
+            let (prompt_tokens, completion_tokens) =
+                (count(read + tokens(&call.question)), count(tokens(&text)));
+            let total_tokens = prompt_tokens.saturating_add(completion_tokens);
+            if call.stream {
+                listener.token(&text);
+            }
+            let reply = Reply {
+                text,
+                citations: Some(citations),
+                model: NAME.to_owned(),
+                usage: Some(Usage { prompt_tokens, completion_tokens, total_tokens }),
+                cost_nano_usd: Some(NanoUsd(0)),
+                finish_reason: Some("stop".to_owned()),
+                ttft: call.stream.then(|| sent.elapsed()),
+            };
+            let (duration, ttft) = (sent.elapsed(), reply.ttft);
+            listener.ended(&Tried { endpoint: None, model: NAME, duration, ttft, result: Ok(&reply) });
+            Ok(reply)
+        })
+    }
+}
+
+/// A sentence of a passage.
+struct Sentence<'p> {
+    passage: &'p Passage,
+    /// The place of its passage among the passages, best first.
+    rank: usize,
+    range: Range<usize>,
+    kind: Kind,
+    stems: Vec<String>,
+    score: f32,
+    /// Part of the question's weight that it shares, its headings included.
+    coverage: f32,
+}
+
+impl Sentence<'_> {
+    fn text(&self) -> &str {
+        &self.passage.text[self.range.clone()]
+    }
+
+    /// Bytes of the document.
+    fn place(&self) -> Range<usize> {
+        self.passage.start + self.range.start..self.passage.start + self.range.end
+    }
+
+    /// Neighbouring passages overlap: the same bytes may be met twice, and the same words in another document too.
+    fn repeats(&self, other: &Self) -> bool {
+        let (one, two) = (self.place(), other.place());
+        let same_document = self.passage.document == other.passage.document;
+        (same_document && one.start < two.end && two.start < one.end) || self.stems == other.stems
+    }
+
+    /// Whether it points back at what was said before it.
+    fn points_back(&self) -> bool {
+        let first = self.text().split(|c: char| !c.is_alphabetic()).next().unwrap_or_default();
+        ["it", "its", "this", "these", "they", "that", "such", "then"]
+            .iter()
+            .any(|word| word.eq_ignore_ascii_case(first))
+    }
+
+    fn citation(&self) -> Citation {
+        let Range { start, end } = self.place();
+        let (document, version) = (self.passage.document.clone(), self.passage.version.clone());
+        Citation { document, version, start, end, quote: self.text().to_owned() }
+    }
+
+    /// As it is said: on one line, a row without its bars, with a stop at its end.
+    fn said(&self) -> String {
+        let mut said = match self.kind {
+            Kind::Prose => folded(self.text()),
+            Kind::Row => {
+                let cells = self.text().split('|').map(str::trim).filter(|cell| !cell.is_empty());
+                cells.collect::<Vec<_>>().join(": ")
+            }
+        };
+        if !said.ends_with(['.', '!', '?', ':', ';', '。', '！', '？', '"', '”']) {
+            said.push('.');
+        }
+        said
+    }
+}
+
+fn answer(question: &str, passages: &[Passage]) -> (String, Vec<Citation>) {
+    let asked = words::stems(question);
+    let mut sentences = read(passages);
+    score(&asked, &mut sentences);
+    let chosen = choose(&sentences);
+    if chosen.is_empty() {
+        return (NO_ANSWER.to_owned(), Vec::new());
+    }
+    let said: Vec<_> = chosen.iter().map(|sentence| sentence.said()).collect();
+    (said.join(" "), chosen.iter().map(|sentence| sentence.citation()).collect())
+}
+
+/// All sentences, passage by passage.
+fn read(passages: &[Passage]) -> Vec<Sentence<'_>> {
+    let mut read = Vec::new();
+    for (rank, passage) in passages.iter().enumerate() {
+        for (range, kind) in sentences::of(&passage.text) {
+            let stems = words::stems(&passage.text[range.clone()]);
+            read.push(Sentence { passage, rank, range, kind, stems, score: 0.0, coverage: 0.0 });
+        }
+    }
+    read
+}
+
+/// Scores each sentence by the part of the question that it shares, rare words counting more.
+fn score(asked: &[String], sentences: &mut [Sentence<'_>]) {
+    let distinct: HashSet<&String> = asked.iter().collect();
+    let mut distinct: Vec<_> = distinct.into_iter().collect();
+    // Sums of floats depend on their order.
+    distinct.sort();
+    let mut holders: HashMap<&String, f32> = HashMap::new();
+    for sentence in sentences.iter() {
+        for stem in distinct.iter().filter(|stem| sentence.stems.contains(stem)) {
+            *holders.entry(stem).or_default() += 1.0;
+        }
+    }
+    let all = float(sentences.len());
+    // A word that no sentence has weighs most: a question about something else must not be answered.
+    let weights: Vec<f32> =
+        distinct.iter().map(|stem| (1.0 + all / holders.get(*stem).copied().unwrap_or(0.5)).ln()).collect();
+    let whole: f32 = weights.iter().sum();
+    if whole <= 0.0 {
+        return;
+    }
+    for sentence in sentences {
+        let heading: HashSet<String> =
+            sentence.passage.heading.iter().flat_map(|heading| words::stems(heading)).collect();
+        let (mut inside, mut above) = (0.0, 0.0);
+        for (stem, weight) in distinct.iter().zip(&weights) {
+            if sentence.stems.contains(stem) {
+                inside += weight;
+            } else if heading.contains(*stem) {
+                above += weight;
+            }
+        }
+        // Headings alone would let every sentence below a good heading answer.
+        if inside == 0.0 {
+            continue;
+        }
+        sentence.coverage = (inside + HEADING_WEIGHT * above) / whole;
+        let together = asked.windows(2).filter(|pair| sentence.stems.windows(2).any(|other| &other == pair));
+        let score = sentence.coverage + TOGETHER_BONUS * float(together.count()).min(2.0);
+        sentence.score = score * form(sentence) * (1.0 - RANK_DISCOUNT * float(sentence.rank)).max(0.5);
+    }
+}
+
+/// What the form of a sentence makes of its worth as an answer.
+fn form(sentence: &Sentence<'_>) -> f32 {
+    let length = sentence.stems.len();
+    let of_length = match length {
+        0..WORDS_MIN => 0.6,
+        WORDS_MIN..=WORDS_MAX => 1.0,
+        _ => 0.8,
+    };
+    let of_kind = if sentence.kind == Kind::Row { ROW_WEIGHT } else { 1.0 };
+    let of_end = match sentence.text().chars().last() {
+        Some(':') => LEAD_WEIGHT,
+        Some('?') => 0.6,
+        _ => 1.0,
+    };
+    of_length * of_kind * of_end
+}
+
+/// The best sentence, what it points back at, and what comes close to it; in the order of their documents.
+fn choose<'s, 'p>(sentences: &'s [Sentence<'p>]) -> Vec<&'s Sentence<'p>> {
+    let mut order: Vec<usize> = (0..sentences.len()).collect();
+    // The sort is stable: of equals the one of the better passage comes first.
+    order.sort_by(|a, b| sentences[*b].score.total_cmp(&sentences[*a].score));
+    let best = order.first().map_or(0.0, |best| sentences[*best].score);
+    let mut chosen: Vec<usize> = Vec::new();
+    for place in order {
+        let sentence = &sentences[place];
+        let is_close = sentence.score >= best * FURTHER_MIN && sentence.coverage >= COVERAGE_MIN;
+        if chosen.len() == SENTENCES_MAX || !is_close {
+            break;
+        }
+        if chosen.iter().any(|other| sentences[*other].repeats(sentence)) {
+            continue;
+        }
+        let before = place.checked_sub(1).filter(|before| sentences[*before].rank == sentence.rank);
+        chosen.push(place);
+        let Some(before) = before.filter(|_| sentence.points_back()) else { continue };
+        let is_new = !chosen.iter().any(|other| sentences[*other].repeats(&sentences[before]));
+        if is_new && chosen.len() < SENTENCES_MAX {
+            chosen.push(before);
+        }
+    }
+    // The best passage speaks first; within one the order is the document's.
+    chosen.sort_unstable();
+    chosen.into_iter().map(|place| &sentences[place]).collect()
+}
+
+/// Small counts as floats.
+fn float(count: usize) -> f32 {
+    f32::from(u16::try_from(count).unwrap_or(u16::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use forebay_schemas::DocumentVersion;
+    use proptest::prelude::*;
+
+    const GUIDE: &str = "The broker keeps records in segments. It rolls a segment at 64 MiB.\n\n```sh\nforebay up \
+        --data here\n```\n\n- Compaction keeps the youngest record of each key.\n- Retention deletes old segments \
+        after 7 days.\n\n| Topic | Kept |\n|---|---|\n| `results` | seven days |\n";
+
+    fn passage(document: &str, start: usize, text: &str) -> Passage {
+        Passage {
+            document: document.to_owned(),
+            version: DocumentVersion::of(text),
+            chunk: format!("{document}:{start}"),
+            start,
+            end: start + text.len(),
+            heading: vec!["The broker".to_owned()],
+            text: text.to_owned(),
+            score: 1.0,
+        }
+    }
+
+    fn check(question: &str, expected: &str) {
+        let other = passage("other", 7, "A gateway speaks HTTP. Clients read results from it.");
+        let (text, citations) = answer(question, &[passage("broker", 100, GUIDE), other]);
+        assert_eq!(text, expected, "{question}");
+        assert_eq!(citations.is_empty(), expected == NO_ANSWER);
+    }
+
+    #[test]
+    fn it_answers_with_the_sentences_that_share_most_with_the_question() {
+        check("What does compaction keep?", "Compaction keeps the youngest record of each key.");
+        check(
+            "After how many days are old segments deleted?",
+            "Retention deletes old segments after 7 days.",
+        );
+        check("Who speaks HTTP?", "A gateway speaks HTTP.");
+        let both = "The broker keeps records in segments. It rolls a segment at 64 MiB.";
+        check("At what size in MiB does it roll a segment?", both);
+    }
+
+    #[test]
+    fn it_says_when_no_passage_answers() {
+        check("Who won the chess championship in Reykjavik?", NO_ANSWER);
+        check("", NO_ANSWER);
+        assert_eq!(answer("what is lag", &[]).0, NO_ANSWER);
+    }
+
+    proptest! {
+        #[test]
+        fn a_citation_is_byte_for_byte_what_stands_in_the_passage(
+            text in r"([-#>|`*. \n]{0,4}(lag|ä語。|Über lag\. |\w{1,9}|Lag is (good|bad)[.!?] )){0,30}", start in 0..9999_usize
+        ) {
+            let passage = passage("d", start, &text);
+            let (said, citations) = answer("what is lag, über", std::slice::from_ref(&passage));
+            prop_assert_eq!(citations.is_empty(), said == NO_ANSWER);
+            for Citation { start: from, end: to, quote, .. } in citations {
+                prop_assert_eq!(text.get(from - start..to - start), Some(quote.as_str()));
+            }
+        }
+    }
+}

@@ -1,0 +1,133 @@
+//! Asks a model, and finds in the passages what its answer rests on.
+//!
+//! Invariant: the model is called at most once for what a ledger remembers, every try leaves a row, and work stops when
+//! the client takes the request back or its deadline passes. An answer cites only what stands in a passage.
+
+mod citations;
+mod prompt;
+mod rows;
+
+use crate::{
+    cache::Shape,
+    catalogue::{Resources, Shipped},
+};
+use forebay_calls::{Call, Model, Reply};
+use forebay_operator::{Context, Failure, Operator, ports};
+use forebay_schemas::{CacheStatus, Completion, Generated, Grounded, Hop, Request};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use std::{num::NonZeroU64, sync::Arc};
+use tokio::time::Instant;
+
+/// What a model is told beside the question.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Settings {
+    /// Stands before everything that a served model reads; null for Forebay's own words.
+    pub instructions: Option<String>,
+    /// The most tokens that it may write where the request sets no limit.
+    pub max_tokens: NonZeroU64,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        const MAX_TOKENS: NonZeroU64 = NonZeroU64::new(1024).unwrap();
+        Self { instructions: None, max_tokens: MAX_TOKENS }
+    }
+}
+
+ports! {
+    /// What `infer` gives.
+    pub enum Inferred {
+        /// The answer, not checked yet.
+        Completion(Completion) = "completion",
+    }
+}
+
+/// The operator `infer`.
+pub struct Infer {
+    model: Arc<dyn Model>,
+    shape: Shape,
+    settings: Settings,
+}
+
+impl Shipped for Infer {
+    type Settings = Settings;
+
+    fn new(settings: Settings, resources: &Resources) -> Self {
+        Self { model: resources.model.clone(), shape: resources.shape.clone(), settings }
+    }
+}
+
+impl Operator for Infer {
+    const NAME: &'static str = "infer";
+    const HOP: Option<Hop> = Some(Hop::Infer);
+    type In = Grounded;
+    type Out = Inferred;
+
+    async fn process(&self, grounded: Grounded, cx: &Context) -> Result<Vec<Inferred>, Failure> {
+        let answer = cx.paid(0, self.ask(&grounded, cx)).await?;
+        let Grounded { request, retrieval, passages } = grounded;
+        let cache = self.cache_status(&request, cx);
+        let completion = Completion { request, retrieval: Some(retrieval), passages, cache, answer };
+        Ok(vec![Inferred::Completion(completion)])
+    }
+}
+
+impl Infer {
+    async fn ask(&self, grounded: &Grounded, cx: &Context) -> Result<Generated, Failure> {
+        let call = self.call(grounded, cx);
+        let rows = rows::Rows::new(cx, self.model.provider());
+        let replied = tokio::select! {
+            biased;
+            stop = cx.cancelled() => {
+                rows.given_up();
+                return Err(stop.into());
+            }
+            replied = self.model.complete(&call, &rows) => replied,
+        };
+        let reply = replied.map_err(|error| error.into_failure(format!("model {}", self.model.name())))?;
+        Ok(self.generated(reply, grounded))
+    }
+
+    fn call(&self, Grounded { request, passages, .. }: &Grounded, cx: &Context) -> Call {
+        let mut sampling = request.sampling.clone();
+        if sampling.max_tokens.is_none() && sampling.max_completion_tokens.is_none() {
+            sampling.max_tokens = Some(self.settings.max_tokens.get());
+        }
+        Call {
+            question: request.question(),
+            messages: prompt::messages(request, passages, self.settings.instructions.as_deref()),
+            passages: passages.clone(),
+            model: request.model.clone(),
+            sampling,
+            stream: cx.envelope().stream,
+            deadline: cx.remaining().map(|left| Instant::now() + left),
+        }
+    }
+
+    fn generated(&self, reply: Reply, grounded: &Grounded) -> Generated {
+        let citations = reply.citations.unwrap_or_else(|| citations::find(&reply.text, &grounded.passages));
+        Generated {
+            citations,
+            text: reply.text,
+            model: reply.model,
+            provider: self.model.provider().to_owned(),
+            usage: reply.usage,
+            cost_nano_usd: reply.cost_nano_usd,
+            finish_reason: reply.finish_reason,
+            ttft_us: reply.ttft.map(rows::micros),
+        }
+    }
+
+    /// A request that never passed a cache has no time there.
+    fn cache_status(&self, request: &Request, cx: &Context) -> CacheStatus {
+        match cx.envelope().timings.cache {
+            Some(_) => self.shape.status_without_hit(request),
+            None => CacheStatus::Bypass,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

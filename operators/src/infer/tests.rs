@@ -1,0 +1,159 @@
+//! `infer` against models that do as they are told.
+
+use super::*;
+use crate::{Extractive, samples};
+use forebay_calls::{CallError, Class, Listener, Tried};
+use forebay_operator::{Clock, Delivery, Event, Host, StopSignal, compliance};
+use forebay_schemas::{Delta, Record as _, Retrieval};
+use futures::future::BoxFuture;
+use std::{sync::Mutex, time::Duration};
+
+/// Makes one try that ends as told; without an end it never does.
+struct Told(Option<Result<&'static str, Class>>);
+
+impl Model for Told {
+    fn provider(&self) -> &'static str {
+        "told"
+    }
+    fn name(&self) -> &str {
+        "small"
+    }
+    fn complete<'a>(
+        &'a self,
+        call: &'a Call,
+        listener: &'a dyn Listener,
+    ) -> BoxFuture<'a, Result<Reply, CallError>> {
+        Box::pin(async move {
+            listener.started(Some("http://here"), "small");
+            if call.stream {
+                listener.token("so ");
+                listener.token("far");
+            }
+            let result = match self.0 {
+                None => std::future::pending().await,
+                Some(Ok(text)) => Ok(Reply {
+                    text: text.to_owned(),
+                    citations: None,
+                    model: "small-2".to_owned(),
+                    usage: None,
+                    cost_nano_usd: None,
+                    finish_reason: None,
+                    ttft: None,
+                }),
+                Some(Err(class)) => {
+                    Err(CallError::new(class, "model_unavailable", "it failed").with_status(500))
+                }
+            };
+            let duration = Duration::from_millis(5);
+            let result_ref = result.as_ref();
+            listener.ended(&Tried {
+                endpoint: Some("http://here"),
+                model: "small",
+                duration,
+                ttft: None,
+                result: result_ref,
+            });
+            result
+        })
+    }
+}
+
+#[derive(Default)]
+struct Reader(Mutex<Vec<Delta>>);
+impl Host for Reader {
+    fn delta(&self, delta: Delta) {
+        self.0.lock().unwrap().push(delta);
+    }
+    fn observe(&self, _: &str, _: &Event) {}
+}
+
+fn grounded() -> Grounded {
+    let completion = samples::completion();
+    let retrieval = Retrieval { limit: 8, tokens_max: 2400 };
+    Grounded { request: completion.request, retrieval, passages: completion.passages }
+}
+
+fn infer(model: impl Model) -> Infer {
+    Infer { model: Arc::new(model), shape: Shape::default(), settings: Settings::default() }
+}
+
+/// Runs it and says how it ended and which rows it left.
+async fn check(model: Told, cx: &Context, expected: &str) {
+    let ended = match infer(model).process(grounded(), cx).await {
+        Ok(_) => "ok",
+        Err(failure) => failure.code(),
+    };
+    let rows = cx.take_rows().into_iter().map(|row| {
+        assert_eq!(row.attempt_id, format!("{}/{}", cx.call_id(0).as_str(), row.attempt));
+        format!("{} {} {:?}", row.attempt, row.status, row.http_status)
+    });
+    assert_eq!(format!("{ended}: {}", rows.collect::<Vec<_>>().join(", ")), expected);
+}
+
+fn cx_with(change: impl FnOnce(&mut forebay_schemas::Envelope)) -> Context {
+    let mut envelope = compliance::envelope();
+    change(&mut envelope);
+    Context::quiet(envelope, Clock::starting_at(compliance::NOW_MS))
+}
+
+#[tokio::test(start_paused = true)]
+async fn every_try_leaves_a_row_however_it_ends() {
+    check(Told(Some(Ok("yes"))), &samples::cx(), "ok: 0 ok None").await;
+    check(Told(Some(Err(Class::Transient))), &samples::cx(), "model_unavailable: 0 failed Some(500)").await;
+    check(Told(Some(Err(Class::Rejected))), &samples::cx(), "model_unavailable: 0 rejected Some(500)").await;
+    check(Told(Some(Ok("yes"))), &cx_with(|envelope| envelope.attempts = 2), "ok: 2 ok None").await;
+    let late = cx_with(|envelope| envelope.deadline_at_ms = Some(compliance::NOW_MS + 100));
+    check(Told(None), &late, "deadline: 0 cancelled None").await;
+}
+
+#[tokio::test]
+async fn a_client_that_takes_its_request_back_stops_the_call() {
+    let (switch, stop) = StopSignal::new();
+    let envelope = compliance::envelope();
+    let delivery = Delivery { envelope, recorded_at_ms: 0, stage: "infer".into(), cluster: "test".into() };
+    let host = Arc::new(Reader::default());
+    let cx = Context::new(delivery, Clock::starting_at(compliance::NOW_MS), host, stop);
+    let (ended, ()) = tokio::join!(check(Told(None), &cx, "cancelled: 0 cancelled None"), async {
+        switch.send(true).unwrap();
+    });
+    ended
+}
+
+#[tokio::test]
+async fn whoever_reads_along_gets_the_tokens() {
+    let mut envelope = compliance::envelope();
+    envelope.stream = true;
+    let delivery = Delivery { envelope, recorded_at_ms: 0, stage: "infer".into(), cluster: "test".into() };
+    let host = Arc::new(Reader::default());
+    let clock = Clock::starting_at(compliance::NOW_MS);
+    let cx = Context::new(delivery, clock, host.clone(), StopSignal::new().1);
+    infer(Told(Some(Ok("so far")))).process(grounded(), &cx).await.unwrap();
+    let read = host.0.lock().unwrap();
+    let read: Vec<_> = read.iter().map(|delta| (delta.attempt, delta.seq, delta.text.as_str())).collect();
+    assert_eq!(read, [(0, 0, "so "), (0, 1, "far")]);
+}
+
+#[tokio::test]
+async fn an_answer_of_a_served_model_gets_citations_and_the_way_past_the_cache_is_told() {
+    let answer = async |change: fn(&mut forebay_schemas::Envelope)| {
+        let model = Told(Some(Ok("Records are kept in segments by the broker [1].")));
+        let [Inferred::Completion(completion)] =
+            <[_; 1]>::try_from(infer(model).process(grounded(), &cx_with(change)).await.unwrap()).unwrap();
+        completion
+    };
+    let completion = answer(|envelope| envelope.timings.cache = Some(3)).await;
+    assert_eq!(completion.answer.citations.len(), 1);
+    assert!(completion.answer.citations[0].quote.contains("the broker keeps records in segments."));
+    assert_eq!(completion.cache, CacheStatus::Miss);
+    assert_eq!(answer(|_| {}).await.cache, CacheStatus::Bypass);
+}
+
+#[tokio::test]
+async fn it_complies() {
+    let mut bare = grounded();
+    bare.passages.clear();
+    let samples = [grounded(), bare].map(|sample| sample.encode().unwrap().unwrap());
+    compliance::assert_complies(infer(Extractive), samples.clone().into()).await;
+    compliance::assert_complies(infer(Told(Some(Ok("yes [1]")))), samples.clone().into()).await;
+    compliance::assert_complies(infer(Told(Some(Err(Class::Outage)))), samples.into()).await;
+}

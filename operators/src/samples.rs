@@ -1,0 +1,133 @@
+//! Records and stores for the tests of this crate.
+
+use crate::{
+    Extractive, Shape,
+    catalogue::{self, Resources},
+};
+use bytes::Bytes;
+use forebay_operator::Change;
+use forebay_schemas::{
+    CacheStatus, Citation, Completion, Document, DocumentVersion, Ending, Format, Generated, Judgement,
+    NanoUsd, Passage, Record as _, Request, Retrieval, Status, Tenant, Usage, Verdict,
+};
+use forebay_stores::{Database, database, key_value, objects, vectors};
+use std::sync::Arc;
+
+/// A document about the broker.
+pub(crate) const GUIDE: &str = "# The broker\n\nThe broker keeps records in segments. A segment is rolled at 64 \
+    MiB.\n\n## Compaction\n\nCompaction keeps the youngest record of each key. It never touches the active segment.\n\n## \
+    Retention\n\nRetention deletes segments that are older than seven days.\n";
+
+/// Stores in a folder that goes with it.
+pub(crate) struct World {
+    pub(crate) resources: Resources,
+    _folder: tempfile::TempDir,
+}
+
+impl World {
+    pub(crate) async fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("stores.redb");
+        let database = Database::open(path, database::Options::default()).await.unwrap();
+        let options = key_value::EmbeddedOptions::default();
+        let resources = Resources {
+            cache: Arc::new(key_value::Embedded::open(&database, "cache", options).await.unwrap()),
+            vectors: Arc::new(vectors::Embedded::open(&database, "chunks").await.unwrap()),
+            objects: Arc::new(objects::Folder::open(folder.path().join("objects")).await.unwrap()),
+            model: Arc::new(Extractive),
+            shape: Shape::default(),
+        };
+        Self { resources, _folder: folder }
+    }
+
+    /// Indexes a document, or deletes it, as the pipeline does.
+    pub(crate) async fn learn(&self, document: Document) {
+        let step = catalogue::build("index", &serde_json::Value::Null, &self.resources).unwrap();
+        let cx = cx();
+        let body = document.encode().unwrap();
+        let out = step.open(Some(&document.id), body.as_deref()).unwrap().run(&cx).await.unwrap();
+        for record in out {
+            let (key, value) = (record.key.unwrap(), record.body.map(Bytes::from));
+            self.change("Chunks", key, value).await;
+        }
+    }
+
+    /// Applies a change to a table.
+    pub(crate) async fn change(&self, record: &str, key: String, value: Option<Bytes>) {
+        let table = catalogue::table(record, &self.resources).unwrap();
+        let change = Change { partition: 0, offset: 0, key, value };
+        assert_eq!(table.apply(vec![change]).await.unwrap(), []);
+    }
+}
+
+pub(crate) fn cx() -> forebay_operator::Context {
+    use forebay_operator::{Clock, Context, compliance};
+    Context::quiet(compliance::envelope(), Clock::starting_at(compliance::NOW_MS))
+}
+
+pub(crate) fn document(id: &str, text: Option<&str>) -> Document {
+    let text = text.map(str::to_owned);
+    Document { id: id.to_owned(), tenant: Tenant::default(), format: Format::Markdown, text }
+}
+
+pub(crate) fn request(body: &str) -> Request {
+    Request::decode(body.as_bytes()).unwrap()
+}
+
+/// A passage that starts at byte 10.
+pub(crate) fn passage(text: &str) -> Passage {
+    let version = DocumentVersion::of(text);
+    Passage {
+        document: "guide.md".to_owned(),
+        chunk: format!("guide.md:{version}:0"),
+        version,
+        start: 10,
+        end: 10 + text.len(),
+        heading: vec!["The broker".to_owned()],
+        text: text.to_owned(),
+        score: 0.1,
+    }
+}
+
+pub(crate) fn completion() -> Completion {
+    let passage = passage("Größe: the broker keeps records in segments.");
+    let (start, end) = (passage.start + 9, passage.end);
+    let citation = Citation {
+        document: passage.document.clone(),
+        version: passage.version.clone(),
+        start,
+        end,
+        quote: passage.text[9..].to_owned(),
+    };
+    Completion {
+        request: request(r#"{"prompt": "what does the broker keep?", "metadata": {"a": 1}}"#),
+        retrieval: Some(Retrieval { limit: 8, tokens_max: 2400 }),
+        passages: vec![passage],
+        cache: CacheStatus::Miss,
+        answer: Generated {
+            text: "Records.".to_owned(),
+            citations: vec![citation],
+            model: "small".to_owned(),
+            provider: "openai_compatible".to_owned(),
+            usage: Some(Usage { prompt_tokens: 3, completion_tokens: 1, total_tokens: 4 }),
+            cost_nano_usd: Some(NanoUsd(7)),
+            finish_reason: Some("stop".to_owned()),
+            ttft_us: None,
+        },
+    }
+}
+
+pub(crate) fn ending() -> Ending {
+    let Completion { request, retrieval, passages, cache, answer } = completion();
+    Ending {
+        status: Status::Answered,
+        stage: "validate".to_owned(),
+        request: Some(request),
+        retrieval,
+        chunks: passages.into_iter().map(|passage| passage.chunk).collect(),
+        cache,
+        answer: Some(answer),
+        verdict: Some(Verdict { judgement: Judgement::Pass, findings: Vec::new() }),
+        error: None,
+    }
+}
