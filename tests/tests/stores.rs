@@ -199,7 +199,6 @@ async fn no_reader_sees_less_than_was_acknowledged(store: &Arc<dyn KeyValue>) ->
         })
         .collect();
     for number in 1..=LAST {
-        // Deleted in between, so that memory has nothing and a reader has to fill it.
         if number % 3 == 0 {
             store.set_many(vec![("n".into(), None), ("n".into(), Some(b(&number.to_string())))]).await?;
         } else {

@@ -405,6 +405,43 @@ mod tests {
         assert_eq!(embedded.get("short 1").await.expect("readable"), Some(value));
     }
 
+    /// Memory forgets all the time, so that readers fill it while a writer updates it.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+    async fn a_late_reader_does_not_put_an_old_value_back_into_memory() {
+        const LAST: u64 = 3_000;
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("store");
+        let database = Database::open(path, database::Options::default()).await.expect("opens");
+        let embedded = Embedded::open(&database, "t", Options::default()).await.expect("opens");
+        let embedded = Arc::new(embedded);
+        let acknowledged = Arc::new(AtomicU64::new(0));
+        let readers: Vec<_> = (0..4)
+            .map(|_| {
+                let (embedded, acknowledged) = (Arc::clone(&embedded), Arc::clone(&acknowledged));
+                tokio::spawn(async move {
+                    while acknowledged.load(Ordering::SeqCst) < LAST {
+                        embedded.get("n").await.expect("readable");
+                        // What is in memory never waits, and a task that never waits cannot be ended.
+                        tokio::task::yield_now().await;
+                    }
+                })
+            })
+            .collect();
+        for number in 1..=LAST {
+            embedded.store.cache.invalidate("n");
+            let value = Bytes::copy_from_slice(&number.to_be_bytes());
+            embedded.set("n", value.clone(), None).await.expect("writable");
+            for _ in 0..3 {
+                assert_eq!(embedded.get("n").await.expect("readable").as_ref(), Some(&value));
+                tokio::task::yield_now().await;
+            }
+            acknowledged.store(number, Ordering::SeqCst);
+        }
+        for reader in readers {
+            reader.await.expect("no reader fails");
+        }
+    }
+
     #[tokio::test]
     async fn a_prefix_of_more_keys_than_one_step_is_cleared_whole() {
         let folder = tempfile::tempdir().expect("a folder");

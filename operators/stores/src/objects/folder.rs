@@ -117,19 +117,18 @@ fn location(key: &str) -> Result<object_store::path::Path, Error> {
     object_store::path::Path::parse(key).map_err(refused)
 }
 
-/// The cause that counts (no space, no permission) is the system's, some levels down.
+/// What counts (no space) was said by the system, some levels down.
 fn stored(path: &Path, error: object_store::Error) -> Error {
+    let path = path.to_owned();
     let mut cause: Option<&(dyn StdError + 'static)> = Some(&error);
-    while let Some(error) = cause {
-        if let Some(system) = error.downcast_ref::<std::io::Error>() {
-            let kind = system.kind();
-            if matches!(kind, std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded) {
-                return Error::io(path, kind.into());
-            }
+    while let Some(level) = cause {
+        let kind = level.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
+        if matches!(kind, Some(std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)) {
+            return Error::Full { path, source: Arc::new(error) };
         }
-        cause = error.source();
+        cause = level.source();
     }
-    Error::Io { path: path.to_owned(), source: Arc::new(error) }
+    Error::Io { path, source: Arc::new(error) }
 }
 
 #[cfg(test)]
