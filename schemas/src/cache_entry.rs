@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 /// The record of `cache`; its key names the scope and the question. Without a value it is a removal.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(from = "Written")]
 pub struct CacheEntry {
     /// A hash of the tenant, of all that shapes the answer, and of the question.
     pub key: String,
@@ -28,6 +29,24 @@ pub struct Kept {
     pub chunks: Vec<String>,
     /// When the answer was made, in milliseconds since 1970.
     pub made_at_ms: i64,
+}
+
+/// What a message with a value says: the content is there.
+///
+/// A type of its own, since serde takes a flattened `Option` that it cannot read for absent: a damaged record
+/// would remove an answer.
+#[derive(Deserialize, JsonSchema)]
+struct Written {
+    /// A hash of the tenant, of all that shapes the answer, and of the question.
+    key: String,
+    #[serde(flatten)]
+    content: Kept,
+}
+
+impl From<Written> for CacheEntry {
+    fn from(Written { key, content }: Written) -> Self {
+        Self { key, content: Some(content) }
+    }
 }
 
 impl Record for CacheEntry {

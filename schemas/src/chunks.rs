@@ -24,6 +24,7 @@ pub struct Chunk {
 /// One record holds them all, so that a reader passes from one version to the next in a single step and never
 /// sees half of each. A message without a value takes the document away.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(from = "Written")]
 pub struct Chunks {
     /// The document's id.
     pub document: String,
@@ -41,6 +42,24 @@ pub struct Split {
     pub version: DocumentVersion,
     /// The pieces, in the order of the document.
     pub chunks: Vec<Chunk>,
+}
+
+/// What a message with a value says: the content is there.
+///
+/// A type of its own, since serde takes a flattened `Option` that it cannot read for absent: a damaged record
+/// would remove a document.
+#[derive(Deserialize, JsonSchema)]
+struct Written {
+    /// The document's id.
+    document: String,
+    #[serde(flatten)]
+    content: Split,
+}
+
+impl From<Written> for Chunks {
+    fn from(Written { document, content }: Written) -> Self {
+        Self { document, content: Some(content) }
+    }
 }
 
 impl Record for Chunks {

@@ -9,26 +9,29 @@ use serde::{Deserialize, Serialize};
 pub mod header {
     /// Starts the name of every one of them.
     pub const OURS: &str = "forebay-dead-";
-    /// The id of the request; derived where the record did not say.
-    pub const ID: &str = "forebay-dead-id";
-    /// Whose request it was.
-    pub const TENANT: &str = "forebay-dead-tenant";
-    /// Present where the original was too large to copy; says where it lies.
-    pub const BODY: &str = "forebay-dead-body";
-    /// The step that gave up.
-    pub const STAGE: &str = "forebay-dead-stage";
-    /// The topic, partition, offset and timestamp of the original: `topic/partition/offset@ms`.
-    pub const SOURCE: &str = "forebay-dead-source";
-    /// The original's key, where it had one.
-    pub const KEY: &str = "forebay-dead-key";
-    /// `undecodable`, `rejected`, `unavailable` or `panicked`.
-    pub const CLASS: &str = "forebay-dead-class";
-    /// A word of a closed vocabulary.
-    pub const CODE: &str = "forebay-dead-code";
-    /// What happened, for a person; at most 1 KiB.
-    pub const MESSAGE: &str = "forebay-dead-message";
-    /// How often it was tried.
-    pub const ATTEMPTS: &str = "forebay-dead-attempts";
+
+    crate::record::headers! {
+        /// The id of the request; derived where the record did not say.
+        ID = "forebay-dead-id";
+        /// Whose request it was.
+        TENANT = "forebay-dead-tenant";
+        /// Present where the original was too large to copy; says where it lies.
+        BODY = "forebay-dead-body";
+        /// The step that gave up.
+        STAGE = "forebay-dead-stage";
+        /// The topic, partition, offset and timestamp of the original: `topic/partition/offset@ms`.
+        SOURCE = "forebay-dead-source";
+        /// The original's key, where it had one.
+        KEY = "forebay-dead-key";
+        /// `undecodable`, `rejected`, `unavailable` or `panicked`.
+        CLASS = "forebay-dead-class";
+        /// A word of a closed vocabulary.
+        CODE = "forebay-dead-code";
+        /// What happened, for a person; at most 1 KiB.
+        MESSAGE = "forebay-dead-message";
+        /// How often it was tried.
+        ATTEMPTS = "forebay-dead-attempts";
+    }
 }
 
 /// The longest message that a dead letter carries.

@@ -1,6 +1,6 @@
 //! A source of knowledge, as its owner writes it.
 
-use crate::{DecodeError, EncodeError, Record, Tenant};
+use crate::{DecodeError, EncodeError, Record, Tenant, id::ID_BYTES_MAX};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -19,10 +19,13 @@ pub enum Format {
 }
 
 /// The record of `documents`; its key is the document's id. A message without a value deletes the document.
+///
+/// Unlike a request it refuses fields that it does not know: a misspelt `text` would delete the document.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Document {
-    /// The document's id, unique over all tenants; the record's key says the same.
+    /// The document's id, unique over all tenants, 1 to 256 bytes; the record's key says the same.
+    #[schemars(length(min = 1, max = 256))]
     pub id: String,
     /// Whose it is; `*` is everybody's.
     #[serde(default)]
@@ -40,10 +43,11 @@ impl Record for Document {
 
     fn decode(body: &[u8]) -> Result<Self, DecodeError> {
         let document: Self = crate::from_json(body)?;
-        if document.id.is_empty() {
-            return Err(DecodeError::Meaning { record: Self::NAME, fault: "\"id\" is empty" });
+        match document.id.len() {
+            1..=ID_BYTES_MAX => Ok(document),
+            0 => Err(DecodeError::Meaning { record: Self::NAME, fault: "\"id\" is empty" }),
+            _ => Err(DecodeError::Meaning { record: Self::NAME, fault: "\"id\" is longer than 256 bytes" }),
         }
-        Ok(document)
     }
 
     fn encode(&self) -> Result<Option<Vec<u8>>, EncodeError> {
@@ -51,7 +55,13 @@ impl Record for Document {
     }
 
     fn decode_tombstone(key: &str) -> Option<Self> {
-        Some(Self { id: key.to_owned(), tenant: Tenant::default(), format: Format::default(), text: None })
+        let id_fits = (1..=ID_BYTES_MAX).contains(&key.len());
+        id_fits.then(|| Self {
+            id: key.to_owned(),
+            tenant: Tenant::default(),
+            format: Format::default(),
+            text: None,
+        })
     }
 
     fn key(&self) -> Option<&str> {

@@ -12,32 +12,35 @@ use serde::{Deserialize, Serialize};
 pub mod header {
     /// Starts the name of every header that is ours.
     pub const OURS: &str = "forebay-";
-    /// The request's id.
-    pub const ID: &str = "forebay-id";
-    /// Whose request it is.
-    pub const TENANT: &str = "forebay-tenant";
-    /// `backfill`; absent for the interactive lane.
-    pub const LANE: &str = "forebay-lane";
-    /// When nobody waits any more, in milliseconds since 1970; absent without a deadline.
-    pub const DEADLINE: &str = "forebay-deadline";
-    /// `topic/partition/offset@timestamp` of the record that asked.
-    pub const ORIGIN: &str = "forebay-origin";
-    /// The key of the record that asked.
-    pub const ORIGIN_KEY: &str = "forebay-origin-key";
-    /// Counts redrives that ask for a new answer; absent for 0.
-    pub const GENERATION: &str = "forebay-generation";
-    /// Counts passes through a loop; absent for 0.
-    pub const VISIT: &str = "forebay-visit";
-    /// Microseconds spent so far, as `name=n` joined by `;`.
-    pub const TIMINGS: &str = "forebay-timings";
-    /// Nano-dollars spent so far; absent for 0.
-    pub const SPEND: &str = "forebay-spend";
-    /// Upstream calls so far; absent for 0.
-    pub const ATTEMPTS: &str = "forebay-attempts";
-    /// `1` where somebody reads the tokens as they come.
-    pub const STREAM: &str = "forebay-stream";
-    /// W3C Trace Context.
-    pub const TRACEPARENT: &str = "traceparent";
+
+    crate::record::headers! {
+        /// The request's id.
+        ID = "forebay-id";
+        /// Whose request it is.
+        TENANT = "forebay-tenant";
+        /// `backfill`; absent for the interactive lane.
+        LANE = "forebay-lane";
+        /// When nobody waits any more, in milliseconds since 1970; absent without a deadline.
+        DEADLINE = "forebay-deadline";
+        /// `topic/partition/offset@timestamp` of the record that asked.
+        ORIGIN = "forebay-origin";
+        /// The key of the record that asked.
+        ORIGIN_KEY = "forebay-origin-key";
+        /// Counts redrives that ask for a new answer; absent for 0.
+        GENERATION = "forebay-generation";
+        /// Counts passes through a loop; absent for 0.
+        VISIT = "forebay-visit";
+        /// Microseconds spent so far, as `name=n` joined by `;`.
+        TIMINGS = "forebay-timings";
+        /// Nano-dollars spent so far; absent for 0.
+        SPEND = "forebay-spend";
+        /// Upstream calls so far; absent for 0.
+        ATTEMPTS = "forebay-attempts";
+        /// `1` where somebody reads the tokens as they come.
+        STREAM = "forebay-stream";
+        /// W3C Trace Context.
+        TRACEPARENT = "traceparent";
+    }
 }
 
 /// Which of the two queues a request waits in.

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// The longest id, in bytes of UTF-8. Ids become Kafka keys and header values; a bound keeps both small.
-const ID_BYTES_MAX: usize = 256;
+pub(crate) const ID_BYTES_MAX: usize = 256;
 
 /// A text that is empty or longer than an id may be.
 #[derive(Debug, thiserror::Error)]
@@ -20,6 +20,7 @@ macro_rules! bounded_text {
         $(#[$doc])*
         #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
         #[serde(try_from = "String")]
+        #[schemars(!try_from)]
         pub struct $name(#[schemars(length(min = 1, max = 256))] String);
 
         impl $name {

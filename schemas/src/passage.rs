@@ -23,6 +23,7 @@ pub struct Passage {
     pub heading: Vec<String>,
     /// The text.
     pub text: String,
-    /// How well it matches the question; comparable within one retrieval only.
+    /// How well it matches the question; comparable within one retrieval only. Never NaN.
+    #[serde(serialize_with = "crate::record::finite")]
     pub score: f32,
 }

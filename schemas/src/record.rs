@@ -119,7 +119,12 @@ pub enum EncodeError {
 }
 
 /// Reads a JSON record.
+///
+/// Numbers are 64-bit integers or doubles: a longer integer becomes the nearest double, and one beyond the range
+/// of doubles is refused. Of a name that comes twice, a field refuses the second and free JSON keeps it.
 pub fn from_json<R: Record + DeserializeOwned>(body: &[u8]) -> Result<R, DecodeError> {
+    // Windows shells write a byte order mark; without this the error would point at JSON that looks right.
+    let body = body.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(body);
     serde_json::from_slice(body).map_err(|source| DecodeError::Json { record: R::NAME, source })
 }
 
@@ -127,6 +132,26 @@ pub fn from_json<R: Record + DeserializeOwned>(body: &[u8]) -> Result<R, DecodeE
 pub fn to_json<R: Record + Serialize>(record: &R) -> Result<Option<Vec<u8>>, EncodeError> {
     serde_json::to_vec(record).map(Some).map_err(|source| EncodeError::Json { record: R::NAME, source })
 }
+
+/// Writes a number that must come back as a number: JSON has no NaN and no infinity, and serde_json would write
+/// null, which the next step could not read.
+pub(crate) fn finite<S: serde::Serializer>(number: &f32, serializer: S) -> Result<S::Ok, S::Error> {
+    match number.is_finite() {
+        true => serializer.serialize_f32(*number),
+        false => Err(serde::ser::Error::custom(format_args!("JSON has no number {number}"))),
+    }
+}
+
+/// Declares names of headers with what they say, and `ALL` of them for the reference.
+macro_rules! headers {
+    ($( $(#[doc = $meaning:literal])+ $header:ident = $name:literal; )*) => {
+        $( $(#[doc = $meaning])+ pub const $header: &str = $name; )*
+
+        /// All of them, each with what it says.
+        pub const ALL: &[(&str, &str)] = &[$( ($name, concat!($($meaning),+).trim_ascii_start()) ),*];
+    };
+}
+pub(crate) use headers;
 
 /// The two functions of [`Record`] that every JSON record has alike.
 macro_rules! json_wire {

@@ -5,6 +5,12 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+/// The deepest nesting of a request's JSON, the request itself being the first level.
+///
+/// JSON is read to 128 levels, and later records hold the request one level further in. Without this limit a
+/// request could be taken at the door, and the ending that tells of it could not be read by anyone.
+const NESTING_MAX: usize = 64;
+
 /// Who speaks in a conversation, in OpenAI's words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
@@ -23,7 +29,7 @@ pub enum Role {
 
 /// What is said: a text, or OpenAI's list of parts.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "\"content\" is neither a text nor a list of parts")]
 pub enum Content {
     /// Plain text.
     Text(String),
@@ -112,7 +118,13 @@ pub struct Sampling {
 }
 
 /// The record of `requests` and `questions`: `{"prompt": "…"}` or `{"messages": […]}`, and what else is wanted.
+///
+/// It may be nested 64 levels deep.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[schemars(extend("oneOf" = [
+    {"required": ["prompt"], "properties": {"prompt": {"type": "string", "pattern": "\\S"}}},
+    {"required": ["messages"], "properties": {"messages": {"type": "array", "minItems": 1}}},
+]))]
 pub struct Request {
     /// The client's id, unique per tenant; without one it is derived from where the record lies.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -135,7 +147,7 @@ pub struct Request {
     /// Milliseconds from the record's timestamp until nobody waits any more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deadline_ms: Option<u64>,
-    /// Anything; it comes back in the result.
+    /// Anything; it comes back in the result. Numbers are 64-bit integers or doubles.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub metadata: Option<Value>,
     /// Whether somebody reads the tokens on `deltas` as they come.
@@ -179,13 +191,34 @@ impl Request {
     }
 }
 
+/// How deep arrays and objects stand in each other; `json` is known to be JSON.
+fn nesting(json: &[u8]) -> usize {
+    let (mut depth, mut deepest) = (0_usize, 0);
+    let (mut in_string, mut escaped) = (false, false);
+    for byte in json {
+        match (in_string, byte) {
+            (true, _) if escaped => escaped = false,
+            (true, b'\\') => escaped = true,
+            (_, b'"') => in_string = !in_string,
+            (false, b'[' | b'{') => {
+                depth += 1;
+                deepest = deepest.max(depth);
+            }
+            (false, b']' | b'}') => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+    }
+    deepest
+}
+
 impl Record for Request {
     const NAME: &'static str = "Request";
     const JOB: bool = true;
 
     fn decode(body: &[u8]) -> Result<Self, DecodeError> {
         let request: Self = crate::from_json(body)?;
-        match request.fault() {
+        let too_deep = (nesting(body) > NESTING_MAX).then_some("it is nested more than 64 levels deep");
+        match request.fault().or(too_deep) {
             Some(fault) => Err(DecodeError::Meaning { record: Self::NAME, fault }),
             None => Ok(request),
         }

@@ -57,25 +57,32 @@ impl Form {
     /// Builds the form from the columns.
     pub(crate) fn of(name: &str, doc: &str, columns: &[Column]) -> Result<Self, Box<apache_avro::Error>> {
         let schema = Schema::parse(&avro(name, doc, columns)).map_err(Box::new)?;
-        let header = RabinFingerprintHeader::from_schema(&schema).build_header();
+        // In Avro's canonical form a logical type is its plain one: "long". apache_avro writes {"type":"long"} there,
+        // and its fingerprint is not the one that the specification, Java and fastavro give.
+        let plain = record(name, doc, columns, |column| json!(column.avro));
+        let plain = Schema::parse(&plain).map_err(Box::new)?;
+        let header = RabinFingerprintHeader::from_schema(&plain).build_header();
         Ok(Self { schema, header })
     }
 }
 
 /// The Avro schema of a row, as it is published.
 pub fn avro(name: &str, doc: &str, columns: &[Column]) -> Value {
+    record(name, doc, columns, |column| match column.unit {
+        "µs since 1970" => json!({"type": "long", "logicalType": "timestamp-micros"}),
+        _ => json!(column.avro),
+    })
+}
+
+fn record(name: &str, doc: &str, columns: &[Column], kind: impl Fn(&Column) -> Value) -> Value {
     let field = |column: &Column| {
         let doc = match column.unit {
             "" => column.meaning.to_owned(),
             unit => format!("{} [{unit}]", column.meaning),
         };
-        let kind = match column.unit {
-            "µs since 1970" => json!({"type": "long", "logicalType": "timestamp-micros"}),
-            _ => json!(column.avro),
-        };
         match column.nullable {
-            true => json!({"name": column.name, "type": ["null", kind], "default": null, "doc": doc}),
-            false => json!({"name": column.name, "type": kind, "doc": doc}),
+            true => json!({"name": column.name, "type": ["null", kind(column)], "default": null, "doc": doc}),
+            false => json!({"name": column.name, "type": kind(column), "doc": doc}),
         }
     };
     let fields: Vec<_> = columns.iter().map(field).collect();
@@ -108,10 +115,26 @@ pub(crate) fn decode<R: DeserializeOwned>(
     let wrong = |detail: String| DecodeError::Avro { record, detail };
     let form = form.as_ref().map_err(|error| wrong(error.to_string()))?;
     let Some(mut datum) = body.strip_prefix(form.header.as_slice()) else {
-        return Err(wrong("it does not start with the fingerprint of a known schema".to_owned()));
+        return Err(wrong(foreign(body, form)));
     };
     let mut read = || GenericDatumReader::builder(&form.schema).build()?.read_deser(&mut datum);
-    read().map_err(|error: apache_avro::Error| wrong(error.to_string()))
+    let row = read().map_err(|error: apache_avro::Error| wrong(error.to_string()))?;
+    match datum.len() {
+        0 => Ok(row),
+        rest => Err(wrong(format!("{rest} bytes follow the row"))),
+    }
+}
+
+/// Why these bytes do not start as the rows of this form do.
+fn foreign(body: &[u8], form: &Form) -> String {
+    let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    match body {
+        [0xC3, 0x01, rest @ ..] if rest.len() >= 8 => {
+            let (theirs, ours) = (hex(&rest[..8]), hex(&form.header[2..]));
+            format!("its schema has the fingerprint {theirs}; the one known here is {ours}")
+        }
+        _ => "it does not start with C3 01 and a fingerprint of eight bytes".to_owned(),
+    }
 }
 
 /// Declares a row: its struct, its columns with unit and meaning, its Avro form.
