@@ -132,16 +132,16 @@ fn check_epoch(epoch: i32) -> Result<(), ResponseError> {
     if epoch > 0 { Err(ResponseError::UnknownLeaderEpoch) } else { Ok(()) }
 }
 
-pub(crate) fn list_offsets(shared: &Shared, request: ListOffsetsRequest) -> ListOffsetsResponse {
+pub(crate) fn list_offsets(shared: &Shared, version: i16, request: ListOffsetsRequest) -> ListOffsetsResponse {
     let topics = request.topics.into_iter().map(|asked| {
         let topic = shared.topics.get(&asked.name);
-        let partitions = asked.partitions.iter().map(|p| list_one(topic.as_deref(), p)).collect();
+        let partitions = asked.partitions.iter().map(|p| list_one(topic.as_deref(), version, p)).collect();
         ListOffsetsTopicResponse::default().with_name(asked.name).with_partitions(partitions)
     });
     ListOffsetsResponse::default().with_topics(topics.collect())
 }
 
-fn list_one(topic: Option<&Topic>, asked: &ListOffsetsPartition) -> ListOffsetsPartitionResponse {
+fn list_one(topic: Option<&Topic>, version: i16, asked: &ListOffsetsPartition) -> ListOffsetsPartitionResponse {
     const LATEST: i64 = -1;
     const EARLIEST: i64 = -2;
     const MAX_TIMESTAMP: i64 = -3;
@@ -157,10 +157,12 @@ fn list_one(topic: Option<&Topic>, asked: &ListOffsetsPartition) -> ListOffsetsP
     if let Err(error) = check_epoch(asked.current_leader_epoch) {
         return response.with_error_code(error.code());
     }
+    // Versions before 4 have no field for it.
+    let epoch = if version < 4 { -1 } else { 0 };
     let query = match asked.timestamp {
-        LATEST => return response.with_offset(partition.with(|log| log.end())).with_leader_epoch(0),
+        LATEST => return response.with_offset(partition.with(|log| log.end())).with_leader_epoch(epoch),
         EARLIEST | EARLIEST_LOCAL => {
-            return response.with_offset(partition.with(|log| log.start())).with_leader_epoch(0);
+            return response.with_offset(partition.with(|log| log.start())).with_leader_epoch(epoch);
         }
         MAX_TIMESTAMP => partition.with(|log| log.at_latest_time()),
         at if at >= 0 => partition.with(|log| log.at_time(at)),
@@ -169,7 +171,7 @@ fn list_one(topic: Option<&Topic>, asked: &ListOffsetsPartition) -> ListOffsetsP
     match query.and_then(|q| q.answer()) {
         Ok(None) => response,
         Ok(Some((offset, timestamp))) => {
-            response.with_offset(offset).with_timestamp(timestamp).with_leader_epoch(0)
+            response.with_offset(offset).with_timestamp(timestamp).with_leader_epoch(epoch)
         }
         Err(error) => response.with_error_code(unreadable(&error).code()),
     }

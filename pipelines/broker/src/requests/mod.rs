@@ -82,7 +82,7 @@ pub(crate) async fn answer(shared: &Shared, peer: &Peer, version: i16, request: 
     match request {
         RequestKind::Produce(r) => produce::produce(shared, peer, r).await,
         RequestKind::Fetch(r) => fetch::fetch(shared, r).await.into(),
-        RequestKind::ListOffsets(r) => fetch::list_offsets(shared, r).into(),
+        RequestKind::ListOffsets(r) => fetch::list_offsets(shared, version, r).into(),
         RequestKind::Metadata(r) => metadata::metadata(shared, peer, version, &r).into(),
         RequestKind::OffsetCommit(r) => offsets::commit(shared, r).await.into(),
         RequestKind::OffsetFetch(r) => offsets::fetch(shared, version, r).into(),
@@ -121,3 +121,6 @@ fn text(s: impl Into<String>) -> StrBytes {
 fn code<T>(result: &Result<T, ResponseError>) -> i16 {
     result.as_ref().err().map_or(0, |e| e.code())
 }
+
+#[cfg(test)]
+mod tests;
