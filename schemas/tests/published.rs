@@ -56,7 +56,9 @@ fn json_schema<R: Record + JsonSchema>(view: For) -> Published {
     };
     let mut schema = settings.into_generator().into_root_schema_for::<R>();
     schema.insert("$id".to_owned(), json!(format!("urn:forebay:schema:{}", kebab(R::NAME))));
-    schema.insert("$comment".to_owned(), json!(format!("lies on: {}", topics_of(R::NAME))));
+    // The value of a dead letter is the original's bytes; what is known of it stands beside.
+    let place = if R::NAME == DeadLetter::NAME { "is read from the headers on" } else { "lies on" };
+    schema.insert("$comment".to_owned(), json!(format!("{place}: {}", topics_of(R::NAME))));
     schema.insert("title".to_owned(), json!(R::NAME));
     Published {
         record: R::NAME,
