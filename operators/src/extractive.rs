@@ -26,9 +26,9 @@ pub const NO_ANSWER: &str = "No passage answers this.";
 /// The most sentences of an answer.
 const SENTENCES_MAX: usize = 3;
 /// The part of the question's weight that a sentence, its headings included, must share; below it is chance.
-const COVERAGE_MIN: f32 = 0.3;
+const COVERAGE_MIN: f32 = 0.34;
 /// A further sentence must reach this part of the best one's score.
-const FURTHER_MIN: f32 = 0.65;
+const FURTHER_MIN: f32 = 0.75;
 /// What a word counts that stands in the headings above a sentence and not in it.
 const HEADING_WEIGHT: f32 = 0.5;
 /// What a row of a table is worth beside prose, and what leads up to something else (`… as follows:`).

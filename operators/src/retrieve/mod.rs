@@ -22,10 +22,14 @@ use forebay_operator::{Context, Event, Failure, Operator, ports};
 use forebay_schemas::{
     Chunks, Grounded, Hop, Passage, Record as _, Request, Retrieval, SHARED_TENANT, Tenant,
 };
-use forebay_stores::Vectors;
+use forebay_stores::{Vectors, vectors::Hit};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use std::{num::NonZeroUsize, sync::Arc};
+use std::{
+    collections::HashMap,
+    num::NonZeroUsize,
+    sync::{Arc, PoisonError, RwLock},
+};
 
 /// Candidates that the vector search gives to the ranking.
 const PREFETCH: usize = 50;
@@ -100,12 +104,19 @@ impl Operator for Retrieve {
     }
 }
 
+/// Passages whose counted words are kept, at about 10 KiB each.
+const COUNTED_MAX: usize = 2000;
+
 /// Seeks passages; shared by all who must find the same ones.
-pub(crate) struct Retriever(Arc<dyn Vectors>);
+pub(crate) struct Retriever {
+    vectors: Arc<dyn Vectors>,
+    /// By the chunk's id, which says all: the same id is the same document, version and text.
+    counted: RwLock<HashMap<String, Arc<rank::Counted>>>,
+}
 
 impl Retriever {
     pub(crate) fn new(vectors: Arc<dyn Vectors>) -> Self {
-        Self(vectors)
+        Self { vectors, counted: RwLock::default() }
     }
 
     /// The passages for a question of this tenant, best first.
@@ -121,16 +132,32 @@ impl Retriever {
         }
         let vector = embedder::embed([stems.as_slice()]);
         let scopes = [tenant.as_str(), SHARED_TENANT];
-        let hits = self.0.search(&vector, &scopes, PREFETCH).await;
+        let hits = self.vectors.search(&vector, &scopes, PREFETCH).await;
         let hits = hits.map_err(|error| store_failure("vector store", error))?;
         let mut candidates = Vec::with_capacity(hits.len());
         for hit in hits {
-            // Only our own table writes there, so this is a store of another version.
-            let passage = serde_json::from_slice(&hit.payload)
-                .map_err(|error| Failure::outage("store_unavailable", "vector store", error))?;
-            candidates.push(rank::Candidate::new(passage, hit.score));
+            let cosine = hit.score;
+            candidates.push(rank::Candidate::new(self.counted(hit)?, cosine));
         }
         Ok(pack(rank::rank(&stems, candidates, COSINE_MIN), retrieval))
+    }
+
+    /// The passage of a hit. Its words are counted once and not for each question.
+    fn counted(&self, hit: Hit) -> Result<Arc<rank::Counted>, Failure> {
+        let known = self.counted.read().unwrap_or_else(PoisonError::into_inner).get(&hit.id).cloned();
+        if let Some(counted) = known {
+            return Ok(counted);
+        }
+        // Only our own table writes there, so what cannot be read is of another version.
+        let passage = serde_json::from_slice(&hit.payload)
+            .map_err(|error| Failure::outage("store_unavailable", "vector store", error))?;
+        let counted = Arc::new(rank::Counted::new(passage));
+        let mut all = self.counted.write().unwrap_or_else(PoisonError::into_inner);
+        if all.len() >= COUNTED_MAX {
+            all.clear();
+        }
+        all.insert(hit.id, counted.clone());
+        Ok(counted)
     }
 }
 
@@ -142,13 +169,15 @@ fn pack(ranked: Vec<rank::Candidate>, Retrieval { limit, tokens_max }: Retrieval
         if packed.len() == limit {
             break;
         }
-        let length = tokens(&candidate.passage.text);
-        if length <= room && !packed.iter().any(|other| other.repeats(&candidate)) {
+        let length = tokens(&candidate.counted.passage.text);
+        if length <= room && !packed.iter().any(|other| other.counted.repeats(&candidate.counted)) {
             room -= length;
             packed.push(candidate);
         }
     }
-    packed.into_iter().map(|candidate| candidate.passage).collect()
+    let passage =
+        |candidate: rank::Candidate| Passage { score: candidate.score, ..candidate.counted.passage.clone() };
+    packed.into_iter().map(passage).collect()
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@
 
 use crate::text::words;
 use forebay_schemas::Passage;
-use std::collections::{HashMap, HashSet};
+use std::{cmp::Ordering, collections::HashMap, sync::Arc};
 
 /// The k of reciprocal rank fusion. The 60 of the paper is for rankings of a thousand; among 50 candidates it would
 /// make the first place worth hardly more than the tenth.
@@ -16,16 +16,15 @@ const BM25_B: f32 = 0.75;
 /// Passages that share so much of their words say the same.
 const REPEAT_MIN: f32 = 0.9;
 
-/// A passage that may answer.
-pub(super) struct Candidate {
+/// A passage with its words counted, which is most of the work of ranking it.
+pub(super) struct Counted {
     pub(super) passage: Passage,
-    cosine: f32,
     counts: HashMap<String, f32>,
     length: f32,
 }
 
-impl Candidate {
-    pub(super) fn new(passage: Passage, cosine: f32) -> Self {
+impl Counted {
+    pub(super) fn new(passage: Passage) -> Self {
         let mut counts: HashMap<String, f32> = HashMap::new();
         let mut length = 0.0;
         for text in passage.heading.iter().chain([&passage.text]) {
@@ -34,7 +33,7 @@ impl Candidate {
                 length += 1.0;
             }
         }
-        Self { passage, cosine, counts, length }
+        Self { passage, counts, length }
     }
 
     /// Whether the other says the same in nearly the same words (their Jaccard index).
@@ -45,51 +44,64 @@ impl Candidate {
     }
 }
 
+/// A passage that may answer.
+pub(super) struct Candidate {
+    pub(super) counted: Arc<Counted>,
+    /// How near the vector search found it.
+    pub(super) cosine: f32,
+    /// How well the words match; set by [`rank`].
+    bm25: f32,
+    /// Both rankings fused; set by [`rank`].
+    pub(super) score: f32,
+}
+
+impl Candidate {
+    pub(super) fn new(counted: Arc<Counted>, cosine: f32) -> Self {
+        Self { counted, cosine, bm25: 0.0, score: 0.0 }
+    }
+
+    fn before(&self, other: &Self, value: fn(&Self) -> f32) -> Ordering {
+        let by_id = || self.counted.passage.chunk.cmp(&other.counted.passage.chunk);
+        value(other).total_cmp(&value(self)).then_with(by_id)
+    }
+}
+
 /// The candidates best first, each with its fused score; what no word and no direction speaks for is left out.
-pub(super) fn rank(question: &[String], candidates: Vec<Candidate>, cosine_min: f32) -> Vec<Candidate> {
-    let bm25 = bm25(question, &candidates);
-    let mut scored: Vec<(Candidate, f32)> = candidates.into_iter().zip(bm25).collect();
-    scored.retain(|(candidate, bm25)| *bm25 > 0.0 || candidate.cosine >= cosine_min);
-    let mut scores = vec![0.0; scored.len()];
-    let by_id = |a: &(Candidate, f32), b: &(Candidate, f32)| a.0.passage.chunk.cmp(&b.0.passage.chunk);
-    for value in [|scored: &(Candidate, f32)| scored.0.cosine, |scored: &(Candidate, f32)| scored.1] {
-        let mut order: Vec<usize> = (0..scored.len()).collect();
-        order.sort_by(|a, b| {
-            let (a, b) = (&scored[*a], &scored[*b]);
-            value(b).total_cmp(&value(a)).then_with(|| by_id(a, b))
-        });
+pub(super) fn rank(question: &[String], mut candidates: Vec<Candidate>, cosine_min: f32) -> Vec<Candidate> {
+    bm25(question, &mut candidates);
+    candidates.retain(|candidate| candidate.bm25 > 0.0 || candidate.cosine >= cosine_min);
+    let rankings: [fn(&Candidate) -> f32; 2] = [|candidate| candidate.cosine, |candidate| candidate.bm25];
+    for value in rankings {
+        candidates.sort_by(|a, b| a.before(b, value));
         let mut rank = 1.0;
-        for place in order {
-            scores[place] += 1.0 / (RRF_K + rank);
+        for candidate in &mut candidates {
+            candidate.score += 1.0 / (RRF_K + rank);
             rank += 1.0;
         }
     }
-    for ((candidate, _), score) in scored.iter_mut().zip(scores) {
-        candidate.passage.score = score;
-    }
-    scored.sort_by(|a, b| b.0.passage.score.total_cmp(&a.0.passage.score).then_with(|| by_id(a, b)));
-    scored.into_iter().map(|(candidate, _)| candidate).collect()
+    candidates.sort_by(|a, b| a.before(b, |candidate| candidate.score));
+    candidates
 }
 
-/// BM25 of each candidate, with the candidates as the collection.
-fn bm25(question: &[String], candidates: &[Candidate]) -> Vec<f32> {
-    let asked: HashSet<&String> = question.iter().collect();
-    let mut asked: Vec<_> = asked.into_iter().collect();
-    // Sums of floats depend on their order.
+/// Sets BM25 of each candidate, with the candidates as the collection.
+fn bm25(question: &[String], candidates: &mut [Candidate]) {
+    let mut asked: Vec<_> = question.iter().collect();
+    // In one order always, since sums of floats depend on it.
     asked.sort();
-    let total: f32 = candidates.iter().map(|candidate| candidate.length).sum();
+    asked.dedup();
+    let total: f32 = candidates.iter().map(|candidate| candidate.counted.length).sum();
     let mean = (total / ratio(candidates.len().max(1), 1)).max(1.0);
-    let mut scores = vec![0.0; candidates.len()];
     for stem in asked {
-        let holders = candidates.iter().filter(|candidate| candidate.counts.contains_key(stem)).count();
+        let holds = |candidate: &&Candidate| candidate.counted.counts.contains_key(stem);
+        let holders = candidates.iter().filter(holds).count();
         let rarity = (1.0 + (ratio(candidates.len() - holders, 1) + 0.5) / (ratio(holders, 1) + 0.5)).ln();
-        for (candidate, score) in candidates.iter().zip(&mut scores) {
-            let count = candidate.counts.get(stem).copied().unwrap_or(0.0);
-            let saturation = count + BM25_K1 * (1.0 - BM25_B + BM25_B * candidate.length / mean);
-            *score += rarity * count * (BM25_K1 + 1.0) / saturation;
+        for candidate in candidates.iter_mut() {
+            let count = candidate.counted.counts.get(stem).copied().unwrap_or(0.0);
+            let length = candidate.counted.length / mean;
+            let saturation = count + BM25_K1 * (1.0 - BM25_B + BM25_B * length);
+            candidate.bm25 += rarity * count * (BM25_K1 + 1.0) / saturation;
         }
     }
-    scores
 }
 
 /// Small counts as floats; a count over 65,535 reads as that.

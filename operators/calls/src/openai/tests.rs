@@ -178,6 +178,31 @@ async fn a_slow_first_token_and_a_slow_answer_run_out_of_time() {
 }
 
 #[tokio::test]
+async fn a_server_that_asks_to_wait_is_asked_again() {
+    let calls = Arc::new(Mutex::new(0));
+    let count = calls.clone();
+    let url = serve(move |_, _| {
+        let number = {
+            let mut count = count.lock().unwrap();
+            *count += 1;
+            *count
+        };
+        async move {
+            match number {
+                1 => (StatusCode::TOO_MANY_REQUESTS, [("retry-after-ms", "1")], "").into_response(),
+                _ => r#"{"choices": [{"message": {"content": "yes"}}]}"#.into_response(),
+            }
+        }
+    })
+    .await;
+    let heard = Heard::default();
+    let retry = crate::Retry::new(Arc::new(client(&url, Timeouts::default())));
+    assert_eq!(retry.complete(&call(false), &heard).await.unwrap().text, "yes");
+    let heard = heard.0.into_inner().unwrap();
+    assert_eq!(heard, ["started small", "model_rate_limited", "started small", "ok"]);
+}
+
+#[tokio::test]
 async fn giving_a_call_up_closes_its_connection() {
     let (gone, noticed) = oneshot::channel();
     let gone = Arc::new(Mutex::new(Some(gone)));
