@@ -89,7 +89,10 @@ impl World {
             self.now = due;
             let answers = self.groups.tick(self.now);
             self.take(answers);
-            assert!(self.groups.next_tick() > Some(due) || self.groups.next_tick().is_none(), "a tick did nothing");
+            assert!(
+                self.groups.next_tick() > Some(due) || self.groups.next_tick().is_none(),
+                "a tick did nothing"
+            );
         }
         self.now = until;
     }
@@ -210,11 +213,16 @@ fn a_member_of_an_old_generation_may_neither_sync_nor_commit() {
     }
     let token = w.sync(&follower, &[]);
     assert_eq!(w.refused(token), ResponseError::IllegalGeneration);
-    let commit = |w: &mut World, member: &str, generation| w.groups.may_commit(w.now, "g", member, None, generation);
+    let commit =
+        |w: &mut World, member: &str, generation| w.groups.may_commit(w.now, "g", member, None, generation);
     assert_eq!(commit(&mut w, &follower.member, 1), Err(ResponseError::IllegalGeneration));
     assert_eq!(commit(&mut w, &follower.member, 2), Err(ResponseError::RebalanceInProgress));
     assert_eq!(commit(&mut w, "stranger", 2), Err(ResponseError::UnknownMemberId));
-    assert_eq!(commit(&mut w, "", -1), Err(ResponseError::UnknownMemberId), "a group with members is not an outsider's");
+    assert_eq!(
+        commit(&mut w, "", -1),
+        Err(ResponseError::UnknownMemberId),
+        "a group with members is not an outsider's"
+    );
 }
 
 #[test]
@@ -264,7 +272,10 @@ fn a_join_that_is_sent_again_is_answered_again() {
     let (mut w, leader, follower) = World::two();
     let token = w.join(join_of(&follower.member));
     assert_eq!(w.joined(token).generation, 1, "a follower that asks again changes nothing");
-    let changed = Join { protocols: vec![("range".into(), Bytes::from_static(b"more topics"))], ..join_of(&follower.member) };
+    let changed = Join {
+        protocols: vec![("range".into(), Bytes::from_static(b"more topics"))],
+        ..join_of(&follower.member)
+    };
     w.join(changed);
     assert_eq!(w.beat(&leader), Err(ResponseError::RebalanceInProgress), "a new subscription rebalances");
 }
@@ -287,7 +298,8 @@ fn the_protocol_all_know_and_most_prefer_is_chosen() {
 #[test]
 fn a_static_member_takes_its_old_place_without_a_rebalance() {
     let mut w = World::new();
-    let fixed = |member: &str| Join { instance: Some("i".into()), can_skip_assignment: true, ..join_of(member) };
+    let fixed =
+        |member: &str| Join { instance: Some("i".into()), can_skip_assignment: true, ..join_of(member) };
     let (a, b) = (w.join(fixed("")), w.join(join_of("")));
     w.pass(3);
     let (a, b) = (w.joined(a), w.joined(b));

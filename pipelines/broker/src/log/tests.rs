@@ -125,14 +125,16 @@ fn a_thousand_restarts_with_torn_tails_lose_nothing_acknowledged() {
                     prop_assert!(matches!(log.append(&skipped, NOW), Err(AppendError::OutOfOrder)));
                 }
                 for (b, (producer, count)) in life.batches.iter().enumerate() {
-                    let texts: Vec<String> = (0..*count).map(|r| format!("life {n} batch {b} record {r}")).collect();
+                    let texts: Vec<String> =
+                        (0..*count).map(|r| format!("life {n} batch {b} record {r}")).collect();
                     let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
                     let sequence = sequences.entry(*producer).or_default();
                     let bytes = from_producer(*producer, 0, *sequence, &texts);
                     *sequence += *count as i32;
                     let base = append(&mut log, &bytes, NOW);
                     prop_assert_eq!(base, acknowledged.len() as i64);
-                    acknowledged.extend(texts.iter().enumerate().map(|(i, t)| (base + i as i64, (*t).to_owned())));
+                    acknowledged
+                        .extend(texts.iter().enumerate().map(|(i, t)| (base + i as i64, (*t).to_owned())));
                     latest.insert(*producer, (bytes, base));
                 }
                 let end = log.end();
@@ -221,7 +223,8 @@ fn a_producer_is_held_to_its_epoch_and_order() {
     append(&mut log, &from_producer(7, 0, 0, &["a", "b"]), NOW);
     let stored = log.append(&from_producer(7, 0, 0, &["a", "b"]), NOW).unwrap();
     assert_eq!(stored, Appended { base: 0, append_ms: -1, new: false });
-    let mut refused = |epoch, sequence| log.append(&from_producer(7, epoch, sequence, &["x"]), NOW).unwrap_err();
+    let mut refused =
+        |epoch, sequence| log.append(&from_producer(7, epoch, sequence, &["x"]), NOW).unwrap_err();
     assert!(matches!(refused(0, 3), AppendError::OutOfOrder));
     assert!(matches!(refused(1, 2), AppendError::OutOfOrder));
     append(&mut log, &from_producer(7, 1, 0, &["c"]), NOW);
@@ -393,45 +396,49 @@ fn compaction_keeps_the_last_value_of_every_key_over_random_logs_and_restarts() 
         2 => Just(None),
     ];
     runner
-        .run(&(prop::collection::vec(step, 1..60), 200..1500u64, 1..20usize), |(steps, segment_bytes, keys_max)| {
-            let dir = TempDir::new().unwrap();
-            let settings = compacted(segment_bytes);
-            let mut log = open(&dir, &settings);
-            let mut want: BTreeMap<String, (i64, Option<String>)> = BTreeMap::new();
-            for step in steps {
-                let Some(records) = step else {
-                    if let Some(plan) = log.plan_compaction(NOW).unwrap() {
-                        let rewritten = plan.with_keys_max(keys_max).run().unwrap();
-                        log.finish_compaction(rewritten).unwrap();
+        .run(
+            &(prop::collection::vec(step, 1..60), 200..1500u64, 1..20usize),
+            |(steps, segment_bytes, keys_max)| {
+                let dir = TempDir::new().unwrap();
+                let settings = compacted(segment_bytes);
+                let mut log = open(&dir, &settings);
+                let mut want: BTreeMap<String, (i64, Option<String>)> = BTreeMap::new();
+                for step in steps {
+                    let Some(records) = step else {
+                        if let Some(plan) = log.plan_compaction(NOW).unwrap() {
+                            let rewritten = plan.with_keys_max(keys_max).run().unwrap();
+                            log.finish_compaction(rewritten).unwrap();
+                        }
+                        let end = log.end();
+                        drop(log);
+                        log = open(&dir, &settings);
+                        prop_assert_eq!(log.end(), end, "compaction gave offsets free");
+                        continue;
+                    };
+                    let records: Vec<(String, Option<String>)> = records
+                        .into_iter()
+                        .map(|(k, v)| (format!("key {k}"), v.map(|v| format!("value {v}"))))
+                        .collect();
+                    let plain: Vec<_> =
+                        records.iter().map(|(k, v)| (k.as_str(), v.as_deref(), NOW)).collect();
+                    let base = append(&mut log, &keyed(&plain), NOW);
+                    for (i, (key, value)) in records.into_iter().enumerate() {
+                        want.insert(key, (base + i as i64, value));
                     }
-                    let end = log.end();
-                    drop(log);
-                    log = open(&dir, &settings);
-                    prop_assert_eq!(log.end(), end, "compaction gave offsets free");
-                    continue;
-                };
-                let records: Vec<(String, Option<String>)> = records
-                    .into_iter()
-                    .map(|(k, v)| (format!("key {k}"), v.map(|v| format!("value {v}"))))
-                    .collect();
-                let plain: Vec<_> = records.iter().map(|(k, v)| (k.as_str(), v.as_deref(), NOW)).collect();
-                let base = append(&mut log, &keyed(&plain), NOW);
-                for (i, (key, value)) in records.into_iter().enumerate() {
-                    want.insert(key, (base + i as i64, value));
                 }
-            }
-            let mut have = BTreeMap::new();
-            let mut before = -1;
-            for record in read(&log, log.start()) {
-                prop_assert!(record.offset > before, "offsets rise");
-                before = record.offset;
-                let key = String::from_utf8(record.key.unwrap().to_vec()).unwrap();
-                let value = record.value.map(|v| String::from_utf8(v.to_vec()).unwrap());
-                have.insert(key, (record.offset, value));
-            }
-            prop_assert_eq!(have, want);
-            Ok(())
-        })
+                let mut have = BTreeMap::new();
+                let mut before = -1;
+                for record in read(&log, log.start()) {
+                    prop_assert!(record.offset > before, "offsets rise");
+                    before = record.offset;
+                    let key = String::from_utf8(record.key.unwrap().to_vec()).unwrap();
+                    let value = record.value.map(|v| String::from_utf8(v.to_vec()).unwrap());
+                    have.insert(key, (record.offset, value));
+                }
+                prop_assert_eq!(have, want);
+                Ok(())
+            },
+        )
         .unwrap();
 }
 
@@ -461,7 +468,8 @@ fn a_tombstone_stays_for_its_time_and_then_goes() {
     append(&mut log, &keyed(&[("a", Some("1"), NOW), ("a", None, NOW), ("b", Some("2"), NOW)]), NOW);
     seal(&mut log);
     compact(&mut log, NOW + 500);
-    let keys = |log: &Log| read(log, 0).into_iter().map(|r| (r.offset, r.value.is_some())).collect::<Vec<_>>();
+    let keys =
+        |log: &Log| read(log, 0).into_iter().map(|r| (r.offset, r.value.is_some())).collect::<Vec<_>>();
     assert_eq!(keys(&log), [(1, false), (2, true)]);
     append(&mut log, &keyed(&[("c", Some("3"), NOW)]), NOW + 1500);
     seal(&mut log);

@@ -132,7 +132,11 @@ fn check_epoch(epoch: i32) -> Result<(), ResponseError> {
     if epoch > 0 { Err(ResponseError::UnknownLeaderEpoch) } else { Ok(()) }
 }
 
-pub(crate) fn list_offsets(shared: &Shared, version: i16, request: ListOffsetsRequest) -> ListOffsetsResponse {
+pub(crate) fn list_offsets(
+    shared: &Shared,
+    version: i16,
+    request: ListOffsetsRequest,
+) -> ListOffsetsResponse {
     let topics = request.topics.into_iter().map(|asked| {
         let topic = shared.topics.get(&asked.name);
         let partitions = asked.partitions.iter().map(|p| list_one(topic.as_deref(), version, p)).collect();
@@ -141,7 +145,11 @@ pub(crate) fn list_offsets(shared: &Shared, version: i16, request: ListOffsetsRe
     ListOffsetsResponse::default().with_topics(topics.collect())
 }
 
-fn list_one(topic: Option<&Topic>, version: i16, asked: &ListOffsetsPartition) -> ListOffsetsPartitionResponse {
+fn list_one(
+    topic: Option<&Topic>,
+    version: i16,
+    asked: &ListOffsetsPartition,
+) -> ListOffsetsPartitionResponse {
     const LATEST: i64 = -1;
     const EARLIEST: i64 = -2;
     const MAX_TIMESTAMP: i64 = -3;

@@ -33,6 +33,10 @@ pub(crate) async fn commit(shared: &Shared, request: OffsetCommitRequest) -> Off
         let generation = request.generation_id_or_member_epoch;
         groups.may_commit(now, &group, &request.member_id, instance, generation)
     });
+    if let Err(error) = allowed {
+        let (member, generation) = (request.member_id.as_str(), request.generation_id_or_member_epoch);
+        tracing::warn!(group, member, generation, %error, "commit refused");
+    }
     let mut accepted = Vec::new();
     let mut verdicts = BTreeMap::new();
     for topic in &request.topics {

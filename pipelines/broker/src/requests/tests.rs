@@ -23,7 +23,8 @@ fn typical(api: ApiKey, version: i16) -> Vec<RequestKind> {
             use produce_request::{PartitionProduceData, TopicProduceData};
             let batch = Bytes::from(batch::build(&[(Some(b"k"), Some(b"v"), 1)]));
             let data = |topic: &&str| {
-                let parts = [Some(batch.clone()), None].map(|b| PartitionProduceData::default().with_records(b));
+                let parts =
+                    [Some(batch.clone()), None].map(|b| PartitionProduceData::default().with_records(b));
                 TopicProduceData::default().with_name(name(topic)).with_partition_data(parts.to_vec())
             };
             let data: Vec<_> = topics.iter().map(data).collect();
@@ -31,8 +32,10 @@ fn typical(api: ApiKey, version: i16) -> Vec<RequestKind> {
         }
         ApiKey::Fetch => {
             use fetch_request::{FetchPartition, FetchTopic};
-            let part = |offset| FetchPartition::default().with_fetch_offset(offset).with_partition_max_bytes(1000);
-            let topic = |t: &&str| FetchTopic::default().with_topic(name(t)).with_partitions(vec![part(0), part(99)]);
+            let part =
+                |offset| FetchPartition::default().with_fetch_offset(offset).with_partition_max_bytes(1000);
+            let topic =
+                |t: &&str| FetchTopic::default().with_topic(name(t)).with_partitions(vec![part(0), part(99)]);
             let topics = topics.iter().map(topic).collect();
             vec![FetchRequest::default().with_max_bytes(1000).with_topics(topics).into()]
         }
@@ -40,7 +43,8 @@ fn typical(api: ApiKey, version: i16) -> Vec<RequestKind> {
             use list_offsets_request::{ListOffsetsPartition, ListOffsetsTopic};
             let part = |t| ListOffsetsPartition::default().with_timestamp(t);
             let parts: Vec<_> = [-9, -4, -3, -2, -1, 0, 99].map(part).to_vec();
-            let topic = |t: &&str| ListOffsetsTopic::default().with_name(name(t)).with_partitions(parts.clone());
+            let topic =
+                |t: &&str| ListOffsetsTopic::default().with_name(name(t)).with_partitions(parts.clone());
             vec![ListOffsetsRequest::default().with_topics(topics.iter().map(topic).collect()).into()]
         }
         ApiKey::Metadata => {
@@ -49,7 +53,8 @@ fn typical(api: ApiKey, version: i16) -> Vec<RequestKind> {
             let asked: Vec<_> = topics.iter().map(topic).collect();
             let all = (version > 0).then(|| MetadataRequest::default().with_topics(None).into());
             let unknown_id = (version >= 12).then(|| {
-                let topic = MetadataRequestTopic::default().with_topic_id(uuid::Uuid::from_u128(7)).with_name(None);
+                let topic =
+                    MetadataRequestTopic::default().with_topic_id(uuid::Uuid::from_u128(7)).with_name(None);
                 MetadataRequest::default().with_topics(Some(vec![topic])).into()
             });
             let named = MetadataRequest::default().with_topics(Some(asked)).into();
@@ -57,7 +62,9 @@ fn typical(api: ApiKey, version: i16) -> Vec<RequestKind> {
         }
         ApiKey::OffsetCommit => {
             use offset_commit_request::{OffsetCommitRequestPartition, OffsetCommitRequestTopic};
-            let part = OffsetCommitRequestPartition::default().with_committed_offset(1).with_committed_metadata(None);
+            let part = OffsetCommitRequestPartition::default()
+                .with_committed_offset(1)
+                .with_committed_metadata(None);
             let topic = |t: &&str| {
                 OffsetCommitRequestTopic::default().with_name(name(t)).with_partitions(vec![part.clone()])
             };
@@ -71,18 +78,25 @@ fn typical(api: ApiKey, version: i16) -> Vec<RequestKind> {
         }
         ApiKey::OffsetFetch => {
             use offset_fetch_request::*;
-            let of = |id: &str| OffsetFetchRequestGroup::default().with_group_id(GroupId(text(id))).with_topics(None);
-            let topic = OffsetFetchRequestTopic::default().with_name(name("t")).with_partition_indexes(vec![0, 1]);
+            let of = |id: &str| {
+                OffsetFetchRequestGroup::default().with_group_id(GroupId(text(id))).with_topics(None)
+            };
+            let topic =
+                OffsetFetchRequestTopic::default().with_name(name("t")).with_partition_indexes(vec![0, 1]);
             let old = OffsetFetchRequest::default().with_group_id(GroupId(text("outsiders")));
             match version {
-                8.. => vec![OffsetFetchRequest::default().with_groups(vec![of("outsiders"), of("none")]).into()],
+                8.. => {
+                    vec![OffsetFetchRequest::default().with_groups(vec![of("outsiders"), of("none")]).into()]
+                }
                 2.. => vec![old.clone().with_topics(None).into(), old.with_topics(Some(vec![topic])).into()],
                 _ => vec![old.with_topics(Some(vec![topic])).into()],
             }
         }
         ApiKey::FindCoordinator => {
             let request = |kind| match version {
-                4.. => FindCoordinatorRequest::default().with_coordinator_keys(vec![text("group")]).with_key_type(kind),
+                4.. => FindCoordinatorRequest::default()
+                    .with_coordinator_keys(vec![text("group")])
+                    .with_key_type(kind),
                 1.. => FindCoordinatorRequest::default().with_key(text("group")).with_key_type(kind),
                 _ => FindCoordinatorRequest::default().with_key(text("group")),
             };
@@ -103,7 +117,14 @@ fn typical(api: ApiKey, version: i16) -> Vec<RequestKind> {
             use leave_group_request::MemberIdentity;
             let request = LeaveGroupRequest::default().with_group_id(group());
             let member = MemberIdentity::default().with_member_id(text("m"));
-            vec![if version < 3 { request.with_member_id(text("m")) } else { request.with_members(vec![member]) }.into()]
+            vec![
+                if version < 3 {
+                    request.with_member_id(text("m"))
+                } else {
+                    request.with_members(vec![member])
+                }
+                .into(),
+            ]
         }
         ApiKey::SyncGroup => vec![SyncGroupRequest::default().with_group_id(group()).into()],
         ApiKey::DescribeGroups => {
@@ -140,7 +161,8 @@ fn typical(api: ApiKey, version: i16) -> Vec<RequestKind> {
             vec![DeleteRecordsRequest::default().with_topics(topics.iter().map(topic).collect()).into()]
         }
         ApiKey::InitProducerId => {
-            let transactional = InitProducerIdRequest::default().with_transactional_id(Some(TransactionalId(text("x"))));
+            let transactional =
+                InitProducerIdRequest::default().with_transactional_id(Some(TransactionalId(text("x"))));
             vec![InitProducerIdRequest::default().with_transactional_id(None).into(), transactional.into()]
         }
         ApiKey::OffsetForLeaderEpoch => {
@@ -149,7 +171,9 @@ fn typical(api: ApiKey, version: i16) -> Vec<RequestKind> {
                 let parts = vec![OffsetForLeaderPartition::default()];
                 OffsetForLeaderTopic::default().with_topic(name(t)).with_partitions(parts)
             };
-            vec![OffsetForLeaderEpochRequest::default().with_topics(topics.iter().map(topic).collect()).into()]
+            vec![
+                OffsetForLeaderEpochRequest::default().with_topics(topics.iter().map(topic).collect()).into(),
+            ]
         }
         ApiKey::DescribeConfigs => {
             use describe_configs_request::DescribeConfigsResource;
@@ -160,27 +184,40 @@ fn typical(api: ApiKey, version: i16) -> Vec<RequestKind> {
                     .with_configuration_keys(None)
             };
             let resources = vec![of(2, "t"), of(2, "missing"), of(4, "1"), of(9, "x")];
-            vec![DescribeConfigsRequest::default().with_resources(resources).with_include_synonyms(true).into()]
+            vec![
+                DescribeConfigsRequest::default()
+                    .with_resources(resources)
+                    .with_include_synonyms(true)
+                    .into(),
+            ]
         }
         ApiKey::AlterConfigs => {
             use alter_configs_request::AlterConfigsResource;
-            let of = |n: &&str| AlterConfigsResource::default().with_resource_type(2).with_resource_name(text(*n));
+            let of =
+                |n: &&str| AlterConfigsResource::default().with_resource_type(2).with_resource_name(text(*n));
             vec![AlterConfigsRequest::default().with_resources(topics.iter().map(of).collect()).into()]
         }
         ApiKey::IncrementalAlterConfigs => {
             use incremental_alter_configs_request::{AlterConfigsResource, AlterableConfig};
-            let change = AlterableConfig::default().with_name(text("retention.ms")).with_value(Some(text("-1")));
+            let change =
+                AlterableConfig::default().with_name(text("retention.ms")).with_value(Some(text("-1")));
             let of = |n: &&str| {
                 AlterConfigsResource::default()
                     .with_resource_type(2)
                     .with_resource_name(text(*n))
                     .with_configs(vec![change.clone()])
             };
-            vec![IncrementalAlterConfigsRequest::default().with_resources(topics.iter().map(of).collect()).into()]
+            vec![
+                IncrementalAlterConfigsRequest::default()
+                    .with_resources(topics.iter().map(of).collect())
+                    .into(),
+            ]
         }
         ApiKey::CreatePartitions => {
             use create_partitions_request::CreatePartitionsTopic;
-            let of = |n: &&str| CreatePartitionsTopic::default().with_name(name(n)).with_count(1).with_assignments(None);
+            let of = |n: &&str| {
+                CreatePartitionsTopic::default().with_name(name(n)).with_count(1).with_assignments(None)
+            };
             vec![CreatePartitionsRequest::default().with_topics(topics.iter().map(of).collect()).into()]
         }
         ApiKey::DeleteGroups => {
@@ -193,12 +230,16 @@ fn typical(api: ApiKey, version: i16) -> Vec<RequestKind> {
                 .with_name(name("t"))
                 .with_partitions(vec![OffsetDeleteRequestPartition::default()]);
             let of = |g: &str| {
-                OffsetDeleteRequest::default().with_group_id(GroupId(text(g))).with_topics(vec![topic.clone()])
+                OffsetDeleteRequest::default()
+                    .with_group_id(GroupId(text(g)))
+                    .with_topics(vec![topic.clone()])
             };
             vec![of("outsiders").into(), of("none").into()]
         }
         ApiKey::DescribeCluster => vec![DescribeClusterRequest::default().into()],
-        ApiKey::ConsumerGroupHeartbeat => vec![ConsumerGroupHeartbeatRequest::default().with_group_id(group()).into()],
+        ApiKey::ConsumerGroupHeartbeat => {
+            vec![ConsumerGroupHeartbeatRequest::default().with_group_id(group()).into()]
+        }
         other => panic!("{other:?} is served and has no request here"),
     }
 }
@@ -217,13 +258,17 @@ async fn every_version_that_is_listed_can_be_asked_and_answered() {
             for request in typical(*api, version) {
                 // Through its bytes, so that a request no client could send does not count.
                 let mut bytes = BytesMut::new();
-                request.encode(&mut bytes, version).unwrap_or_else(|e| panic!("{api:?} v{version} request: {e:?}"));
+                request
+                    .encode(&mut bytes, version)
+                    .unwrap_or_else(|e| panic!("{api:?} v{version} request: {e:?}"));
                 let request = RequestKind::decode(*api, &mut bytes.freeze(), version).unwrap();
                 let Outcome::Reply(response) = answer(&shared, &peer, version, request).await else {
                     panic!("{api:?} v{version} was not answered");
                 };
                 let mut bytes = BytesMut::new();
-                response.encode(&mut bytes, version).unwrap_or_else(|e| panic!("{api:?} v{version} response: {e:?}"));
+                response
+                    .encode(&mut bytes, version)
+                    .unwrap_or_else(|e| panic!("{api:?} v{version} response: {e:?}"));
                 let decoded = ResponseKind::decode(*api, &mut bytes.freeze(), version);
                 assert!(decoded.is_ok(), "{api:?} v{version}: {decoded:?}");
             }
