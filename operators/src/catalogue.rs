@@ -70,7 +70,7 @@ pub struct SettingsError {
     pub path: String,
     /// What is wrong with it.
     pub message: String,
-    /// The keys that there are, or the operators where there is no such one.
+    /// The keys that there are where there is no such key, the operators where there is no such operator; else empty.
     pub known: Vec<String>,
 }
 
@@ -94,10 +94,18 @@ macro_rules! operators {
             }
         }
 
-        /// The settings of an operator, defaults filled in.
+        /// All that is wrong with the settings of an operator; empty where nothing is.
+        pub fn check(operator: &str, settings: &Value) -> Vec<SettingsError> {
+            match operator {
+                $($name::NAME => read::<$name>(settings).err().unwrap_or_default(),)+
+                _ => vec![unknown_operator(operator)],
+            }
+        }
+
+        /// The settings of an operator, defaults filled in; or the first thing that is wrong with them.
         pub fn settings(operator: &str, settings: &Value) -> Result<Settings, SettingsError> {
             match operator {
-                $($name::NAME => read::<$name>(settings).map(Settings::$name),)+
+                $($name::NAME => read::<$name>(settings).map(Settings::$name).map_err(first),)+
                 _ => Err(unknown_operator(operator)),
             }
         }
@@ -109,7 +117,10 @@ macro_rules! operators {
             resources: &Resources,
         ) -> Result<Arc<dyn Step>, SettingsError> {
             match operator {
-                $($name::NAME => Ok(step($name::new(read::<$name>(settings)?, resources))),)+
+                $($name::NAME => {
+                    let settings = read::<$name>(settings).map_err(first)?;
+                    Ok(step($name::new(settings, resources)))
+                })+
                 _ => Err(unknown_operator(operator)),
             }
         }
@@ -174,36 +185,46 @@ fn unknown_operator(operator: &str) -> SettingsError {
     SettingsError { path: String::new(), message: format!("there is no operator {operator:?}"), known }
 }
 
-/// Reads settings, and finds the key that is at fault. Settings are flat, so each key can be read alone.
-fn read<O: Shipped>(settings: &Value) -> Result<O::Settings, SettingsError> {
+fn first(mut faults: Vec<SettingsError>) -> SettingsError {
+    // `read` gives at least one.
+    if faults.is_empty() { wrong("", "settings cannot be read".to_owned()) } else { faults.swap_remove(0) }
+}
+
+fn wrong(path: &str, message: String) -> SettingsError {
+    SettingsError { path: path.to_owned(), message, known: Vec::new() }
+}
+
+/// Reads settings, or tells all that is wrong with them. Settings are flat, so each key can be read alone.
+fn read<O: Shipped>(settings: &Value) -> Result<O::Settings, Vec<SettingsError>> {
     let known: Vec<String> = match serde_json::to_value(O::Settings::default()) {
         Ok(Value::Object(defaults)) => defaults.keys().cloned().collect(),
         _ => Vec::new(),
-    };
-    let wrong = |path: &str, message: String| {
-        Err(SettingsError { path: path.to_owned(), message, known: known.clone() })
     };
     let members = match settings {
         // What YAML makes of `settings:` with nothing behind it.
         Value::Null => &Map::new(),
         Value::Object(members) => members,
-        _ => return wrong("", "settings are a map of keys to values".to_owned()),
+        _ => return Err(vec![wrong("", "settings are a map of keys to values".to_owned())]),
     };
+    let mut faults = Vec::new();
     for (key, value) in members {
         if !known.contains(key) {
-            return wrong(key, format!("operator {:?} has no setting {key:?}", O::NAME));
+            let message = format!("operator {:?} has no setting {key:?}", O::NAME);
+            faults.push(SettingsError { path: key.clone(), message, known: known.clone() });
+            continue;
         }
         let alone = Value::Object([(key.clone(), value.clone())].into_iter().collect());
         if let Err(error) = serde_json::from_value::<O::Settings>(alone) {
-            return wrong(key, error.to_string());
+            faults.push(wrong(key, error.to_string()));
         }
     }
-    let settings = match serde_json::from_value::<O::Settings>(Value::Object(members.clone())) {
-        Ok(settings) => settings,
-        Err(error) => return wrong("", error.to_string()),
-    };
+    if !faults.is_empty() {
+        return Err(faults);
+    }
+    let settings: O::Settings = serde_json::from_value(Value::Object(members.clone()))
+        .map_err(|error| vec![wrong("", error.to_string())])?;
     match O::fault(&settings) {
-        Some((key, message)) => wrong(key, message),
+        Some((key, message)) => Err(vec![wrong(key, message)]),
         None => Ok(settings),
     }
 }
@@ -232,8 +253,9 @@ mod tests {
         check("retrieve", json!([]), ": settings are a map of keys to values");
         check("cache_lookup", json!({"temperature_max": -1.0}), "temperature_max: -1 is not 0 to 2");
         check("retrive", json!({}), r#": there is no operator "retrive""#);
-        let known = settings("infer", &json!({"x": 1})).unwrap_err().known;
-        assert_eq!(known, ["instructions", "max_tokens"]);
+        let faults = super::check("infer", &json!({"x": 1, "max_tokens": 0, "instructions": null}));
+        let faults: Vec<_> = faults.iter().map(|fault| (fault.path.as_str(), fault.known.len())).collect();
+        assert_eq!(faults, [("max_tokens", 0), ("x", 2)]);
     }
 
     #[tokio::test]

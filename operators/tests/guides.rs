@@ -3,6 +3,8 @@
 //! What it shows: the extractive model answers real questions about real documents, and whatever it cites stands byte
 //! for byte in the document.
 
+#![expect(clippy::unwrap_used, reason = "what goes wrong fails the test")]
+
 use bytes::Bytes;
 use forebay_operator::{Change, Clock, Context, compliance};
 use forebay_operators::{
