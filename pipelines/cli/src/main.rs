@@ -1,2 +1,46 @@
-//! Being written.
-fn main() {}
+//! The command line of Forebay: parse, check, build, run, drain.
+//!
+//! Standard output holds what was asked for and nothing else; all that is said besides goes to standard error.
+//!
+//! Exit codes: 0 done; 1 could not be done; 2 the command line, the configuration or a pipeline is wrong;
+//! 130 stopped by a second Ctrl-C.
+
+mod args;
+mod build;
+mod client;
+mod commands;
+mod config;
+mod console;
+mod documents;
+mod embedded;
+mod offsets;
+mod shipped;
+mod shutdown;
+
+use args::{Args, Command};
+use clap::Parser as _;
+use console::Wrong;
+use forebay_telemetry::logging;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    match run(args) {
+        Ok(code) => code,
+        Err(fault) => {
+            console::complain(&fault);
+            ExitCode::from(if fault.is::<Wrong>() { 2 } else { 1 })
+        }
+    }
+}
+
+fn run(args: Args) -> anyhow::Result<ExitCode> {
+    let quiet = matches!(args.command, Command::Demo(_) | Command::Ask(_) | Command::Ingest(_));
+    logging::init(args.log_format(), quiet.then_some("warn"))?;
+    let config = config::load(&args)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let code = runtime.block_on(commands::run(args.command, config));
+    // Threads that are stuck in a client of ours must not keep the process from ending.
+    runtime.shutdown_timeout(std::time::Duration::from_millis(500));
+    code
+}

@@ -1,0 +1,217 @@
+//! What may be said on the command line, and its help.
+
+use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use forebay_telemetry::logging;
+use std::path::PathBuf;
+
+/// A dataflow stream processor on Kafka for generative AI.
+///
+/// Requests arrive on the topic `requests`, pass through the steps of a pipeline, and leave as `results`.
+/// Start with `forebay demo`.
+#[derive(Debug, Parser)]
+#[command(name = "forebay", version, propagate_version = true, max_term_width = 110)]
+pub struct Args {
+    #[command(flatten)]
+    pub settings: Settings,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Settings override each other in this order: defaults, the file, the environment (FOREBAY_…), flags.
+#[derive(Clone, Debug, Default, ClapArgs)]
+#[command(next_help_heading = "Settings (also by file and environment; see `forebay config print`)")]
+pub struct Settings {
+    /// Reads settings from this YAML file.
+    #[arg(long, global = true, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// The Kafka brokers, joined by commas. Without them: the embedded broker.
+    #[arg(long, global = true, value_name = "HOST:PORT,…")]
+    pub bootstrap_servers: Option<String>,
+    /// Goes before the name of every topic and consumer group.
+    #[arg(long, global = true, value_name = "PREFIX")]
+    pub topic_prefix: Option<String>,
+    /// The base URL of an OpenAI-compatible server; ends in /v1. Without it: the extractive model.
+    #[arg(long, global = true, value_name = "URL")]
+    pub model_url: Option<String>,
+    /// The model to ask for there.
+    #[arg(long, global = true, value_name = "NAME")]
+    pub model: Option<String>,
+    /// Where local data lies: the embedded broker's log, copies of tables, documents.
+    #[arg(long, global = true, value_name = "DIR")]
+    pub data: Option<PathBuf>,
+    /// Where the embedded broker listens.
+    #[arg(long, global = true, value_name = "HOST:PORT")]
+    pub listen: Option<String>,
+    /// Where metrics and health are served.
+    #[arg(long, global = true, value_name = "HOST:PORT")]
+    pub admin: Option<String>,
+    /// How many partitions the topics of the pipeline have.
+    #[arg(long, global = true, value_name = "N")]
+    pub partitions: Option<String>,
+    /// Where traces and metrics are sent by OTLP over HTTP.
+    #[arg(long, global = true, value_name = "URL")]
+    pub otlp_endpoint: Option<String>,
+    /// How logs look; they go to standard error.
+    #[arg(long, global = true, value_enum, default_value_t = LogFormat::Auto, value_name = "FORMAT")]
+    pub log_format: LogFormat,
+}
+
+/// How logs look.
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+pub enum LogFormat {
+    /// Text on a terminal, JSON elsewhere.
+    #[default]
+    Auto,
+    /// One JSON object a line.
+    Json,
+    /// For a person.
+    Text,
+}
+
+impl Args {
+    /// How logs look.
+    pub fn log_format(&self) -> logging::Format {
+        match self.settings.log_format {
+            LogFormat::Auto => logging::Format::Auto,
+            LogFormat::Json => logging::Format::Json,
+            LogFormat::Text => logging::Format::Text,
+        }
+    }
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Shows the whole at work: ingests documents, asks questions, prints the answers, stays up.
+    Demo(Demo),
+    /// Runs all stages of a pipeline in this process.
+    Up(PipelineArg),
+    /// Runs one stage of a pipeline in this process.
+    Run(Run),
+    /// Asks one question and waits for its result.
+    Ask(Ask),
+    /// Writes documents to the topic `documents`.
+    Ingest(Ingest),
+    /// Finds all faults of a pipeline.
+    Check(PipelineArg),
+    /// Runs the cases of a pipeline, in memory.
+    Test(PipelineArg),
+    /// Draws a pipeline.
+    Explain(Explain),
+    /// Looks at the topics of a pipeline, or makes them.
+    #[command(subcommand)]
+    Topics(Topics),
+    /// Shows the settings.
+    #[command(subcommand)]
+    Config(ConfigCommand),
+    /// Prints completions for a shell.
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Which pipeline.
+#[derive(Clone, Debug, ClapArgs)]
+pub struct PipelineArg {
+    /// A file, or the name of a pipeline that Forebay ships.
+    #[arg(default_value = "answer", value_name = "PIPELINE")]
+    pub pipeline: String,
+}
+
+/// `forebay demo`.
+#[derive(Debug, ClapArgs)]
+pub struct Demo {
+    /// Documents to ingest instead of Forebay's own guides: Markdown or text files, or folders of them.
+    #[arg(long, num_args = 1.., value_name = "PATH")]
+    pub documents: Vec<PathBuf>,
+    /// Questions to ask instead of Forebay's own: one a line, as text or as a request in JSON.
+    #[arg(long, value_name = "FILE")]
+    pub questions: Option<PathBuf>,
+    /// Leaves after the table of totals.
+    #[arg(long)]
+    pub exit: bool,
+    /// Prints the records of `results`, one a line, and nothing else.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `forebay run`.
+#[derive(Debug, ClapArgs)]
+pub struct Run {
+    /// A file, or the name of a pipeline that Forebay ships.
+    #[arg(value_name = "PIPELINE")]
+    pub pipeline: String,
+    /// The key of the step to run.
+    #[arg(long, value_name = "NAME")]
+    pub stage: String,
+}
+
+/// `forebay ask`.
+#[derive(Debug, ClapArgs)]
+pub struct Ask {
+    /// The question.
+    pub question: String,
+    /// Whose request it is.
+    #[arg(long, value_name = "NAME")]
+    pub tenant: Option<String>,
+    /// How long to wait for the result, and the request's deadline.
+    #[arg(long, default_value = "60s", value_name = "DURATION")]
+    pub wait: humantime::Duration,
+    /// Prints the record of `results` as it is.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `forebay ingest`.
+#[derive(Debug, ClapArgs)]
+pub struct Ingest {
+    /// Markdown or text files, or folders of them.
+    #[arg(required = true, value_name = "PATH")]
+    pub paths: Vec<PathBuf>,
+    /// Whose documents they are; `*` is everybody's.
+    #[arg(long, default_value = "*", value_name = "NAME")]
+    pub tenant: String,
+    /// Deletes documents of these ids instead.
+    #[arg(long)]
+    pub delete: bool,
+}
+
+/// `forebay explain`.
+#[derive(Debug, ClapArgs)]
+pub struct Explain {
+    #[command(flatten)]
+    pub pipeline: PipelineArg,
+    /// Draws it for Mermaid.
+    #[arg(long)]
+    pub mermaid: bool,
+}
+
+/// `forebay topics`.
+#[derive(Debug, Subcommand)]
+pub enum Topics {
+    /// Prints what would change, then makes the topics that are missing.
+    Apply {
+        #[command(flatten)]
+        pipeline: PipelineArg,
+        /// Only prints what would change.
+        #[arg(long)]
+        dry_run: bool,
+        /// How many brokers keep each record; the broker's own default when absent.
+        #[arg(long, value_name = "N")]
+        replication_factor: Option<i32>,
+    },
+    /// Prints the topics of a pipeline and what the cluster has of them.
+    Describe {
+        #[command(flatten)]
+        pipeline: PipelineArg,
+    },
+}
+
+/// `forebay config`.
+#[derive(Debug, Subcommand)]
+pub enum ConfigCommand {
+    /// Prints each setting, its value and where it came from; secrets are not shown.
+    Print,
+}

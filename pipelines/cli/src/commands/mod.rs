@@ -1,0 +1,31 @@
+//! One file a command, or a few where they belong together.
+
+mod ask;
+mod completions;
+mod config;
+mod demo;
+mod graph;
+mod ingest;
+mod topics;
+mod up;
+
+use crate::{args::Command, config::Config};
+use std::process::ExitCode;
+
+/// Does what was asked.
+pub async fn run(command: Command, config: Config) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Demo(demo) => demo::run(demo, config).await?,
+        Command::Up(pipeline) => up::up(&pipeline, config).await?,
+        Command::Run(run) => up::run(&run, config).await?,
+        Command::Ask(ask) => return ask::run(ask, config).await,
+        Command::Ingest(ingest) => ingest::run(ingest, config).await?,
+        Command::Check(pipeline) => graph::check(&pipeline)?,
+        Command::Test(pipeline) => return graph::test(&pipeline).await,
+        Command::Explain(explain) => graph::explain(&explain)?,
+        Command::Topics(topics) => topics::run(topics, config).await?,
+        Command::Config(crate::args::ConfigCommand::Print) => config::print(&config),
+        Command::Completions { shell } => completions::print(shell),
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,78 @@
+//! `forebay topics apply|describe`, and the same for commands that need the topics to be there.
+
+use crate::{
+    args::Topics,
+    build,
+    config::Config,
+    console::{out, wrong},
+    embedded::{Embedded, cluster},
+};
+use anyhow::Context as _;
+use forebay_plan::Plan;
+use forebay_runtime::host::kafka::{
+    Kafka,
+    topics::{Change, Wanted, apply, compare, existing},
+};
+use std::time::Duration;
+
+const WAIT: Duration = Duration::from_secs(10);
+
+/// Looks at the topics, or makes them.
+pub async fn run(topics: Topics, config: Config) -> anyhow::Result<()> {
+    let (pipeline, dry_run, replication) = match &topics {
+        Topics::Apply { pipeline, dry_run, replication_factor } => (pipeline, *dry_run, *replication_factor),
+        Topics::Describe { pipeline } => (pipeline, true, None),
+    };
+    let plan = build::plan(pipeline)?;
+    let kafka = cluster(&config, Embedded::Find).await?.kafka;
+    let changes = changes(&kafka, &plan, &config).await?;
+    out(format_args!("topics of pipeline {} at {}:", plan.name, kafka.bootstrap_servers()));
+    for change in &changes {
+        out(change);
+    }
+    if dry_run {
+        return Ok(());
+    }
+    apply(&kafka, &changes, replication.unwrap_or(-1)).await?;
+    out("done");
+    Ok(())
+}
+
+/// Makes all topics, as only the embedded broker's owner may without being asked.
+pub async fn make(kafka: &Kafka, plan: &Plan, config: &Config) -> anyhow::Result<()> {
+    let changes = changes(kafka, plan, config).await?;
+    Ok(apply(kafka, &changes, 1).await?)
+}
+
+/// Names the topics that are missing, and how to have them.
+pub async fn demand(kafka: &Kafka, plan: &Plan, config: &Config) -> anyhow::Result<()> {
+    let changes = changes(kafka, plan, config).await?;
+    let missing = |change: &Change| match change {
+        Change::Create(wanted) => Some(wanted.name.clone()),
+        _ => None,
+    };
+    let missing: Vec<_> = changes.iter().filter_map(missing).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    Err(wrong(format!(
+        "Kafka at {} has no topic {}; make the topics by `forebay topics apply --bootstrap-servers {0}{}`",
+        kafka.bootstrap_servers(),
+        missing.join(", "),
+        match config.topic_prefix.as_str() {
+            "" => String::new(),
+            prefix => format!(" --topic-prefix {prefix}"),
+        }
+    )))
+}
+
+async fn changes(kafka: &Kafka, plan: &Plan, config: &Config) -> anyhow::Result<Vec<Change>> {
+    let wanted = plan.topics().into_iter().map(|topic| {
+        Wanted::new(config.topic(&topic.name), config.partitions, topic.cleanup, topic.from_clients)
+    });
+    let wanted: Vec<_> = wanted.collect();
+    let kafka = kafka.clone();
+    // Asking blocks.
+    let there = tokio::task::spawn_blocking(move || existing(&kafka, WAIT)).await.context("topics")??;
+    Ok(compare(wanted, &there))
+}

@@ -1,0 +1,362 @@
+//! The settings of a process: defaults, then the file, then the environment, then flags.
+//!
+//! Every setting stands once in [`SETTINGS`], with its default and meaning; what a file or an environment may say
+//! comes from there, and so does what `config print` shows.
+//!
+//! Invariant: a secret is never shown and never comes by a flag, since others see a process's arguments.
+
+use crate::{
+    args::{Args, Settings},
+    console::wrong,
+};
+use anyhow::Context as _;
+use forebay_plan::{
+    Place,
+    leaves::{Leaf, faults_of, hint, leaves},
+};
+use std::{collections::BTreeMap, path::PathBuf};
+
+/// One setting.
+struct Setting {
+    /// Its path in the file; dots lead into maps.
+    path: &'static str,
+    /// The environment variable.
+    variable: &'static str,
+    /// The value where nobody says otherwise; empty means none.
+    default: &'static str,
+    secret: bool,
+}
+
+const fn setting(path: &'static str, variable: &'static str, default: &'static str) -> Setting {
+    Setting { path, variable, default, secret: false }
+}
+
+const SETTINGS: &[Setting] = &[
+    setting("bootstrap_servers", "FOREBAY_BOOTSTRAP_SERVERS", ""),
+    setting("topic_prefix", "FOREBAY_TOPIC_PREFIX", ""),
+    setting("data", "FOREBAY_DATA", ".forebay"),
+    setting("listen", "FOREBAY_LISTEN", ""),
+    setting("admin", "FOREBAY_ADMIN", ""),
+    setting("partitions", "FOREBAY_PARTITIONS", "12"),
+    setting("model.url", "FOREBAY_MODEL_URL", ""),
+    setting("model.name", "FOREBAY_MODEL", ""),
+    setting("model.key_file", "FOREBAY_MODEL_API_KEY_FILE", ""),
+    Setting { path: "model.key", variable: "FOREBAY_MODEL_API_KEY", default: "", secret: true },
+    setting("stores.key_value", "FOREBAY_STORES_KEY_VALUE", ""),
+    setting("memory.records", "FOREBAY_MEMORY_RECORDS", "256MiB"),
+    setting("otlp_endpoint", "FOREBAY_OTLP_ENDPOINT", ""),
+];
+
+/// librdkafka's properties stand below this path, and are not listed one by one.
+const KAFKA: &str = "kafka.";
+
+/// What `forebay up` takes where nobody says otherwise.
+pub const LISTEN_DEFAULT: &str = "127.0.0.1:9092";
+/// The port that OpenTelemetry's Prometheus exporters use.
+pub const ADMIN_DEFAULT: &str = "127.0.0.1:9464";
+
+/// A value and where it came from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sourced {
+    pub value: String,
+    pub from: String,
+}
+
+/// The settings of a process.
+#[derive(Clone)]
+pub struct Config {
+    values: BTreeMap<String, Sourced>,
+    pub bootstrap_servers: Option<String>,
+    pub topic_prefix: String,
+    pub data: PathBuf,
+    pub listen: Option<String>,
+    pub admin: Option<String>,
+    pub partitions: i32,
+    pub model_url: Option<String>,
+    pub model: Option<String>,
+    pub model_key: Option<String>,
+    pub key_value: Option<String>,
+    pub memory_bytes: usize,
+    pub otlp_endpoint: Option<String>,
+    pub kafka: BTreeMap<String, String>,
+}
+
+/// Reads the settings of this process.
+pub fn load(args: &Args) -> anyhow::Result<Config> {
+    let file = args.settings.config.clone().or_else(|| std::env::var_os("FOREBAY_CONFIG").map(PathBuf::from));
+    let file = match file {
+        Some(path) => {
+            let name = path.display().to_string();
+            let text = std::fs::read_to_string(&path)
+                .map_err(|fault| wrong(format!("could not read configuration file {name}: {fault}")))?;
+            Some((name, text))
+        }
+        None => None,
+    };
+    let file = file.as_ref().map(|(name, text)| (name.as_str(), text.as_str()));
+    merge(file, |variable| std::env::var(variable).ok(), &flags(&args.settings))
+}
+
+fn flags(settings: &Settings) -> Vec<(&'static str, String)> {
+    let path = |path: &Option<PathBuf>| path.as_ref().map(|path| path.display().to_string());
+    let given = [
+        ("bootstrap_servers", settings.bootstrap_servers.clone()),
+        ("topic_prefix", settings.topic_prefix.clone()),
+        ("data", path(&settings.data)),
+        ("listen", settings.listen.clone()),
+        ("admin", settings.admin.clone()),
+        ("partitions", settings.partitions.clone()),
+        ("model.url", settings.model_url.clone()),
+        ("model.name", settings.model.clone()),
+        ("otlp_endpoint", settings.otlp_endpoint.clone()),
+    ];
+    given.into_iter().filter_map(|(path, value)| Some((path, value?))).collect()
+}
+
+fn merge(
+    file: Option<(&str, &str)>,
+    variable: impl Fn(&str) -> Option<String>,
+    flags: &[(&'static str, String)],
+) -> anyhow::Result<Config> {
+    let mut values = BTreeMap::new();
+    let mut set = |path: &str, value: &str, from: String| {
+        values.insert(path.to_owned(), Sourced { value: value.to_owned(), from });
+    };
+    for setting in SETTINGS {
+        set(setting.path, setting.default, "default".to_owned());
+    }
+    if let Some((name, text)) = file {
+        for Leaf { path, place, value } in read(name, text)? {
+            set(&path, &value, format!("{name}:{}", place.line));
+        }
+    }
+    for setting in SETTINGS {
+        if let Some(value) = variable(setting.variable) {
+            set(setting.path, &value, setting.variable.to_owned());
+        }
+    }
+    for (path, value) in flags {
+        set(path, value, format!("--{}", flag_of(path)));
+    }
+    Config::of(values)
+}
+
+fn flag_of(path: &str) -> String {
+    match path {
+        "model.name" => "model".to_owned(),
+        path => path.replace(['.', '_'], "-"),
+    }
+}
+
+/// The leaves of a configuration file; all its faults at once.
+fn read(name: &str, text: &str) -> anyhow::Result<Vec<Leaf>> {
+    let found = leaves(name, text).map_err(wrong)?;
+    let mut faults: Vec<(Place, String)> = Vec::new();
+    for leaf in &found {
+        let known = SETTINGS.iter().filter(|setting| !setting.secret).map(|setting| setting.path);
+        if leaf.path == "model.key" {
+            let message =
+                "a key does not stand in a configuration file; name a file of its own by model.key_file";
+            faults.push((leaf.place, message.to_owned()));
+        } else if !leaf.path.starts_with(KAFKA) && !known.clone().any(|path| path == leaf.path) {
+            let hint = hint(&leaf.path, known).map(|hint| format!("; {hint}")).unwrap_or_default();
+            faults.push((leaf.place, format!("unknown key {:?}{hint}", leaf.path)));
+        }
+    }
+    match faults.is_empty() {
+        true => Ok(found),
+        false => Err(wrong(faults_of(name, faults))),
+    }
+}
+
+impl Config {
+    fn of(values: BTreeMap<String, Sourced>) -> anyhow::Result<Self> {
+        let get = |path: &str| {
+            values.get(path).map(|sourced| sourced.value.as_str()).filter(|value| !value.is_empty())
+        };
+        let text = |path: &str| get(path).map(str::to_owned);
+        let from = |path: &str| values.get(path).map(|sourced| sourced.from.as_str()).unwrap_or_default();
+        let partitions = text("partitions").unwrap_or_default();
+        let partitions: i32 =
+            partitions.parse().ok().filter(|n| (1..=10_000).contains(n)).ok_or_else(|| {
+                wrong(format!(
+                    "partitions is {partitions:?} (from {}); it may be 1 to 10000",
+                    from("partitions")
+                ))
+            })?;
+        let memory = text("memory.records").unwrap_or_default();
+        let memory_bytes = bytes(&memory).ok_or_else(|| {
+            wrong(format!(
+                "memory.records is {memory:?} (from {}); write a size with its unit, such as 256MiB",
+                from("memory.records")
+            ))
+        })?;
+        let model_url = text("model.url");
+        if let Some(url) = &model_url
+            && !url.trim_end_matches('/').ends_with("/v1")
+        {
+            return Err(wrong(format!(
+                "model.url is {url:?} (from {}); it must end in /v1, as in http://127.0.0.1:8000/v1",
+                from("model.url")
+            )));
+        }
+        let model_key = match (text("model.key"), text("model.key_file")) {
+            (Some(key), _) => Some(key),
+            (None, Some(path)) => {
+                let read = std::fs::read_to_string(&path);
+                let key = read.map_err(|fault| {
+                    wrong(format!(
+                        "could not read model.key_file {path} (from {}): {fault}",
+                        from("model.key_file")
+                    ))
+                })?;
+                Some(key.trim().to_owned())
+            }
+            (None, None) => None,
+        };
+        let kafka = values.iter().filter_map(|(path, sourced)| {
+            Some((path.strip_prefix(KAFKA)?.to_owned(), sourced.value.clone()))
+        });
+        let prefix = text("topic_prefix").unwrap_or_default();
+        let legal = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+        if !prefix.chars().all(legal) || prefix.len() > forebay_plan::PREFIX_CHARS_MAX {
+            return Err(wrong(format!(
+                "topic_prefix is {prefix:?} (from {}); it may have up to {} of the characters a–z A–Z 0–9 . _ -",
+                from("topic_prefix"),
+                forebay_plan::PREFIX_CHARS_MAX
+            )));
+        }
+        Ok(Self {
+            bootstrap_servers: text("bootstrap_servers"),
+            topic_prefix: prefix,
+            data: PathBuf::from(text("data").unwrap_or_default()),
+            listen: text("listen"),
+            admin: text("admin"),
+            partitions,
+            model_url,
+            model: text("model.name"),
+            model_key,
+            key_value: text("stores.key_value"),
+            memory_bytes,
+            otlp_endpoint: text("otlp_endpoint"),
+            kafka: kafka.collect(),
+            values,
+        })
+    }
+
+    /// The full name of a topic.
+    pub fn topic(&self, name: &str) -> String {
+        format!("{}{name}", self.topic_prefix)
+    }
+
+    /// Each setting with its value and where it came from, secrets hidden.
+    pub fn shown(&self) -> Vec<(String, Sourced)> {
+        let hide = |path: &str| {
+            let words = ["password", "secret", "token", "oauthbearer", "private", "key.pem"];
+            SETTINGS.iter().any(|setting| setting.path == path && setting.secret)
+                || path.starts_with(KAFKA) && words.iter().any(|word| path.contains(word))
+        };
+        let show = |(path, sourced): (&String, &Sourced)| {
+            let mut sourced = sourced.clone();
+            if !sourced.value.is_empty() && hide(path) {
+                sourced.value = "(hidden)".to_owned();
+            } else if path == "stores.key_value" {
+                sourced.value = without_password(&sourced.value);
+            }
+            (path.clone(), sourced)
+        };
+        self.values.iter().map(show).collect()
+    }
+}
+
+/// A URL without the password in it.
+fn without_password(url: &str) -> String {
+    let Some((scheme, rest)) = url.split_once("://") else { return url.to_owned() };
+    match rest.rsplit_once('@') {
+        Some((_, host)) => format!("{scheme}://(hidden)@{host}"),
+        None => url.to_owned(),
+    }
+}
+
+/// A size with its unit.
+fn bytes(text: &str) -> Option<usize> {
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let unit: usize = match unit.trim() {
+        "B" => 1,
+        "KiB" => 1 << 10,
+        "MiB" => 1 << 20,
+        "GiB" => 1 << 30,
+        _ => return None,
+    };
+    number.parse::<usize>().ok()?.checked_mul(unit).filter(|&bytes| bytes > 0)
+}
+
+/// The address of a setting, such as `listen`.
+pub fn address(what: &str, text: &str) -> anyhow::Result<std::net::SocketAddr> {
+    let parsed = text.parse().ok().or_else(|| {
+        use std::net::ToSocketAddrs as _;
+        text.to_socket_addrs().ok()?.next()
+    });
+    parsed
+        .ok_or_else(|| wrong(format!("{what} is {text:?}; an address looks like 127.0.0.1:9092")))
+        .context("settings")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn merged(
+        file: &str,
+        environment: &[(&str, &str)],
+        flags: &[(&'static str, &str)],
+    ) -> anyhow::Result<Config> {
+        let variable = |name: &str| {
+            environment.iter().find(|(known, _)| *known == name).map(|(_, value)| (*value).to_owned())
+        };
+        let flags: Vec<_> = flags.iter().map(|(path, value)| (*path, (*value).to_owned())).collect();
+        merge(Some(("f.yaml", file)), variable, &flags)
+    }
+
+    fn refused(file: &str) -> String {
+        merged(file, &[], &[]).err().expect(file).to_string()
+    }
+
+    #[test]
+    fn flags_win_over_the_environment_and_that_over_the_file() {
+        let file = "data: from-file\ntopic_prefix: from-file-\npartitions: 3\n";
+        let config =
+            merged(file, &[("FOREBAY_DATA", "env"), ("FOREBAY_PARTITIONS", "4")], &[("data", "flag")]);
+        let config = config.unwrap();
+        assert_eq!(config.data, PathBuf::from("flag"));
+        assert_eq!(config.partitions, 4);
+        assert_eq!(config.topic_prefix, "from-file-");
+        let from: BTreeMap<_, _> =
+            config.shown().into_iter().map(|(path, sourced)| (path, sourced.from)).collect();
+        assert_eq!(from["data"], "--data");
+        assert_eq!(from["partitions"], "FOREBAY_PARTITIONS");
+        assert_eq!(from["topic_prefix"], "f.yaml:2");
+        assert_eq!(from["listen"], "default");
+    }
+
+    #[test]
+    fn secrets_are_not_shown() {
+        let file = "kafka: {sasl.password: canary}\nstores: {key_value: 'redis://:canary@h:1'}\n";
+        let config = merged(file, &[("FOREBAY_MODEL_API_KEY", "canary")], &[]).unwrap();
+        assert!(!format!("{:?}", config.shown()).contains("canary"));
+        assert_eq!(config.kafka["sasl.password"], "canary");
+    }
+
+    #[test]
+    fn what_is_wrong_has_a_place_and_a_hint() {
+        assert!(
+            refused("data: x\ntopic_prefx: y\n")
+                .contains("f.yaml:2:1: unknown key \"topic_prefx\"; did you mean \"topic_prefix\"?")
+        );
+        assert!(refused("model: {key: abc}").contains("model.key_file"));
+        assert!(refused("partitions: none").contains("1 to 10000"));
+        assert!(refused("memory: {records: 12}").contains("256MiB"));
+        assert!(refused("model: {url: 'http://h'}").contains("/v1"));
+    }
+}
