@@ -300,7 +300,36 @@ mod tests {
         })
     }
 
+    /// Requests of few words and settings, so that two are often equal or nearly so.
+    fn body() -> impl Strategy<Value = Value> {
+        let turn = ("system|user|assistant", "[ab]{1,2}")
+            .prop_map(|(role, content)| json!({"role": role, "content": content}));
+        let field = "model|conversation|temperature|top_p|seed|response_format|tool_choice|top_k|ab";
+        let value = |field: &str, number: i64| match field {
+            "model" | "conversation" => json!(number.to_string()),
+            _ => json!(number),
+        };
+        let fields = proptest::collection::btree_map(field, 0..2_i64, 0..3);
+        (proptest::collection::vec(turn, 0..3), "[ab]{1,2}", fields).prop_map(
+            move |(mut messages, question, fields)| {
+                messages.push(json!({"role": "user", "content": question}));
+                let mut body = json!({"messages": messages});
+                for (field, number) in fields {
+                    body[&field] = value(&field, number);
+                }
+                body
+            },
+        )
+    }
+
     proptest! {
+        #[test]
+        fn two_requests_share_a_key_only_if_nothing_tells_them_apart(one in body(), other in body(), tenant in "[ab]") {
+            prop_assert_eq!(one == other, key(&one) == key(&other));
+            let tenant = Tenant::try_from(tenant).unwrap();
+            prop_assert_ne!(key(&one), Shape::default().key(&request(&one), &tenant));
+        }
+
         #[test]
         fn two_settings_share_a_fingerprint_only_if_they_are_equal(one in json_value(), other in json_value()) {
             prop_assert_eq!(one == other, fingerprint(&one) == fingerprint(&other));

@@ -3,8 +3,8 @@
 use super::*;
 use crate::{Extractive, samples};
 use forebay_calls::{CallError, Class, Listener, Tried};
-use forebay_operator::{Clock, Delivery, Event, Host, StopSignal, compliance};
-use forebay_schemas::{Delta, Record as _, Retrieval};
+use forebay_operator::{Clock, Delivery, Event, Host, Ledger, StopSignal, compliance};
+use forebay_schemas::{CallId, Delta, Record as _, Retrieval};
 use futures::future::BoxFuture;
 use std::{sync::Mutex, time::Duration};
 
@@ -58,13 +58,35 @@ impl Model for Told {
     }
 }
 
+/// Reads along, and remembers the answer that was paid for.
 #[derive(Default)]
-struct Reader(Mutex<Vec<Delta>>);
+struct Reader(Mutex<Vec<Delta>>, Mutex<Option<Vec<u8>>>);
 impl Host for Reader {
+    fn ledger(&self) -> Option<&dyn Ledger> {
+        Some(self)
+    }
     fn delta(&self, delta: Delta) {
         self.0.lock().unwrap().push(delta);
     }
     fn observe(&self, _: &str, _: &Event) {}
+}
+
+impl Ledger for Reader {
+    fn paid<'a>(
+        &'a self,
+        _: &'a CallId,
+        call: BoxFuture<'a, Result<Vec<u8>, Failure>>,
+    ) -> BoxFuture<'a, Result<Vec<u8>, Failure>> {
+        Box::pin(async move {
+            let paid = self.1.lock().unwrap().clone();
+            if let Some(paid) = paid {
+                return Ok(paid);
+            }
+            let paid = call.await?;
+            *self.1.lock().unwrap() = Some(paid.clone());
+            Ok(paid)
+        })
+    }
 }
 
 fn grounded() -> Grounded {
@@ -131,6 +153,26 @@ async fn whoever_reads_along_gets_the_tokens() {
     let read = host.0.lock().unwrap();
     let read: Vec<_> = read.iter().map(|delta| (delta.attempt, delta.seq, delta.text.as_str())).collect();
     assert_eq!(read, [(0, 0, "so "), (0, 1, "far")]);
+}
+
+#[tokio::test]
+async fn an_answer_that_was_paid_for_is_not_asked_for_again() {
+    let host = Arc::new(Reader::default());
+    let ask = async |model: Told| {
+        let delivery = Delivery {
+            envelope: compliance::envelope(),
+            recorded_at_ms: 0,
+            stage: "infer".into(),
+            cluster: "test".into(),
+        };
+        let clock = Clock::starting_at(compliance::NOW_MS);
+        let cx = Context::new(delivery, clock, host.clone(), StopSignal::new().1);
+        let answered = infer(model).process(grounded(), &cx).await.unwrap();
+        (answered, cx.take_rows().len())
+    };
+    let (paid, rows) = ask(Told(Some(Ok("the broker keeps records [1]")))).await;
+    assert_eq!(rows, 1);
+    assert_eq!(ask(Told(Some(Err(Class::Outage)))).await, (paid, 0));
 }
 
 #[tokio::test]
