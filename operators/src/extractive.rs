@@ -15,6 +15,7 @@ use futures::future::BoxFuture;
 use std::{
     collections::{HashMap, HashSet},
     ops::Range,
+    sync::{Arc, LazyLock, PoisonError, RwLock},
 };
 use tokio::time::Instant;
 
@@ -88,6 +89,41 @@ impl Model for Extractive {
     }
 }
 
+/// Passages whose sentences are kept, at about 10 KiB each.
+const READ_MAX: usize = 2000;
+
+/// What reading gave, by the chunk's id. Reading is most of the work of an answer, and the same passages come again and
+/// again; the text is compared, so that what is remembered can only ever save work.
+static READ: LazyLock<RwLock<HashMap<String, Arc<Read>>>> = LazyLock::new(RwLock::default);
+
+/// The sentences of a text, each with its stems.
+struct Read {
+    text: String,
+    sentences: Vec<(Range<usize>, Kind, Vec<String>)>,
+}
+
+impl Read {
+    fn of(passage: &Passage) -> Arc<Self> {
+        let known = READ.read().unwrap_or_else(PoisonError::into_inner).get(&passage.chunk).cloned();
+        if let Some(read) = known.filter(|read| read.text == passage.text) {
+            return read;
+        }
+        let text = passage.text.clone();
+        let with_stems = |(range, kind): (Range<usize>, Kind)| {
+            let stems = words::stems(&text[range.clone()]);
+            (range, kind, stems)
+        };
+        let sentences = sentences::of(&text).into_iter().map(with_stems).collect();
+        let read = Arc::new(Self { text, sentences });
+        let mut all = READ.write().unwrap_or_else(PoisonError::into_inner);
+        if all.len() >= READ_MAX {
+            all.clear();
+        }
+        all.insert(passage.chunk.clone(), read.clone());
+        read
+    }
+}
+
 /// A sentence of a passage.
 struct Sentence<'p> {
     passage: &'p Passage,
@@ -95,7 +131,7 @@ struct Sentence<'p> {
     rank: usize,
     range: Range<usize>,
     kind: Kind,
-    stems: Vec<String>,
+    stems: &'p [String],
     score: f32,
     /// Part of the question's weight that it shares, its headings included.
     coverage: f32,
@@ -150,7 +186,8 @@ impl Sentence<'_> {
 
 fn answer(question: &str, passages: &[Passage]) -> (String, Vec<Citation>) {
     let asked = words::stems(question);
-    let mut sentences = read(passages);
+    let read: Vec<_> = passages.iter().map(Read::of).collect();
+    let mut sentences = sentences(passages, &read);
     score(&asked, &mut sentences);
     let chosen = choose(&sentences);
     if chosen.is_empty() {
@@ -161,15 +198,15 @@ fn answer(question: &str, passages: &[Passage]) -> (String, Vec<Citation>) {
 }
 
 /// All sentences, passage by passage.
-fn read(passages: &[Passage]) -> Vec<Sentence<'_>> {
-    let mut read = Vec::new();
-    for (rank, passage) in passages.iter().enumerate() {
-        for (range, kind) in sentences::of(&passage.text) {
-            let stems = words::stems(&passage.text[range.clone()]);
-            read.push(Sentence { passage, rank, range, kind, stems, score: 0.0, coverage: 0.0 });
+fn sentences<'p>(passages: &'p [Passage], read: &'p [Arc<Read>]) -> Vec<Sentence<'p>> {
+    let mut all = Vec::new();
+    for (rank, (passage, read)) in passages.iter().zip(read).enumerate() {
+        for (range, kind, stems) in &read.sentences {
+            let (range, kind) = (range.clone(), *kind);
+            all.push(Sentence { passage, rank, range, kind, stems, score: 0.0, coverage: 0.0 });
         }
     }
-    read
+    all
 }
 
 /// Scores each sentence by the part of the question that it shares, rare words counting more.
@@ -192,9 +229,13 @@ fn score(asked: &[String], sentences: &mut [Sentence<'_>]) {
     if whole <= 0.0 {
         return;
     }
+    let (mut rank, mut heading) = (None, HashSet::new());
     for sentence in sentences {
-        let heading: HashSet<String> =
-            sentence.passage.heading.iter().flat_map(|heading| words::stems(heading)).collect();
+        // The sentences of a passage follow each other and have their headings in common.
+        if rank != Some(sentence.rank) {
+            let stems = sentence.passage.heading.iter().flat_map(|heading| words::stems(heading));
+            (rank, heading) = (Some(sentence.rank), stems.collect());
+        }
         let (mut inside, mut above) = (0.0, 0.0);
         for (stem, weight) in distinct.iter().zip(&weights) {
             if sentence.stems.contains(stem) {

@@ -38,6 +38,12 @@ impl Counted {
 
     /// Whether the other says the same in nearly the same words (their Jaccard index).
     pub(super) fn repeats(&self, other: &Self) -> bool {
+        let (few, many) =
+            (self.counts.len().min(other.counts.len()), self.counts.len().max(other.counts.len()));
+        // Sets of such different sizes cannot share enough, and most pairs are told apart by that.
+        if ratio(few, many) < REPEAT_MIN {
+            return false;
+        }
         let shared = self.counts.keys().filter(|stem| other.counts.contains_key(*stem)).count();
         let all = self.counts.len() + other.counts.len() - shared;
         ratio(shared, all) >= REPEAT_MIN
