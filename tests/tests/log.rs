@@ -3,14 +3,22 @@
 //! Each check runs against the embedded broker and against a real Apache Kafka, through librdkafka, kcat
 //! and a client written in Python. What passes on one and not on the other is a bug of the embedded one.
 
+#![expect(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::result_large_err,
+    reason = "a test that cannot go on says why by panicking"
+)]
+
 use forebay_broker::{Broker, Config};
 use forebay_tests::{services, wait_for};
+use rdkafka::ClientContext;
 use rdkafka::admin::{
     AdminClient, AdminOptions, AlterConfig, NewPartitions, NewTopic, ResourceSpecifier, TopicReplication,
 };
 use rdkafka::client::DefaultClientContext;
 use rdkafka::config::ClientConfig;
-use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
+use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer, ConsumerContext, Rebalance};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{Header, Headers, Message, OwnedHeaders, OwnedMessage};
 use rdkafka::producer::{FutureProducer, FutureRecord};
@@ -319,6 +327,22 @@ fn three_cooperative_members_read_each_record_once(log: &Log) {
     three_members_read_each_record_once(log, "cooperative-sticky");
 }
 
+/// Commits what has been read before partitions go to another member, as Forebay's own consumer does.
+struct CommitsFirst;
+
+impl ClientContext for CommitsFirst {}
+
+impl ConsumerContext for CommitsFirst {
+    fn pre_rebalance(&self, consumer: &BaseConsumer<Self>, rebalance: &Rebalance<'_>) {
+        if let Rebalance::Revoke(_) = rebalance {
+            match consumer.commit_consumer_state(CommitMode::Sync) {
+                Ok(()) | Err(KafkaError::ConsumerCommit(RDKafkaErrorCode::NoOffset)) => {}
+                Err(error) => panic!("could not commit before a rebalance: {error}"),
+            }
+        }
+    }
+}
+
 /// What the members of a group have read, and who is told to stop.
 #[derive(Default)]
 struct Seen {
@@ -349,25 +373,31 @@ fn three_members_read_each_record_once(log: &Log, strategy: &str) {
         let settings = [
             ("partition.assignment.strategy", strategy),
             ("auto.offset.reset", "earliest"),
-            ("enable.auto.commit", "true"),
+            ("enable.auto.commit", "false"),
+            ("enable.auto.offset.store", "false"),
+            ("group.id", &log.name("g")),
             ("session.timeout.ms", "6000"),
             ("heartbeat.interval.ms", "200"),
-            ("topic.metadata.refresh.interval.ms", "1000"),
         ];
-        let consumer = log.consumer("g", &settings);
+        let mut config = log.client();
+        for (setting, value) in settings {
+            config.set(setting, value);
+        }
+        let consumer: BaseConsumer<CommitsFirst> =
+            config.create_with_context(CommitsFirst).expect("a consumer");
         let (seen, topic) = (Arc::clone(&seen), topic.clone());
         std::thread::spawn(move || {
             consumer.subscribe(&[&topic]).expect("subscribed");
             while !seen.stop[n].load(Ordering::Relaxed) {
                 let Some(message) = consumer.poll(Duration::from_millis(50)) else { continue };
                 let message = message.expect("a record");
-                seen.records
-                    .lock()
-                    .expect("no member panicked")
-                    .push((message.partition(), message.offset()));
+                let record = (message.partition(), message.offset());
+                seen.records.lock().expect("no member panicked").push(record);
+                // After the record counts as read: what is only in the client's queue is another's to read.
+                consumer.store_offset_from_message(&message).expect("stored");
                 seen.by_member[n].fetch_add(1, Ordering::Relaxed);
             }
-            // Dropping it leaves the group, with its offsets committed.
+            // Dropping it leaves the group, by way of `CommitsFirst`.
         })
     };
     let arrives = |what: &str, count: usize| {

@@ -1,6 +1,12 @@
 //! What only the embedded broker can be asked: that it survives kills, keeps its ids over restarts, says
 //! what is wrong when it cannot start, and refuses clearly what it does not serve.
 
+#![expect(
+    clippy::expect_used,
+    clippy::result_large_err,
+    reason = "a test that cannot go on says why by panicking"
+)]
+
 use forebay_broker::{Broker, Config, Fsync, StartError};
 use forebay_tests::{Running, Signal, wait_for};
 use rdkafka::ClientContext;
@@ -210,7 +216,8 @@ fn ids_topics_and_offsets_survive_a_restart_and_the_address_is_announced() {
     let data = tempfile::tempdir().expect("a folder");
     let mut ids = Vec::new();
     for life in 0..3 {
-        let broker = start(on(data.path())).expect("it starts");
+        let fsync = [Fsync::EveryBatch, Fsync::Interval(Duration::from_millis(1)), Fsync::Never][life];
+        let broker = start(Config { fsync, ..on(data.path()) }).expect("it starts");
         let announced = std::fs::read_to_string(data.path().join("address")).expect("an address");
         assert_eq!(announced.trim(), broker.address().to_string());
         if life == 0 {

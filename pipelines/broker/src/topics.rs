@@ -245,10 +245,14 @@ impl Topics {
         now_ms: i64,
     ) -> Result<Vec<Arc<Partition>>, Refusal> {
         let folder = folder(&self.dir, &topic.name, topic.id);
-        indexes
+        let partitions = indexes
             .map(|index| open(&folder, index, topic.settings.clone(), 0, now_ms))
             .collect::<Result<_, _>>()
-            .map_err(|error| storage(&error))
+            .map_err(|error| storage(&error))?;
+        // Their names must be on disk before the journal says that they exist.
+        let synced = [&folder, &self.dir].into_iter().try_for_each(|d| fs::File::open(d)?.sync_all());
+        synced.map_err(|error| storage(&error))?;
+        Ok(partitions)
     }
 
     fn check_partitions(&self, of_topic: i32, new: usize) -> Result<(), Refusal> {

@@ -233,6 +233,9 @@ impl Log {
         }
         let stored = Header::parse(&scratch).map_err(AppendError::Corrupt)?;
         let last = self.segments.len() - 1;
+        if self.segments[last].open_file().is_none() {
+            self.sync_name();
+        }
         let written = self.segments[last].append(&scratch, &stored, now_ms);
         if scratch.capacity() <= 4 << 20 {
             self.scratch = scratch;
@@ -275,7 +278,13 @@ impl Log {
         let last = self.segments.len() - 1;
         self.unsynced.extend(self.segments[last].close());
         self.segments.push(segment);
+        self.sync_name();
         Ok(())
+    }
+
+    /// A new file is safe from a power cut once its folder is on disk too.
+    fn sync_name(&mut self) {
+        self.unsynced.extend(File::open(&self.dir).map(Arc::new));
     }
 
     /// Files that hold bytes not yet known to be on disk; the caller syncs them, without the lock.

@@ -35,7 +35,7 @@ pub(crate) async fn commit(shared: &Shared, request: OffsetCommitRequest) -> Off
     });
     if let Err(error) = allowed {
         let (member, generation) = (request.member_id.as_str(), request.generation_id_or_member_epoch);
-        tracing::warn!(group, member, generation, %error, "commit refused");
+        tracing::debug!(group, member, generation, %error, "commit refused");
     }
     let mut accepted = Vec::new();
     let mut verdicts = BTreeMap::new();

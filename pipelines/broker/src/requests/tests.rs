@@ -275,3 +275,12 @@ async fn every_version_that_is_listed_can_be_asked_and_answered() {
         }
     }
 }
+
+#[test]
+fn the_readme_lists_what_is_served() {
+    let readme = include_str!("../../README.md");
+    for (api, min, max) in SERVED {
+        let versions = if min == max { min.to_string() } else { format!("{min}–{max}") };
+        assert!(readme.contains(&format!("| {api:?} {versions} ")), "README.md lacks {api:?} {versions}");
+    }
+}
