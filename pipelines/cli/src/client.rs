@@ -2,7 +2,7 @@
 
 use crate::{config::Config, offsets};
 use anyhow::Context as _;
-use forebay_runtime::host::kafka::Kafka;
+use forebay_runtime::host::kafka::{Kafka, LogContext};
 use forebay_schemas::{Answer, Record as _, Request, topics};
 use rdkafka::{
     Message as _, Offset, TopicPartitionList,
@@ -15,7 +15,7 @@ use tokio::sync::mpsc;
 
 /// A client that hears of all results from now on.
 pub struct Client {
-    producer: FutureProducer,
+    producer: FutureProducer<LogContext>,
     requests: String,
     results: mpsc::Receiver<anyhow::Result<(Answer, String)>>,
 }
@@ -26,7 +26,7 @@ const WAITING_MAX: usize = 1024;
 impl Client {
     /// Connects; results that are written after this returns are heard.
     pub async fn connect(kafka: &Kafka, config: &Config) -> anyhow::Result<Self> {
-        let reader: BaseConsumer = kafka.reader_config().create()?;
+        let reader: BaseConsumer<LogContext> = kafka.reader_config().create_with_context(LogContext)?;
         let topic = config.topic(topics::RESULTS.name);
         let (results_in, results) = mpsc::channel(WAITING_MAX);
         // Both finding the end and polling block.
@@ -40,7 +40,7 @@ impl Client {
             }
         })?;
         ready.await.context("reading results")??;
-        let producer = kafka.producer_config().create()?;
+        let producer = kafka.producer_config().create_with_context(LogContext)?;
         Ok(Self { producer, requests: config.topic(topics::REQUESTS.name), results })
     }
 
@@ -61,7 +61,7 @@ impl Client {
     }
 }
 
-fn start(reader: &BaseConsumer, topic: &str) -> anyhow::Result<()> {
+fn start(reader: &BaseConsumer<LogContext>, topic: &str) -> anyhow::Result<()> {
     let mut assignment = TopicPartitionList::new();
     for (partition, (_, end)) in offsets::ends(reader, topic)? {
         assignment.add_partition_offset(topic, partition, Offset::Offset(end))?;
@@ -69,7 +69,7 @@ fn start(reader: &BaseConsumer, topic: &str) -> anyhow::Result<()> {
     Ok(reader.assign(&assignment)?)
 }
 
-fn read(reader: &BaseConsumer, results: &mpsc::Sender<anyhow::Result<(Answer, String)>>) {
+fn read(reader: &BaseConsumer<LogContext>, results: &mpsc::Sender<anyhow::Result<(Answer, String)>>) {
     while !results.is_closed() {
         let result = match reader.poll(Duration::from_millis(100)) {
             None | Some(Err(KafkaError::PartitionEOF(_))) => continue,

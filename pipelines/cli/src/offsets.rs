@@ -2,7 +2,7 @@
 
 use anyhow::Context as _;
 use forebay_plan::Plan;
-use forebay_runtime::host::kafka::{Kafka, TableReader};
+use forebay_runtime::host::kafka::{Kafka, LogContext, TableReader};
 use rdkafka::{
     Offset, TopicPartitionList,
     consumer::{BaseConsumer, Consumer as _},
@@ -16,8 +16,8 @@ const POLL: Duration = Duration::from_millis(100);
 /// Watches the groups of a pipeline and the tables of this process.
 pub struct Watch {
     /// One client for each group: committed offsets are asked for in a group's name.
-    groups: Vec<(BaseConsumer, Vec<String>)>,
-    reader: BaseConsumer,
+    groups: Vec<(BaseConsumer<LogContext>, Vec<String>)>,
+    reader: BaseConsumer<LogContext>,
     tables: Vec<TableReader>,
 }
 
@@ -29,9 +29,9 @@ impl Watch {
             let mut config = kafka.reader_config();
             config.set("group.id", plan.consumer_group(prefix, step));
             let topics = step.from.iter().map(|topic| format!("{prefix}{topic}")).collect();
-            groups.push((config.create()?, topics));
+            groups.push((config.create_with_context(LogContext)?, topics));
         }
-        Ok(Self { groups, reader: kafka.reader_config().create()?, tables })
+        Ok(Self { groups, reader: kafka.reader_config().create_with_context(LogContext)?, tables })
     }
 
     /// Waits until no group has anything left to read and every table has read all, in this order: the order of a
@@ -84,7 +84,7 @@ impl Watch {
 }
 
 /// The first and the next offset of each partition of a topic. Blocks.
-pub fn ends(reader: &BaseConsumer, topic: &str) -> anyhow::Result<BTreeMap<i32, (i64, i64)>> {
+pub fn ends(reader: &BaseConsumer<LogContext>, topic: &str) -> anyhow::Result<BTreeMap<i32, (i64, i64)>> {
     let metadata =
         reader.fetch_metadata(Some(topic), WAIT).with_context(|| format!("looking at topic {topic}"))?;
     let mut ends = BTreeMap::new();

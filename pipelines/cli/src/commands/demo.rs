@@ -199,9 +199,7 @@ impl Totals {
             self.latencies_us.get(index).map(|us| format!("{:.0} ms", *us as f64 / 1000.0))
         };
         let mut table = Table::new();
-        table
-            .load_style(UTF8_HORIZONTAL_ONLY)
-            .set_header(["requests", &self.latencies_us.len().to_string()]);
+        table.load_style(UTF8_HORIZONTAL_ONLY).set_header(["requests", &self.latencies_us.len().to_string()]);
         for (status, count) in &self.by_status {
             table.add_row([*status, &count.to_string()]);
         }

@@ -8,7 +8,7 @@ use crate::{
     embedded::{Embedded, cluster},
 };
 use anyhow::Context as _;
-use forebay_runtime::host::kafka::Kafka;
+use forebay_runtime::host::kafka::{Kafka, LogContext};
 use forebay_schemas::{Document, Record as _, Tenant, topics};
 use indicatif::{ProgressBar, ProgressStyle};
 use rdkafka::producer::{FutureProducer, FutureRecord};
@@ -37,7 +37,7 @@ fn deletion(id: String, tenant: &Tenant) -> Document {
 
 /// Writes documents; each is acknowledged when this returns.
 pub async fn write(kafka: &Kafka, topic: &str, documents: Vec<Document>) -> anyhow::Result<()> {
-    let producer: FutureProducer = kafka.producer_config().create()?;
+    let producer: FutureProducer<LogContext> = kafka.producer_config().create_with_context(LogContext)?;
     let progress = ProgressBar::new(documents.len() as u64);
     progress.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} documents {eta}")?);
     let mut sent = std::collections::VecDeque::new();
@@ -57,7 +57,7 @@ pub async fn write(kafka: &Kafka, topic: &str, documents: Vec<Document>) -> anyh
 type Sent<'d> = (&'d str, rdkafka::producer::DeliveryFuture);
 
 async fn send(
-    producer: &FutureProducer,
+    producer: &FutureProducer<LogContext>,
     topic: &str,
     document: &Document,
 ) -> anyhow::Result<rdkafka::producer::DeliveryFuture> {

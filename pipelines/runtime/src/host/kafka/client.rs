@@ -8,6 +8,7 @@ use rdkafka::{
     config::RDKafkaLogLevel,
     consumer::{BaseConsumer, Consumer},
     error::KafkaError,
+    types::RDKafkaErrorCode,
 };
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use tracing::{debug, error, info, warn};
@@ -197,9 +198,9 @@ impl Kafka {
     }
 }
 
-/// Says what librdkafka says, in our log.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct LogContext;
+/// Says what librdkafka says, in our log. The context of every client that needs none of its own.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct LogContext;
 
 impl ClientContext for LogContext {
     fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
@@ -227,6 +228,10 @@ pub(super) fn log(level: RDKafkaLogLevel, facility: &str, message: &str) {
 }
 
 pub(super) fn say(fault: &KafkaError, reason: &str) {
+    // The end of a partition is no error: readers ask to be told of it.
+    if fault.rdkafka_error_code() == Some(RDKafkaErrorCode::PartitionEOF) {
+        return;
+    }
     warn!(error = %fault, reason, "Kafka client");
 }
 

@@ -6,7 +6,7 @@ mod source;
 mod table;
 pub mod topics;
 
-pub use client::{Kafka, KafkaSettings, SettingsError, UnreachableError};
+pub use client::{Kafka, KafkaSettings, LogContext, SettingsError, UnreachableError};
 pub use sink::KafkaSink;
 pub use source::{KafkaSource, ReadBounds};
 pub use table::{TableError, TableReader};

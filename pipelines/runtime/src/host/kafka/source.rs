@@ -23,7 +23,7 @@ use rdkafka::{
     ClientContext, Message, Offset, Statistics, TopicPartitionList,
     config::RDKafkaLogLevel,
     consumer::{BaseConsumer, CommitMode, Consumer, ConsumerContext},
-    error::{KafkaError, KafkaResult},
+    error::KafkaError,
     message::{BorrowedMessage, Headers},
     types::{RDKafkaErrorCode, RDKafkaRespErr},
 };
@@ -57,9 +57,6 @@ impl ReadBounds {
 
 /// How long the thread sleeps in a poll that brings nothing: the bound on how late it notices a command.
 const POLL: Duration = Duration::from_millis(20);
-
-/// How long giving partitions up may wait for the commit before it.
-const COMMIT_WAIT: Duration = Duration::from_secs(3);
 
 /// A member of a consumer group.
 pub struct KafkaSource {
@@ -164,11 +161,7 @@ impl Source for KafkaSource {
     }
 
     fn commit(&mut self) {
-        if let Err(fault) = self.consumer.commit_consumer_state(CommitMode::Async)
-            && !is_nothing_to_commit(&fault)
-        {
-            warn!(error = %fault, "could not commit; will try again");
-        }
+        commit(&self.consumer);
     }
 
     fn pause(&mut self, partition: &Partition) {
@@ -188,6 +181,15 @@ impl Source for KafkaSource {
     }
 }
 
+/// Commits what is stored, without waiting for the answer.
+fn commit(consumer: &BaseConsumer<Member>) {
+    if let Err(fault) = consumer.commit_consumer_state(CommitMode::Async)
+        && !is_nothing_to_commit(&fault)
+    {
+        warn!(error = %fault, "could not commit; will try again");
+    }
+}
+
 fn is_nothing_to_commit(fault: &KafkaError) -> bool {
     matches!(fault, KafkaError::ConsumerCommit(RDKafkaErrorCode::NoOffset))
 }
@@ -195,8 +197,6 @@ fn is_nothing_to_commit(fault: &KafkaError) -> bool {
 /// What librdkafka calls back: it only takes notes.
 struct Member {
     rebalances: Mutex<VecDeque<Rebalance>>,
-    /// Commits that were answered, counted.
-    commits: AtomicUsize,
     /// Set when nobody drains any more: then partitions are given up at once.
     closed: AtomicBool,
     meter: StepMeter,
@@ -204,12 +204,7 @@ struct Member {
 
 impl Member {
     fn new(meter: StepMeter) -> Self {
-        Self {
-            rebalances: Mutex::default(),
-            commits: AtomicUsize::new(0),
-            closed: AtomicBool::new(false),
-            meter,
-        }
+        Self { rebalances: Mutex::default(), closed: AtomicBool::new(false), meter }
     }
 }
 
@@ -258,15 +253,6 @@ impl ConsumerContext for Member {
         let partitions = partitions.clone();
         let change = if assigns { Rebalance::Assign(partitions) } else { Rebalance::Revoke(partitions) };
         self.rebalances.lock().unwrap_or_else(PoisonError::into_inner).push_back(change);
-    }
-
-    fn commit_callback(&self, result: KafkaResult<()>, _: &TopicPartitionList) {
-        self.commits.fetch_add(1, Ordering::Release);
-        if let Err(fault) = result
-            && !is_nothing_to_commit(&fault)
-        {
-            warn!(error = %fault, "a commit was refused");
-        }
     }
 }
 
@@ -335,8 +321,9 @@ impl Reader {
             }
             Command::Release => {
                 let Some(partitions) = self.revoked.pop_front() else { return };
+                // librdkafka finishes an unassign only when all commits before it are answered.
                 if !self.consumer.assignment_lost() {
-                    self.commit_and_wait();
+                    commit(&self.consumer);
                 }
                 if let Err(fault) = self.consumer.incremental_unassign(&partitions) {
                     warn!(error = %fault, "could not give partitions up");
@@ -392,28 +379,6 @@ impl Reader {
         }
         self.revoked.push_back(partitions);
         let _ = self.events.send(Event::Revoked { partitions: gone, lost });
-    }
-
-    /// Commits what is stored and polls until that is answered, or for a bounded time.
-    fn commit_and_wait(&mut self) {
-        let context = Arc::clone(self.consumer.context());
-        let answered = context.commits.load(Ordering::Acquire);
-        if let Err(fault) = self.consumer.commit_consumer_state(CommitMode::Async) {
-            if !is_nothing_to_commit(&fault) {
-                warn!(error = %fault, "could not commit before giving partitions up; the next owner repeats");
-            }
-            return;
-        }
-        let until = Instant::now() + COMMIT_WAIT;
-        while context.commits.load(Ordering::Acquire) == answered {
-            if Instant::now() > until {
-                warn!("a commit was not answered before partitions are given up; the next owner may repeat");
-                return;
-            }
-            if self.poll(Duration::from_millis(5)).is_some() {
-                return;
-            }
-        }
     }
 
     /// Stops reading while too much waits, and goes on when half of it is gone.

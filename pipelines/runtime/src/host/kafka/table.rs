@@ -134,21 +134,33 @@ fn bounds(
     Ok(bounds)
 }
 
-/// Where to read from. A copy that cannot be continued is forgotten and read again.
+/// Where to read from. A copy that cannot be continued is forgotten and read again whole.
 async fn starts(
     table: &dyn Table,
     bounds: &BTreeMap<i32, (i64, i64)>,
 ) -> Result<BTreeMap<i32, i64>, Failure> {
     let mut starts = BTreeMap::new();
+    let mut continues = false;
     for (&partition, &(low, end)) in bounds {
         match table.position(partition).await? {
             // Behind the log's start something may have been taken away unseen; beyond its end the topic is another.
-            Some(position) if (low..=end).contains(&position) => starts.insert(partition, position),
-            _ => {
-                table.clear().await?;
-                return Ok(bounds.iter().map(|(&partition, &(low, _))| (partition, low)).collect());
+            Some(position) if !(low..=end).contains(&position) => {
+                continues = false;
+                break;
             }
-        };
+            Some(position) => {
+                continues = true;
+                starts.insert(partition, position);
+            }
+            // Nothing of this partition was ever read.
+            None => {
+                starts.insert(partition, low);
+            }
+        }
+    }
+    if !continues {
+        table.clear().await?;
+        starts = bounds.iter().map(|(&partition, &(low, _))| (partition, low)).collect();
     }
     Ok(starts)
 }
