@@ -189,9 +189,13 @@ impl Broker {
         };
         let data = config.data.clone();
         let (listen, patience) = (config.listen, config.bind_patience);
-        // The lock goes along with whatever may still write after this function gave up.
-        let opening = (config, Arc::clone(&lock));
-        let opened = handle.spawn_blocking(move || Shared::open(opening.0)).await;
+        // The lock goes along: a caller that gives up waiting must not free a folder that is being opened.
+        let held = Arc::clone(&lock);
+        let opened = handle.spawn_blocking(move || {
+            let _held = held;
+            Shared::open(config)
+        });
+        let opened = opened.await;
         let shared = Arc::new(opened.map_err(|stopped| at(&data)(io::Error::other(stopped)))??);
         let bound = handle.spawn(bind(listen, patience)).await;
         let listener = bound.map_err(|stopped| at(&data)(io::Error::other(stopped)))??;
