@@ -7,9 +7,11 @@
 //! stores and models are somebody else's business.
 
 pub mod budget;
+pub mod cases;
 pub mod drive;
 pub mod host;
 pub mod message;
 pub mod process;
+mod site;
 pub mod stage;
 pub mod tracker;

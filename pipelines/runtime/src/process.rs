@@ -5,20 +5,17 @@
 
 use crate::{
     budget::Budget,
-    drive::{DriveError, Limits, drive},
+    drive::{DriveError, drive},
     host::kafka::{Kafka, KafkaSink, KafkaSource, ReadBounds, SettingsError, TableError, TableReader},
     message::Outgoing,
-    stage::{CommonTopics, Parts, Patience, Stage},
+    site::{Site, full_name},
+    stage::Patience,
 };
 use forebay_operator::{Clock, Event, Host, Step, Table};
-use forebay_plan::{Order, Plan, PlannedStep};
+use forebay_plan::{Plan, PlannedStep};
 use forebay_schemas::{Delta, Headers, Record, topics};
 use forebay_telemetry::{Health, Telemetry};
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use tokio::{runtime::Handle, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
@@ -89,25 +86,37 @@ impl Launch<'_> {
         let budget = Budget::new(self.memory_bytes_max);
         let host: Arc<dyn Host> = Arc::new(KafkaHost {
             sink: sink.clone(),
-            deltas: self.name(topics::DELTAS.name),
+            deltas: full_name(self.prefix, topics::DELTAS.name),
             telemetry: self.telemetry.clone(),
         });
+        let site = Site {
+            prefix: self.prefix,
+            plan: self.plan,
+            cluster: Arc::clone(&self.cluster),
+            telemetry: self.telemetry,
+            host,
+            clock: self.clock,
+            patience: Patience::default(),
+        };
         let mut stages = JoinSet::new();
         for (planned, step) in &self.steps {
-            let group = self.plan.consumer_group(self.prefix, planned);
-            let stage = Arc::new(self.stage(planned, Arc::clone(step), &host, &group));
-            let from: Vec<Arc<str>> = planned.from.iter().map(|topic| self.name(topic)).collect();
+            let stage = site.stage(planned, Arc::clone(step));
             let source = KafkaSource::join(
                 self.kafka,
-                &group,
-                &from,
+                &site.group(planned),
+                &site.inputs(planned),
                 ReadBounds::new(planned.in_flight),
                 Arc::clone(&budget),
                 stage.meter().clone(),
                 self.health.clone(),
             )?;
-            let limits = Limits { ordered: planned.order == Order::Key, ..Limits::new(planned.in_flight) };
-            stages.spawn(drive(stage, source, Arc::new(sink.clone()), limits, shutdown.clone()));
+            stages.spawn(drive(
+                stage,
+                source,
+                Arc::new(sink.clone()),
+                site.limits(planned),
+                shutdown.clone(),
+            ));
         }
         Ok(Running { stages, tables, sink, shutdown, closed })
     }
@@ -115,7 +124,8 @@ impl Launch<'_> {
     async fn start_tables(&self, shutdown: &CancellationToken) -> Result<Vec<TableReader>, LaunchError> {
         let mut readers = Vec::with_capacity(self.tables.len());
         for (topic, table) in &self.tables {
-            let (kafka, topic, table) = (self.kafka.clone(), self.name(topic), Arc::clone(table));
+            let (kafka, topic, table) =
+                (self.kafka.clone(), full_name(self.prefix, topic), Arc::clone(table));
             let (health, shutdown, runtime) = (self.health.clone(), shutdown.clone(), Handle::current());
             // Finding the topic's bounds blocks.
             let started = tokio::task::spawn_blocking(move || {
@@ -124,37 +134,6 @@ impl Launch<'_> {
             readers.push(started.await.map_err(|_| LaunchError::Stopped)??);
         }
         Ok(readers)
-    }
-
-    fn stage(&self, planned: &PlannedStep, step: Arc<dyn Step>, host: &Arc<dyn Host>, group: &str) -> Stage {
-        let meter = self.telemetry.step(&planned.key, step.operator()).in_group(group);
-        Stage::new(Parts {
-            key: planned.key.as_str().into(),
-            step,
-            routes: planned.to.iter().map(|(port, topic)| (port.clone(), self.name(topic))).collect(),
-            from_clients: self.client_topics(planned),
-            visits_max: planned.visits_max,
-            common: CommonTopics {
-                endings: self.name(topics::ENDINGS.name),
-                dead_letters: self.name(topics::DEAD_LETTERS.name),
-                attempts: self.name(topics::ATTEMPTS.name),
-            },
-            cluster: Arc::clone(&self.cluster),
-            clock: self.clock,
-            host: Arc::clone(host),
-            patience: Patience::default(),
-            meter,
-        })
-    }
-
-    fn client_topics(&self, planned: &PlannedStep) -> BTreeSet<Arc<str>> {
-        let topics = self.plan.topics().into_iter();
-        let written = topics.filter(|topic| topic.from_clients && planned.from.contains(&topic.name));
-        written.map(|topic| self.name(&topic.name)).collect()
-    }
-
-    fn name(&self, topic: &str) -> Arc<str> {
-        format!("{}{topic}", self.prefix).into()
     }
 }
 

@@ -12,8 +12,8 @@ use forebay_operator::Clock;
 use forebay_schemas::Headers;
 use futures::future::BoxFuture;
 use std::{
-    collections::{BTreeMap, VecDeque},
-    sync::{Arc, Mutex, PoisonError},
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 use tokio::sync::{mpsc, watch};
 
@@ -32,18 +32,31 @@ pub struct Stored {
 
 /// Topics of one partition each, and how far each group has come.
 pub struct MemoryLog {
-    topics: Mutex<BTreeMap<Arc<str>, Vec<Stored>>>,
-    committed: Mutex<BTreeMap<(String, Partition), i64>>,
+    state: Mutex<State>,
     grew: watch::Sender<()>,
+    moved: watch::Sender<()>,
     clock: Clock,
     bytes_max: usize,
+}
+
+/// Under one lock, so that nobody sees a commit without the messages that came before it.
+#[derive(Default)]
+struct State {
+    topics: BTreeMap<Arc<str>, Vec<Stored>>,
+    committed: BTreeMap<(String, Arc<str>), i64>,
+}
+
+impl State {
+    fn end(&self, topic: &str) -> i64 {
+        self.topics.get(topic).map_or(0, |messages| i64::try_from(messages.len()).unwrap_or(i64::MAX))
+    }
 }
 
 impl MemoryLog {
     /// An empty log, whose messages may have so many bytes.
     pub fn new(clock: Clock, bytes_max: usize) -> Arc<Self> {
-        let (grew, _) = watch::channel(());
-        Arc::new(Self { topics: Mutex::default(), committed: Mutex::default(), grew, clock, bytes_max })
+        let (grew, moved) = (watch::Sender::default(), watch::Sender::default());
+        Arc::new(Self { state: Mutex::default(), grew, moved, clock, bytes_max })
     }
 
     /// Writes a message and gives its offset.
@@ -54,35 +67,69 @@ impl MemoryLog {
         value: Option<Bytes>,
         headers: Headers,
     ) -> i64 {
-        let stored = Stored { timestamp_ms: self.clock.now_ms(), key, value, headers };
-        let mut topics = self.topics.lock().unwrap_or_else(PoisonError::into_inner);
-        let topic = topics.entry(Arc::clone(topic)).or_default();
-        topic.push(stored);
-        let offset = i64::try_from(topic.len() - 1).unwrap_or(i64::MAX);
-        drop(topics);
+        self.append_at(self.clock.now_ms(), topic, key, value, headers)
+    }
+
+    /// Writes a message that claims to have been written at another time.
+    pub fn append_at(
+        &self,
+        timestamp_ms: i64,
+        topic: &Arc<str>,
+        key: Option<Bytes>,
+        value: Option<Bytes>,
+        headers: Headers,
+    ) -> i64 {
+        let mut state = self.state();
+        let offset = state.end(topic);
+        let stored = Stored { timestamp_ms, key, value, headers };
+        state.topics.entry(Arc::clone(topic)).or_default().push(stored);
+        drop(state);
         self.grew.send_replace(());
         offset
     }
 
     /// All messages of a topic.
     pub fn read(&self, topic: &str) -> Vec<Stored> {
-        self.topics.lock().unwrap_or_else(PoisonError::into_inner).get(topic).cloned().unwrap_or_default()
+        self.state().topics.get(topic).cloned().unwrap_or_default()
     }
 
     /// How far a group has come in a topic: the next offset that it would read.
     pub fn committed(&self, group: &str, topic: &Arc<str>) -> i64 {
-        let key = (group.to_owned(), Partition { topic: Arc::clone(topic), number: 0 });
-        self.committed.lock().unwrap_or_else(PoisonError::into_inner).get(&key).copied().unwrap_or(0)
+        self.state().committed.get(&(group.to_owned(), Arc::clone(topic))).copied().unwrap_or(0)
     }
 
-    /// Resolves when something was written after this call.
+    /// Notes how far a group has come in a topic. False where that goes back, which no group may.
+    pub fn commit(&self, group: &str, topic: &Arc<str>, offset: i64) -> bool {
+        let before = self.state().committed.insert((group.to_owned(), Arc::clone(topic)), offset);
+        self.moved.send_replace(());
+        before.unwrap_or(0) <= offset
+    }
+
+    /// How many messages of each topic each group has not committed yet, where there are any; all as of one moment.
+    pub fn lags(&self) -> BTreeMap<(String, Arc<str>), i64> {
+        let state = self.state();
+        let lags =
+            state.committed.iter().map(|(reader, offset)| (reader.clone(), state.end(&reader.1) - offset));
+        lags.filter(|(_, lag)| *lag > 0).collect()
+    }
+
+    /// Tells of every message that is written from now on.
     pub fn growth(&self) -> watch::Receiver<()> {
         self.grew.subscribe()
     }
 
-    fn at(&self, partition: &Partition, offset: i64) -> Option<Stored> {
-        let topics = self.topics.lock().unwrap_or_else(PoisonError::into_inner);
-        topics.get(&partition.topic)?.get(usize::try_from(offset).ok()?).cloned()
+    /// Tells of every commit from now on.
+    pub fn commits(&self) -> watch::Receiver<()> {
+        self.moved.subscribe()
+    }
+
+    /// The message at an offset, where there is one.
+    pub fn at(&self, topic: &str, offset: i64) -> Option<Stored> {
+        self.state().topics.get(topic)?.get(usize::try_from(offset).ok()?).cloned()
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -103,29 +150,38 @@ impl Sink for MemoryLog {
 }
 
 /// What a test lets happen to a member of a group.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Sentinel {
-    /// Its partitions are taken away and given back, after it has drained them.
-    Rebalance,
-    /// Its partitions are gone and come back: what was not committed is delivered again.
-    Lose,
+    /// A topic's partition is taken away and given back, after the member has drained it.
+    Rebalance(Arc<str>),
+    /// A topic's partition is gone, also from a drain, and comes back: what was not committed is delivered again.
+    Lose(Arc<str>),
+}
+
+/// How many records may wait between a member and its operator, as over Kafka.
+const WAITING_MAX: usize = 2_048;
+
+/// Partitions that are being drained together.
+struct Draining {
+    partitions: Vec<Partition>,
+    lost: bool,
 }
 
 /// A member of a group.
 pub struct MemorySource {
     log: Arc<MemoryLog>,
     group: String,
-    partitions: Vec<Partition>,
     /// The next offset of each partition, while it is ours.
     positions: BTreeMap<Partition, i64>,
-    paused: Vec<Partition>,
+    /// Oldest first.
+    draining: VecDeque<Draining>,
+    paused: BTreeSet<Partition>,
     stored: BTreeMap<Partition, i64>,
     events: VecDeque<Event>,
     sentinels: mpsc::UnboundedReceiver<Sentinel>,
     grew: watch::Receiver<()>,
     budget: Arc<Budget>,
-    /// Whether released partitions come back.
-    comes_back: bool,
+    waiting: usize,
     closing: bool,
 }
 
@@ -137,62 +193,85 @@ impl MemorySource {
         topics: &[Arc<str>],
     ) -> (Self, mpsc::UnboundedSender<Sentinel>) {
         let (sender, sentinels) = mpsc::unbounded_channel();
-        let partitions =
-            topics.iter().map(|topic| Partition { topic: Arc::clone(topic), number: 0 }).collect();
         let mut source = Self {
             log: Arc::clone(log),
             group: group.to_owned(),
-            partitions,
             positions: BTreeMap::new(),
-            paused: Vec::new(),
+            draining: VecDeque::new(),
+            paused: BTreeSet::new(),
             stored: BTreeMap::new(),
             events: VecDeque::new(),
             sentinels,
             grew: log.growth(),
             budget: Budget::new(usize::MAX),
-            comes_back: true,
+            waiting: 0,
             closing: false,
         };
-        source.assign();
+        source.assign(topics.iter().map(|topic| Partition { topic: Arc::clone(topic), number: 0 }).collect());
         (source, sender)
     }
 
-    fn assign(&mut self) {
-        for partition in &self.partitions {
-            self.positions.insert(partition.clone(), self.log.committed(&self.group, &partition.topic));
+    fn assign(&mut self, partitions: Vec<Partition>) {
+        for partition in &partitions {
+            let committed = self.log.committed(&self.group, &partition.topic);
+            // A group is known from its first member on, also before it has come anywhere.
+            self.log.commit(&self.group, &partition.topic, committed);
+            self.positions.insert(partition.clone(), committed);
         }
-        self.events.push_back(Event::Assigned(self.partitions.clone()));
+        self.events.push_back(Event::Assigned(partitions));
     }
 
-    fn revoke(&mut self, lost: bool) {
-        self.positions.clear();
-        if lost {
-            self.stored.clear();
+    fn obey(&mut self, sentinel: Sentinel) {
+        let (topic, lost) = match sentinel {
+            Sentinel::Rebalance(topic) => (topic, false),
+            Sentinel::Lose(topic) => (topic, true),
+        };
+        let partition = Partition { topic, number: 0 };
+        if self.positions.contains_key(&partition) {
+            return self.revoke(vec![partition], lost);
         }
-        self.events.push_back(Event::Revoked { partitions: self.partitions.clone(), lost });
+        // It is being drained. Nobody tells the member once more: it learns when its commit is refused.
+        if lost {
+            self.stored.remove(&partition);
+            let same = self.draining.iter_mut().filter(|draining| draining.partitions.contains(&partition));
+            same.for_each(|draining| draining.lost = true);
+        }
+    }
+
+    fn revoke(&mut self, partitions: Vec<Partition>, lost: bool) {
+        for partition in &partitions {
+            self.positions.remove(partition);
+            self.paused.remove(partition);
+            if lost {
+                self.stored.remove(partition);
+            }
+        }
+        self.draining.push_back(Draining { partitions: partitions.clone(), lost });
+        self.events.push_back(Event::Revoked { partitions, lost });
+    }
+
+    fn is_ours(&self, partition: &Partition) -> bool {
+        let mut kept = self.draining.iter().filter(|draining| !draining.lost);
+        self.positions.contains_key(partition) || kept.any(|draining| draining.partitions.contains(partition))
     }
 
     fn ready(&mut self) -> Option<Event> {
         if let Some(event) = self.events.pop_front() {
             return Some(event);
         }
-        let next = self.positions.iter_mut().filter(|(partition, _)| !self.paused.contains(partition));
-        for (partition, position) in next {
-            let Some(stored) = self.log.at(partition, *position) else { continue };
+        if self.waiting >= WAITING_MAX {
+            return None;
+        }
+        let reading = self.positions.iter_mut().filter(|(partition, _)| !self.paused.contains(partition));
+        for (partition, position) in reading {
+            let Some(stored) = self.log.at(&partition.topic, *position) else { continue };
             let Stored { timestamp_ms, key, value, headers } = stored;
             let held = self.budget.take(Incoming::bytes(key.as_deref(), value.as_deref()));
-            let offset = *position;
+            let (partition, offset) = (partition.clone(), *position);
             *position += 1;
-            let partition = partition.clone();
-            return Some(Event::Record(Incoming {
-                partition,
-                offset,
-                timestamp_ms,
-                key,
-                value,
-                headers,
-                held,
-            }));
+            self.waiting += 1;
+            let incoming = Incoming { partition, offset, timestamp_ms, key, value, headers, held };
+            return Some(Event::Record(incoming));
         }
         None
     }
@@ -207,7 +286,7 @@ impl Source for MemorySource {
                     return event;
                 }
                 tokio::select! {
-                    Some(sentinel) = self.sentinels.recv(), if !self.closing => self.revoke(sentinel == Sentinel::Lose),
+                    Some(sentinel) = self.sentinels.recv(), if !self.closing => self.obey(sentinel),
                     grew = self.grew.changed() => if grew.is_err() { return Event::Ended },
                 }
             }
@@ -218,40 +297,46 @@ impl Source for MemorySource {
         self.ready()
     }
 
-    fn dispatched(&mut self, _: usize) {}
+    fn dispatched(&mut self, _: usize) {
+        self.waiting -= 1;
+    }
 
     fn store(&mut self, progress: &[(Partition, i64)]) {
-        self.stored.extend(progress.iter().cloned());
+        for (partition, offset) in progress {
+            if self.is_ours(partition) {
+                self.stored.insert(partition.clone(), *offset);
+            }
+        }
     }
 
     fn commit(&mut self) {
-        let mut committed = self.log.committed.lock().unwrap_or_else(PoisonError::into_inner);
         for (partition, offset) in std::mem::take(&mut self.stored) {
-            let before = committed.insert((self.group.clone(), partition), offset);
-            debug_assert!(before.unwrap_or(0) <= offset, "a committed offset went back");
+            let forward = self.log.commit(&self.group, &partition.topic, offset);
+            debug_assert!(forward, "group {} went back in {partition}", self.group);
         }
     }
 
     fn pause(&mut self, partition: &Partition) {
-        self.paused.push(partition.clone());
+        self.paused.insert(partition.clone());
     }
 
     fn resume(&mut self, partition: &Partition) {
-        self.paused.retain(|paused| paused != partition);
+        self.paused.remove(partition);
     }
 
     fn release(&mut self) {
         self.commit();
-        if self.closing {
+        let Some(Draining { partitions, .. }) = self.draining.pop_front() else { return };
+        if !self.closing {
+            self.assign(partitions);
+        } else if self.draining.is_empty() {
             self.events.push_back(Event::Ended);
-        } else if self.comes_back {
-            self.assign();
         }
     }
 
     fn close(&mut self) {
         self.closing = true;
-        self.events.clear();
-        self.revoke(false);
+        let partitions: Vec<_> = self.positions.keys().cloned().collect();
+        self.revoke(partitions, false);
     }
 }

@@ -1,0 +1,83 @@
+//! From a planned step to the stage that runs it, alike in every host.
+//!
+//! Invariant: what a stage reads, where its ports lead and how it is bounded follow from the plan and the prefix
+//! alone; a host adds only what it reads from and writes to.
+
+use crate::{
+    drive::Limits,
+    stage::{CommonTopics, Parts, Patience, Stage},
+};
+use forebay_operator::{Clock, Host, Step};
+use forebay_plan::{Order, Plan, PlannedStep};
+use forebay_schemas::topics;
+use forebay_telemetry::Telemetry;
+use std::sync::Arc;
+
+/// Where the stages of a pipeline stand: all that they have in common.
+pub(crate) struct Site<'a> {
+    /// Goes before every topic and group.
+    pub prefix: &'a str,
+    /// The pipeline.
+    pub plan: &'a Plan,
+    /// The id of the Kafka cluster.
+    pub cluster: Arc<str>,
+    /// What is counted.
+    pub telemetry: &'a Telemetry,
+    /// What operators may do beside their records.
+    pub host: Arc<dyn Host>,
+    /// What time it is.
+    pub clock: Clock,
+    /// How long to wait for a world that failed.
+    pub patience: Patience,
+}
+
+impl Site<'_> {
+    /// The stage of a step.
+    pub fn stage(&self, planned: &PlannedStep, step: Arc<dyn Step>) -> Arc<Stage> {
+        let meter = self.telemetry.step(&planned.key, step.operator()).in_group(&self.group(planned));
+        let written = self.plan.topics().into_iter();
+        let from_clients = written.filter(|topic| topic.from_clients && planned.from.contains(&topic.name));
+        Arc::new(Stage::new(Parts {
+            key: planned.key.as_str().into(),
+            step,
+            routes: planned.to.iter().map(|(port, topic)| (port.clone(), self.name(topic))).collect(),
+            from_clients: from_clients.map(|topic| self.name(&topic.name)).collect(),
+            visits_max: planned.visits_max,
+            common: CommonTopics {
+                endings: self.name(topics::ENDINGS.name),
+                dead_letters: self.name(topics::DEAD_LETTERS.name),
+                attempts: self.name(topics::ATTEMPTS.name),
+            },
+            cluster: Arc::clone(&self.cluster),
+            clock: self.clock,
+            host: Arc::clone(&self.host),
+            patience: self.patience.clone(),
+            meter,
+        }))
+    }
+
+    /// The consumer group of a step.
+    pub fn group(&self, planned: &PlannedStep) -> String {
+        self.plan.consumer_group(self.prefix, planned)
+    }
+
+    /// The full names of the topics that a step reads.
+    pub fn inputs(&self, planned: &PlannedStep) -> Vec<Arc<str>> {
+        planned.from.iter().map(|topic| self.name(topic)).collect()
+    }
+
+    /// The bounds of a step.
+    pub fn limits(&self, planned: &PlannedStep) -> Limits {
+        Limits { ordered: planned.order == Order::Key, ..Limits::new(planned.in_flight) }
+    }
+
+    /// The full name of a topic.
+    pub fn name(&self, topic: &str) -> Arc<str> {
+        full_name(self.prefix, topic)
+    }
+}
+
+/// The full name of a topic.
+pub(crate) fn full_name(prefix: &str, topic: &str) -> Arc<str> {
+    format!("{prefix}{topic}").into()
+}
