@@ -17,7 +17,7 @@ use crate::{
 };
 use bytes::Bytes;
 use forebay_schemas::Headers as OwnHeaders;
-use forebay_telemetry::{Health, StepMeter};
+use forebay_telemetry::{BEAT_AGE_MAX, Health, StepMeter};
 use futures::future::BoxFuture;
 use rdkafka::{
     ClientContext, Message, Offset, Statistics, TopicPartitionList,
@@ -103,6 +103,8 @@ impl KafkaSource {
         let (commands, commands_out) = sync_mpsc::channel();
         let waiting = Arc::new(Waiting::default());
         let heart = format!("consumer {group}");
+        health.expect_beat(&heart, BEAT_AGE_MAX);
+        health.set_ready(&heart, Err("no assignment yet".to_owned()));
         let reader = Reader {
             consumer: Arc::clone(&consumer),
             events: events_in,
@@ -120,7 +122,7 @@ impl KafkaSource {
         };
         let thread = std::thread::Builder::new().name(format!("read {group}"));
         thread
-            .spawn(move || reader.run(|| health.beat(&heart)))
+            .spawn(move || reader.run(&health, &heart))
             .map_err(|fault| SettingsError::Client(KafkaError::ClientCreation(fault.to_string())))?;
         Ok(Self { consumer, events, commands, waiting, meter })
     }
@@ -197,6 +199,8 @@ fn is_nothing_to_commit(fault: &KafkaError) -> bool {
 /// What librdkafka calls back: it only takes notes.
 struct Member {
     rebalances: Mutex<VecDeque<Rebalance>>,
+    /// Whether the group has assigned something, be it nothing.
+    joined: AtomicBool,
     /// Set when nobody drains any more: then partitions are given up at once.
     closed: AtomicBool,
     meter: StepMeter,
@@ -204,7 +208,12 @@ struct Member {
 
 impl Member {
     fn new(meter: StepMeter) -> Self {
-        Self { rebalances: Mutex::default(), closed: AtomicBool::new(false), meter }
+        Self {
+            rebalances: Mutex::default(),
+            joined: AtomicBool::new(false),
+            closed: AtomicBool::new(false),
+            meter,
+        }
     }
 }
 
@@ -240,6 +249,7 @@ impl ConsumerContext for Member {
         partitions: &mut TopicPartitionList,
     ) {
         let assigns = kind == RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS;
+        self.joined.store(true, Ordering::Release);
         if self.closed.load(Ordering::Acquire) {
             let done = match assigns {
                 true => consumer.incremental_assign(partitions),
@@ -279,9 +289,15 @@ struct Reader {
 }
 
 impl Reader {
-    fn run(mut self, beat: impl Fn()) {
+    fn run(mut self, health: &Health, heart: &str) {
+        let mut joined = false;
         let ended = loop {
-            beat();
+            health.beat(heart);
+            // An empty assignment is one: others hold all partitions, and this member stands by.
+            if !joined && self.consumer.context().joined.load(Ordering::Acquire) {
+                joined = true;
+                health.set_ready(heart, true);
+            }
             for command in self.commands.try_iter().collect::<Vec<_>>() {
                 self.obey(command);
             }
@@ -302,7 +318,10 @@ impl Reader {
         for partitions in self.revoked.drain(..) {
             let _ = self.consumer.incremental_unassign(&partitions);
         }
-        self.consumer.unsubscribe();
+        if !self.closing {
+            self.consumer.unsubscribe();
+        }
+        health.retire(heart);
         // The loop may be gone already.
         let _ = self.events.send(ended);
     }
@@ -376,6 +395,7 @@ impl Reader {
         for partition in &gone {
             self.paused.remove(partition);
             self.expected.remove(partition);
+            self.consumer.context().meter.revoked(&partition.topic, partition.number);
         }
         self.revoked.push_back(partitions);
         let _ = self.events.send(Event::Revoked { partitions: gone, lost });
