@@ -7,10 +7,14 @@
     reason = "every caller is a test, and a test that cannot go on says why by panicking"
 )]
 
+mod client;
+pub mod model;
 mod process;
+pub mod product;
 pub mod services;
 mod wait;
 
+pub use client::{Client, New, Reader, Record};
 pub use process::{Running, forebay, free_port};
 pub use rustix::process::Signal;
 pub use wait::{wait_for, wait_for_async};

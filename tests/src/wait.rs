@@ -28,6 +28,15 @@ pub fn wait_for<T>(what: &str, limit: Duration, mut condition: impl FnMut() -> O
     }
 }
 
+/// Ends a wait that has its own way to wait.
+///
+/// # Panics
+/// When `limit` has passed since `start`.
+#[track_caller]
+pub(crate) fn spent(what: &str, start: Instant, limit: Duration) {
+    assert!(start.elapsed() < limit, "waited {limit:?} in vain for {what}");
+}
+
 /// [`wait_for`] in async code. A condition that hangs does not outlive the limit either.
 ///
 /// # Panics

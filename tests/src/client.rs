@@ -1,0 +1,381 @@
+//! An ordinary Kafka client, as anybody's: writes records, reads topics whole, asks how far a group has come.
+//!
+//! Invariant: what was written is acknowledged when the call returns, and a [`Reader`] gives every record of its topic, from
+//! the first on, once and in the order of each partition.
+
+use crate::wait::spent;
+use rdkafka::{
+    ClientConfig, Message, Offset, TopicPartitionList,
+    consumer::{BaseConsumer, Consumer},
+    error::KafkaError,
+    message::{BorrowedMessage, Header, Headers, OwnedHeaders},
+    producer::{FutureProducer, FutureRecord},
+};
+use serde_json::Value;
+use std::{
+    collections::BTreeMap,
+    fmt::Debug,
+    time::{Duration, Instant},
+};
+
+/// How long a single question to the cluster may take.
+const WAIT: Duration = Duration::from_secs(20);
+
+/// A client of one cluster, under one prefix.
+#[derive(Clone, Debug)]
+pub struct Client {
+    servers: String,
+    prefix: String,
+}
+
+/// A record to be written; all that is `None` or empty is left out.
+#[derive(Clone, Debug, Default)]
+pub struct New {
+    /// Its key.
+    pub key: Option<Vec<u8>>,
+    /// Its value; `None` is a tombstone.
+    pub value: Option<Vec<u8>>,
+    /// Its headers.
+    pub headers: Vec<(String, Vec<u8>)>,
+}
+
+impl New {
+    /// A record of these bytes, without key and headers.
+    pub fn value(value: impl Into<Vec<u8>>) -> Self {
+        Self { value: Some(value.into()), ..Self::default() }
+    }
+
+    /// The same record with a key.
+    #[must_use]
+    pub fn key(mut self, key: impl Into<Vec<u8>>) -> Self {
+        self.key = Some(key.into());
+        self
+    }
+
+    /// The same record with one more header.
+    #[must_use]
+    pub fn header(mut self, name: &str, value: impl Into<Vec<u8>>) -> Self {
+        self.headers.push((name.to_owned(), value.into()));
+        self
+    }
+}
+
+impl From<Value> for New {
+    fn from(value: Value) -> Self {
+        Self::value(value.to_string())
+    }
+}
+
+/// A record that was read.
+#[derive(Clone, Debug)]
+pub struct Record {
+    /// The number of its partition.
+    pub partition: i32,
+    /// Its offset there.
+    pub offset: i64,
+    /// Its key.
+    pub key: Option<Vec<u8>>,
+    /// Its value.
+    pub value: Option<Vec<u8>>,
+    /// Its headers.
+    pub headers: Vec<(String, Option<Vec<u8>>)>,
+}
+
+impl Record {
+    fn of(message: &BorrowedMessage<'_>) -> Self {
+        let headers = message.headers().map(|headers| headers.iter()).into_iter().flatten();
+        Self {
+            partition: message.partition(),
+            offset: message.offset(),
+            key: message.key().map(<[u8]>::to_vec),
+            value: message.payload().map(<[u8]>::to_vec),
+            headers: headers
+                .map(|header| (header.key.to_owned(), header.value.map(<[u8]>::to_vec)))
+                .collect(),
+        }
+    }
+
+    /// Its key as a text; empty where there is none.
+    pub fn key_text(&self) -> String {
+        String::from_utf8_lossy(self.key.as_deref().unwrap_or_default()).into_owned()
+    }
+
+    /// Its value as JSON.
+    ///
+    /// # Panics
+    /// When it is none.
+    #[track_caller]
+    pub fn json(&self) -> Value {
+        let value = self.value.as_deref().unwrap_or_default();
+        let parsed = serde_json::from_slice(value);
+        parsed.unwrap_or_else(|error| panic!("no JSON: {error}: {}", String::from_utf8_lossy(value)))
+    }
+
+    /// A header as a text.
+    pub fn header(&self, name: &str) -> Option<String> {
+        let (_, value) = self.headers.iter().find(|(known, _)| known == name)?;
+        Some(String::from_utf8_lossy(value.as_deref()?).into_owned())
+    }
+}
+
+impl Client {
+    /// A client of the cluster at `servers`; topics are named without `prefix`.
+    pub fn new(servers: &str, prefix: &str) -> Self {
+        Self { servers: servers.to_owned(), prefix: prefix.to_owned() }
+    }
+
+    /// Where the cluster is.
+    pub fn servers(&self) -> &str {
+        &self.servers
+    }
+
+    /// The full name of a topic.
+    pub fn topic(&self, name: &str) -> String {
+        format!("{}{name}", self.prefix)
+    }
+
+    fn config(&self) -> ClientConfig {
+        let mut config = ClientConfig::new();
+        config.set("bootstrap.servers", &self.servers);
+        config
+    }
+
+    /// Writes records of any size that the topic takes, and waits for all acknowledgements, each at most `wait`.
+    pub fn try_write(
+        &self,
+        topic: &str,
+        records: impl IntoIterator<Item = New>,
+        wait: Duration,
+    ) -> Vec<Result<(i32, i64), KafkaError>> {
+        let mut config = self.config();
+        config
+            .set("enable.idempotence", "true")
+            .set("message.timeout.ms", wait.as_millis().to_string())
+            .set("message.max.bytes", "67108864")
+            .set("queue.buffering.max.messages", "0");
+        let producer: FutureProducer = must("make a producer", config.create());
+        let topic = self.topic(topic);
+        let sent: Vec<_> = records
+            .into_iter()
+            .map(|New { key, value, headers }| {
+                let mut record = FutureRecord::<[u8], [u8]>::to(&topic);
+                record.key = key.as_deref();
+                record.payload = value.as_deref();
+                if !headers.is_empty() {
+                    let all = headers.iter().fold(OwnedHeaders::new(), |all, (name, value)| {
+                        all.insert(Header { key: name, value: Some(value) })
+                    });
+                    record = record.headers(all);
+                }
+                producer.send_result(record).map_err(|(fault, _)| fault)
+            })
+            .collect();
+        let acknowledged = |delivery| match futures::executor::block_on(delivery) {
+            Ok(Ok(delivered)) => {
+                let rdkafka::producer::future_producer::Delivery { partition, offset, .. } = delivered;
+                Ok((partition, offset))
+            }
+            Ok(Err((fault, _))) => Err(fault),
+            Err(_) => Err(KafkaError::Canceled),
+        };
+        sent.into_iter().map(|sent| sent.and_then(acknowledged)).collect()
+    }
+
+    /// Writes records; partition and offset of each.
+    ///
+    /// # Panics
+    /// When one was refused.
+    #[track_caller]
+    pub fn write(&self, topic: &str, records: impl IntoIterator<Item = New>) -> Vec<(i32, i64)> {
+        let written = self.try_write(topic, records, WAIT);
+        written.into_iter().map(|one| must(&format!("write to {topic}"), one)).collect()
+    }
+
+    /// Writes one request.
+    ///
+    /// # Panics
+    /// When it was refused.
+    #[track_caller]
+    pub fn ask(&self, request: Value) {
+        self.write("requests", [New::from(request)]);
+    }
+
+    /// A reader of a whole topic.
+    ///
+    /// # Panics
+    /// When the topic is not there.
+    #[track_caller]
+    pub fn read(&self, topic: &str) -> Reader {
+        let topic = self.topic(topic);
+        let mut config = self.config();
+        config
+            .set("group.id", "forebay-tests-reader")
+            .set("enable.auto.commit", "false")
+            .set("auto.offset.reset", "earliest")
+            .set("fetch.wait.max.ms", "50")
+            .set("fetch.message.max.bytes", "33554432");
+        let consumer: BaseConsumer = must("make a consumer", config.create());
+        let partitions = partitions(&consumer, &topic);
+        let mut assignment = TopicPartitionList::new();
+        for partition in partitions {
+            must("assign", assignment.add_partition_offset(&topic, partition, Offset::Beginning));
+        }
+        must("assign", consumer.assign(&assignment));
+        Reader { consumer, topic, records: Vec::new(), next: BTreeMap::new() }
+    }
+
+    /// How many partitions a topic has.
+    ///
+    /// # Panics
+    /// When it is not there.
+    #[track_caller]
+    pub fn partitions(&self, topic: &str) -> usize {
+        let consumer: BaseConsumer = must("make a consumer", self.config().create());
+        partitions(&consumer, &self.topic(topic)).len()
+    }
+
+    /// How many records of a topic a group has not finished yet.
+    ///
+    /// # Panics
+    /// When the cluster does not say.
+    #[track_caller]
+    pub fn lag(&self, group: &str, topic: &str) -> i64 {
+        let topic = self.topic(topic);
+        let mut config = self.config();
+        config.set("group.id", self.topic(group));
+        let consumer: BaseConsumer = must("make a consumer", config.create());
+        let mut asked = TopicPartitionList::new();
+        let mut ends = BTreeMap::new();
+        for partition in partitions(&consumer, &topic) {
+            asked.add_partition(&topic, partition);
+            ends.insert(
+                partition,
+                must("ask for the ends", consumer.fetch_watermarks(&topic, partition, WAIT)),
+            );
+        }
+        let committed = must("ask for committed offsets", consumer.committed_offsets(asked, WAIT));
+        let left = committed.elements().into_iter().map(|element| {
+            let (low, high) = ends.get(&element.partition()).copied().unwrap_or_default();
+            let reached = if let Offset::Offset(offset) = element.offset() { offset } else { low };
+            high - reached
+        });
+        left.sum()
+    }
+}
+
+#[track_caller]
+fn partitions(consumer: &BaseConsumer, topic: &str) -> Vec<i32> {
+    let metadata = must("ask for a topic", consumer.fetch_metadata(Some(topic), WAIT));
+    let numbers: Vec<_> = metadata
+        .topics()
+        .iter()
+        .flat_map(|topic| topic.partitions())
+        .map(|partition| partition.id())
+        .collect();
+    assert!(!numbers.is_empty(), "topic {topic} is not there");
+    numbers
+}
+
+/// Reads a topic from its first record on, and keeps all that it has read.
+pub struct Reader {
+    consumer: BaseConsumer,
+    topic: String,
+    records: Vec<Record>,
+    /// The offset after the last record that was read, by partition.
+    next: BTreeMap<i32, i64>,
+}
+
+impl Reader {
+    /// All that was read so far.
+    pub fn records(&self) -> &[Record] {
+        &self.records
+    }
+
+    fn poll(&mut self, wait: Duration) {
+        // A broker that is away for a moment is part of some tests, so an error is waited through.
+        if let Some(Ok(message)) = self.consumer.poll(wait) {
+            let record = Record::of(&message);
+            let before = self.next.insert(record.partition, record.offset + 1);
+            assert!(before.unwrap_or(0) <= record.offset, "read twice: {record:?}");
+            self.records.push(record);
+        }
+    }
+
+    /// Reads on until `condition` gives a value for all that was read so far.
+    ///
+    /// # Panics
+    /// When `limit` has passed without one.
+    #[track_caller]
+    pub fn until<T>(
+        &mut self,
+        what: &str,
+        limit: Duration,
+        mut condition: impl FnMut(&[Record]) -> Option<T>,
+    ) -> T {
+        let start = Instant::now();
+        let mut checked = usize::MAX;
+        loop {
+            // Nothing new, nothing to ask.
+            if checked != self.records.len() {
+                checked = self.records.len();
+                if let Some(value) = condition(&self.records) {
+                    return value;
+                }
+            }
+            if start.elapsed() >= limit {
+                panic!(
+                    "waited {limit:?} in vain for {what}; {checked} records were read from {}",
+                    self.topic
+                );
+            }
+            self.poll(Duration::from_millis(100));
+        }
+    }
+
+    /// Waits for so many records.
+    ///
+    /// # Panics
+    /// When they have not come within `limit`.
+    #[track_caller]
+    pub fn at_least(&mut self, count: usize, limit: Duration) -> &[Record] {
+        let what = format!("{count} records of {}", self.topic);
+        self.until(&what, limit, |records| (records.len() >= count).then_some(()));
+        &self.records
+    }
+
+    /// Waits for the record of this key.
+    ///
+    /// # Panics
+    /// When it has not come within `limit`.
+    #[track_caller]
+    pub fn of_key(&mut self, key: &str, limit: Duration) -> Record {
+        let what = format!("{key:?} on {}", self.topic);
+        self.until(&what, limit, |records| {
+            records.iter().find(|record| record.key.as_deref() == Some(key.as_bytes())).cloned()
+        })
+    }
+
+    /// Reads up to where the topic ends now.
+    ///
+    /// # Panics
+    /// When that takes longer than `limit`.
+    #[track_caller]
+    pub fn to_the_end(&mut self, limit: Duration) -> &[Record] {
+        let start = Instant::now();
+        for partition in partitions(&self.consumer, &self.topic) {
+            let marks = self.consumer.fetch_watermarks(&self.topic, partition, WAIT);
+            let (low, high) = must("ask for the ends", marks);
+            while self.next.get(&partition).copied().unwrap_or(low) < high {
+                spent(&format!("the end of {}/{partition}", self.topic), start, limit);
+                self.poll(Duration::from_millis(100));
+            }
+        }
+        &self.records
+    }
+}
+
+/// The value, or the test's end with a word on what could not be done.
+#[track_caller]
+pub(crate) fn must<T, E: Debug>(what: &str, result: Result<T, E>) -> T {
+    result.unwrap_or_else(|error| panic!("could not {what}: {error:?}"))
+}
