@@ -233,6 +233,13 @@ impl<S: Source> Loop<S> {
                     closing = true;
                     self.source.close();
                 }
+                // Before what is ready without end while there is a backlog: nothing would be committed until it is gone.
+                _ = commit.tick() => {
+                    self.store();
+                    self.source.commit();
+                    self.measure();
+                }
+                () = until(drained_by), if drained_by.is_some() => self.release_drained(true),
                 Some(done) = self.tasks.join_next() => {
                     // A task ends by a panic only where our own code has a bug: its record stays unfinished.
                     self.finish(done.map_err(|panic| self.error(format!("a task panicked: {panic}")))?)?;
@@ -241,7 +248,6 @@ impl<S: Source> Loop<S> {
                     let permit = permit.map_err(|closed| self.error(closed.to_string()))?;
                     self.dispatch(permit);
                 }
-                () = until(drained_by), if drained_by.is_some() => self.release_drained(true),
                 event = self.source.next() => {
                     if self.take(event)? {
                         return Ok(());
@@ -251,11 +257,6 @@ impl<S: Source> Loop<S> {
                             return Ok(());
                         }
                     }
-                }
-                _ = commit.tick() => {
-                    self.store();
-                    self.source.commit();
-                    self.measure();
                 }
             }
         }
@@ -353,7 +354,7 @@ impl<S: Source> Loop<S> {
         if finished {
             owned.tracker.finish(offset);
         }
-        if owned.paused && owned.tracker.span() < self.limits.window / 2 {
+        if owned.paused && owned.tracker.span() <= self.limits.window / 2 {
             owned.paused = false;
             self.source.resume(&partition);
         }
@@ -375,18 +376,22 @@ impl<S: Source> Loop<S> {
     fn revoke(&mut self, partitions: Vec<Partition>, lost: bool) {
         let gone: HashSet<_> = partitions.iter().cloned().collect();
         // What waits was never started: the next owner reads it.
-        // Records of one key lie in one partition, so a turn that waits leaves together with all who wait behind it.
         for turn in self.turns.values_mut() {
             turn.retain(|incoming| !gone.contains(&incoming.partition));
         }
+        let mut given_back = Vec::new();
         for waiting in std::mem::take(&mut self.waiting) {
             if !gone.contains(&waiting.incoming.partition) {
                 self.waiting.push_back(waiting);
             } else if waiting.has_turn {
-                waiting.incoming.key.and_then(|key| self.turns.remove(&key));
+                given_back.push(waiting.incoming.key);
             } else {
                 self.source.dispatched(waiting.incoming.held.bytes());
             }
+        }
+        // Behind it a record of the same key may wait that lies on another topic, and is still ours.
+        for key in &given_back {
+            self.next_turn(key.as_ref());
         }
         for partition in &partitions {
             if lost {
