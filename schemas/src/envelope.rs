@@ -38,6 +38,8 @@ pub mod header {
         ATTEMPTS = "forebay-attempts";
         /// `1` where somebody reads the tokens as they come.
         STREAM = "forebay-stream";
+        /// A hash of what was asked, as 16 hexadecimal digits: tells a request that came twice from another under its id.
+        PAYLOAD = "forebay-payload";
         /// W3C Trace Context.
         TRACEPARENT = "traceparent";
     }
@@ -181,6 +183,8 @@ pub struct Envelope {
     pub attempts: u32,
     /// Whether somebody reads the tokens as they come.
     pub stream: bool,
+    /// A hash of what was asked, as 16 hexadecimal digits; absent where it could not be read.
+    pub payload: Option<String>,
     /// W3C `traceparent` of the hop before.
     pub traceparent: Option<String>,
     /// The client's own headers, echoed to the result.
@@ -218,6 +222,7 @@ impl Envelope {
             spend: NanoUsd::default(),
             attempts: 0,
             stream: false,
+            payload: None,
             traceparent: None,
             client: Headers::new(),
         };
@@ -272,6 +277,7 @@ impl Envelope {
         envelope.attempts = number(header::ATTEMPTS, text(header::ATTEMPTS)?)?.unwrap_or(0);
         envelope.spend = NanoUsd(number(header::SPEND, text(header::SPEND)?)?.unwrap_or(0));
         envelope.stream = text(header::STREAM)? == Some("1");
+        envelope.payload = text(header::PAYLOAD)?.map(str::to_owned);
         if text(header::LANE)? == Some(Lane::Backfill.as_str()) {
             envelope.lane = Lane::Backfill;
         }
@@ -318,6 +324,9 @@ impl Envelope {
         }
         if self.stream {
             put(header::STREAM, "1".to_owned());
+        }
+        if let Some(payload) = &self.payload {
+            put(header::PAYLOAD, payload.clone());
         }
         if let Some(traceparent) = &self.traceparent {
             put(header::TRACEPARENT, traceparent.clone());

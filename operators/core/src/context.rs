@@ -104,7 +104,8 @@ impl StopSignal {
         (switch, Self(signal))
     }
 
-    async fn given(&self) {
+    /// Resolves when the request is taken back.
+    pub async fn given(&self) {
         let mut signal = self.0.clone();
         if signal.wait_for(|given| *given).await.is_err() {
             // Nobody holds the switch any more, so it will never be given.

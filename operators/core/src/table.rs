@@ -27,6 +27,11 @@ pub trait Table: Send + Sync + 'static {
     /// The name of the topic's record.
     fn record(&self) -> &'static str;
 
+    /// Whether a record without a key is none of the table's. A table that reads only values says no.
+    fn needs_key(&self) -> bool {
+        true
+    }
+
     /// The next offset to read of a partition, where the copy remembers one that is as old as its content.
     /// `None` means from the start.
     fn position(&self, partition: i32) -> BoxFuture<'_, Result<Option<i64>, Failure>>;

@@ -140,6 +140,7 @@ impl Bench {
         let clock = Clock::starting_at(START_MS);
         let log = MemoryLog::new(clock, topics::DERIVED_MESSAGE_BYTES_MAX);
         let site = Site {
+            cancels: Arc::default(),
             prefix: "",
             plan,
             cluster: "memory".into(),

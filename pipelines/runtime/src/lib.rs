@@ -7,10 +7,12 @@
 //! stores and models are somebody else's business.
 
 pub mod budget;
+pub mod cancels;
 pub mod cases;
 pub mod drive;
 pub mod host;
 pub mod message;
+pub mod once;
 pub mod process;
 mod site;
 pub mod stage;

@@ -5,6 +5,7 @@
 
 use crate::{
     budget::Budget,
+    cancels::{Cancels, CancelsTable},
     drive::{DriveError, drive},
     host::kafka::{Kafka, KafkaSink, KafkaSource, ReadBounds, SettingsError, TableError, TableReader},
     message::Outgoing,
@@ -76,7 +77,8 @@ impl Launch<'_> {
     pub async fn start(self, shutdown: CancellationToken) -> Result<Running, LaunchError> {
         let closed = CancellationToken::new();
         let sink = KafkaSink::new(self.kafka, closed.clone())?;
-        let tables = self.start_tables(&shutdown).await?;
+        let cancels = Arc::new(Cancels::default());
+        let tables = self.start_tables(&cancels, &shutdown).await?;
         for table in &tables {
             tokio::select! {
                 caught_up = table.caught_up() => if !caught_up { return Err(LaunchError::Stopped) },
@@ -97,6 +99,7 @@ impl Launch<'_> {
             host,
             clock: self.clock,
             patience: Patience::default(),
+            cancels,
         };
         let mut stages = JoinSet::new();
         for (planned, step) in &self.steps {
@@ -109,6 +112,7 @@ impl Launch<'_> {
                 Arc::clone(&budget),
                 stage.meter().clone(),
                 self.health.clone(),
+                stage.once().cloned(),
             )?;
             stages.spawn(drive(
                 stage,
@@ -121,9 +125,16 @@ impl Launch<'_> {
         Ok(Running { stages, tables, sink, shutdown, closed })
     }
 
-    async fn start_tables(&self, shutdown: &CancellationToken) -> Result<Vec<TableReader>, LaunchError> {
-        let mut readers = Vec::with_capacity(self.tables.len());
-        for (topic, table) in &self.tables {
+    /// Those of the operators, and the cancels, which every process reads.
+    async fn start_tables(
+        &self,
+        cancels: &Arc<Cancels>,
+        shutdown: &CancellationToken,
+    ) -> Result<Vec<TableReader>, LaunchError> {
+        let cancels: Arc<dyn Table> = Arc::new(CancelsTable(Arc::clone(cancels)));
+        let of_host = (topics::CANCELS.name.to_owned(), cancels);
+        let mut readers = Vec::with_capacity(self.tables.len() + 1);
+        for (topic, table) in self.tables.iter().chain([&of_host]) {
             let (kafka, topic, table) =
                 (self.kafka.clone(), full_name(self.prefix, topic), Arc::clone(table));
             let (health, shutdown, runtime) = (self.health.clone(), shutdown.clone(), Handle::current());

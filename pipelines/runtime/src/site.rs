@@ -4,7 +4,9 @@
 //! alone; a host adds only what it reads from and writes to.
 
 use crate::{
+    cancels::Cancels,
     drive::Limits,
+    once::Once,
     stage::{CommonTopics, Parts, Patience, Stage},
 };
 use forebay_operator::{Clock, Host, Step};
@@ -29,6 +31,8 @@ pub(crate) struct Site<'a> {
     pub clock: Clock,
     /// How long to wait for a world that failed.
     pub patience: Patience,
+    /// Requests that their clients took back.
+    pub cancels: Arc<Cancels>,
 }
 
 impl Site<'_> {
@@ -37,7 +41,7 @@ impl Site<'_> {
         let meter = self.telemetry.step(&planned.key, step.operator()).in_group(&self.group(planned));
         let written = self.plan.topics().into_iter();
         let from_clients = written.filter(|topic| topic.from_clients && planned.from.contains(&topic.name));
-        Arc::new(Stage::new(Parts {
+        let stage = Stage::new(Parts {
             key: planned.key.as_str().into(),
             step,
             routes: planned.to.iter().map(|(port, topic)| (port.clone(), self.name(topic))).collect(),
@@ -53,7 +57,13 @@ impl Site<'_> {
             host: Arc::clone(&self.host),
             patience: self.patience.clone(),
             meter,
-        }))
+        });
+        let stage = stage.with_cancels(Arc::clone(&self.cancels));
+        // What clients and the table sink read is written once.
+        let once = [topics::RESULTS.name, topics::OUTCOMES.name];
+        let written = once.iter().filter(|name| planned.to.values().any(|topic| topic == *name));
+        let written: Vec<_> = written.map(|name| self.name(name)).collect();
+        Arc::new(if written.is_empty() { stage } else { stage.with_once(Arc::new(Once::new(written))) })
     }
 
     /// The consumer group of a step.

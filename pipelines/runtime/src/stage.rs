@@ -7,7 +7,11 @@
 //! Invariant: every record becomes at least one message or was an `Ok` of its operator. A request whose work cannot
 //! go on becomes an ending, whatever happened: bytes that are no record, a panic, a store that is away.
 
-use crate::message::{Incoming, Outgoing};
+use crate::{
+    cancels::Cancels,
+    message::{Incoming, Outgoing},
+    once::{Known, Once},
+};
 use bytes::Bytes;
 use forebay_operator::{Addressed, Clock, Context, Delivery, Failure, Host, Opened, Step, StopSignal};
 use forebay_schemas::{
@@ -19,7 +23,7 @@ use futures::FutureExt;
 use std::{
     collections::{BTreeMap, BTreeSet},
     error::Error,
-    panic::AssertUnwindSafe,
+    panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -82,8 +86,10 @@ pub struct Parts {
 /// One step of a pipeline, ready to process records.
 pub struct Stage {
     parts: Parts,
-    /// Never given: cancels reach a stage with the ledger.
-    stop: StopSignal,
+    /// Requests that their clients took back.
+    cancels: Arc<Cancels>,
+    /// What was written of late, where the step is the sole writer of a topic.
+    once: Option<Arc<Once>>,
     /// Fields that no version of a record knows, each warned of once.
     warned: Mutex<BTreeSet<String>>,
 }
@@ -102,7 +108,22 @@ struct Death<'a> {
 impl Stage {
     /// A stage of these parts.
     pub fn new(parts: Parts) -> Self {
-        Self { parts, stop: StopSignal::new().1, warned: Mutex::default() }
+        Self { parts, cancels: Arc::default(), once: None, warned: Mutex::default() }
+    }
+
+    /// The same stage, hearing of these cancels.
+    pub fn with_cancels(self, cancels: Arc<Cancels>) -> Self {
+        Self { cancels, ..self }
+    }
+
+    /// The same stage, writing messages of these topics once.
+    pub fn with_once(self, once: Arc<Once>) -> Self {
+        Self { once: Some(once), ..self }
+    }
+
+    /// What was written of late, where the step is the sole writer of a topic.
+    pub fn once(&self) -> Option<&Arc<Once>> {
+        self.once.as_ref()
     }
 
     /// The step's key in its pipeline.
@@ -169,9 +190,10 @@ impl Stage {
         let mut opened = Some(opened);
         let mut tries: u32 = 0;
         let mut panicked = false;
+        let running = self.cancels.register(&envelope.tenant, &envelope.id);
         let failure = loop {
-            if let Some(expired) = self.expired(&envelope) {
-                break expired;
+            if let Some(stop) = self.stopped(&envelope) {
+                break stop;
             }
             let attempt = match opened.take() {
                 Some(opened) => opened,
@@ -181,7 +203,7 @@ impl Stage {
                     Err(fault) => return (self.undecodable(incoming, &*fault), Outcome::Undecodable),
                 },
             };
-            let cx = self.context(incoming, &envelope);
+            let cx = self.context(incoming, &envelope, running.signal());
             let started = Instant::now();
             let result = AssertUnwindSafe(attempt.run(&cx)).catch_unwind().await;
             let micros = i64::try_from(started.elapsed().as_micros()).unwrap_or(i64::MAX);
@@ -192,8 +214,17 @@ impl Stage {
             tries += 1;
             match result {
                 Ok(Ok(outputs)) => {
-                    rows.extend(outputs.into_iter().map(|output| self.route(output, &envelope)));
-                    return (rows, Outcome::Ok);
+                    let outputs = outputs.into_iter().map(|output| self.route(output, &envelope)).collect();
+                    return match self.new_ones(incoming, outputs) {
+                        Ok(outputs) => {
+                            rows.extend(outputs);
+                            (rows, Outcome::Ok)
+                        }
+                        Err(death) => {
+                            rows.extend(self.give_up(incoming, &envelope, &death));
+                            (rows, Outcome::Rejected)
+                        }
+                    };
                 }
                 Ok(Err(Failure::Unavailable { outage, what, code, source })) => {
                     self.parts.meter.retried();
@@ -209,7 +240,7 @@ impl Stage {
                     if outage {
                         tries -= 1;
                     }
-                    self.wait(wait, &envelope).await;
+                    self.wait(wait, &envelope, running.signal()).await;
                 }
                 Ok(Err(failure)) => break failure,
                 // A panic is a bug. Once more alone, then the record is put aside with the panic as its reason.
@@ -282,7 +313,12 @@ impl Stage {
 
     fn open(&self, incoming: &Incoming) -> Result<Box<dyn Opened + '_>, Box<dyn Error + Send + Sync>> {
         let key = incoming.key.as_deref().and_then(|key| std::str::from_utf8(key).ok());
-        Ok(self.parts.step.open(key, incoming.value.as_deref())?)
+        let open = || self.parts.step.open(key, incoming.value.as_deref());
+        // Whatever the bytes are, they must not stop what lies behind them.
+        match catch_unwind(AssertUnwindSafe(open)) {
+            Ok(opened) => Ok(opened?),
+            Err(panic) => Err(format!("reading it panicked: {}", panic_message(&*panic)).into()),
+        }
     }
 
     /// The envelope that travels with a record: its host's, or a new one where it enters.
@@ -303,6 +339,7 @@ impl Stage {
         }
         envelope.tenant = identity.tenant.unwrap_or_default();
         envelope.stream = identity.stream;
+        envelope.payload = opened.request().and_then(payload_of);
         // A deadline beyond all time is none.
         let deadline = identity.deadline_ms.and_then(|left| i64::try_from(left).ok());
         envelope.deadline_at_ms = deadline.and_then(|left| incoming.timestamp_ms.checked_add(left));
@@ -335,20 +372,49 @@ impl Stage {
         }
     }
 
-    fn context(&self, incoming: &Incoming, envelope: &Envelope) -> Context {
+    fn context(&self, incoming: &Incoming, envelope: &Envelope, stop: StopSignal) -> Context {
         let delivery = Delivery {
             envelope: envelope.clone(),
             recorded_at_ms: incoming.timestamp_ms,
             stage: Arc::clone(&self.parts.key),
             cluster: Arc::clone(&self.parts.cluster),
         };
-        Context::new(delivery, self.parts.clock, Arc::clone(&self.parts.host), self.stop.clone())
+        Context::new(delivery, self.parts.clock, Arc::clone(&self.parts.host), stop)
     }
 
-    fn expired(&self, envelope: &Envelope) -> Option<Failure> {
+    /// Why work on a request should not go on. An ending goes on: whoever asked must still hear of it.
+    fn stopped(&self, envelope: &Envelope) -> Option<Failure> {
+        if !self.parts.step.is_job() {
+            return None;
+        }
+        if self.cancels.contains(&envelope.tenant, &envelope.id) {
+            return Some(Failure::Cancelled);
+        }
         let deadline = envelope.deadline_at_ms?;
-        // An ending is late by nature: whoever asked must still hear of it.
-        (self.parts.step.is_job() && self.parts.clock.now_ms() >= deadline).then_some(Failure::Expired)
+        (self.parts.clock.now_ms() >= deadline).then_some(Failure::Expired)
+    }
+
+    /// The outputs without those that were written already; a death where they tell of another request under the
+    /// same id.
+    fn new_ones(&self, incoming: &Incoming, outputs: Vec<Outgoing>) -> Result<Vec<Outgoing>, Death<'static>> {
+        let Some(once) = &self.once else { return Ok(outputs) };
+        let mut new = Vec::with_capacity(outputs.len());
+        for output in outputs {
+            if !once.covers(&output.topic) {
+                new.push(output);
+                continue;
+            }
+            match once.admit(incoming.partition.number, &output) {
+                Known::New => new.push(output),
+                Known::Written => self.parts.meter.deduplicated(),
+                Known::Conflicts => {
+                    let message =
+                        "another request had this id before; give each request an id of its own".to_owned();
+                    return Err(Death { class: "rejected", code: "id_conflict", message, attempts: 1 });
+                }
+            }
+        }
+        Ok(new)
     }
 
     fn lateness(&self, envelope: &Envelope) -> String {
@@ -356,11 +422,12 @@ impl Stage {
         format!("not answered within {allowed} ms; it had come as far as step {}", self.parts.key)
     }
 
-    /// Waits, but not beyond the deadline.
-    async fn wait(&self, wait: Duration, envelope: &Envelope) {
+    /// Waits, but not beyond the deadline nor once the request is taken back.
+    async fn wait(&self, wait: Duration, envelope: &Envelope, stop: StopSignal) {
         let left = envelope.deadline_at_ms.map(|deadline| deadline - self.parts.clock.now_ms());
         let left = left.map(|left| Duration::from_millis(u64::try_from(left).unwrap_or(0)));
-        tokio::time::sleep(left.map_or(wait, |left| left.min(wait))).await;
+        // Either way the caller looks again at what to do.
+        let _ = tokio::time::timeout(left.map_or(wait, |left| left.min(wait)), stop.given()).await;
     }
 
     /// Adds what upstream calls took to the envelope, and gives the rows about them.
@@ -469,6 +536,12 @@ impl Stage {
 
 fn fault_of(death: &Death<'_>) -> Fault {
     Fault { code: death.code.to_owned(), message: DeadLetter::cut(&death.message).to_owned() }
+}
+
+/// A hash of what is asked: the same however the client wrote its JSON.
+fn payload_of(request: &Request) -> Option<String> {
+    let bytes = request.encode().ok()??;
+    Some(blake3::hash(&bytes).to_hex()[..16].to_owned())
 }
 
 /// An error with its causes, as one line.

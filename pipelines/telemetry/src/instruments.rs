@@ -137,6 +137,12 @@ pub(crate) const RETRIES: Declared = Declared {
     meaning: "Times that a record was processed again because the world failed.",
     ..LINE
 };
+pub(crate) const DEDUPLICATED: Declared = Declared {
+    name: "forebay.step.deduplicated",
+    unit: "{message}",
+    meaning: "Messages not written again, because their request's was written before.",
+    ..LINE
+};
 pub(crate) const DEAD_LETTERS: Declared = Declared {
     name: "forebay.step.dead_letters",
     unit: "{record}",
@@ -283,6 +289,7 @@ pub(crate) const DECLARED: &[Declared] = &[
     DURATION,
     QUEUE_WAIT,
     RETRIES,
+    DEDUPLICATED,
     DEAD_LETTERS,
     IN_FLIGHT,
     BUFFERED_RECORDS,

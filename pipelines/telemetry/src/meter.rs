@@ -93,6 +93,7 @@ pub(crate) struct Instruments {
     duration: Histogram<f64>,
     queue_wait: Histogram<f64>,
     retries: Counter<u64>,
+    deduplicated: Counter<u64>,
     dead_letters: Counter<u64>,
     in_flight: Gauge<u64>,
     buffered_records: Gauge<u64>,
@@ -117,6 +118,7 @@ impl Instruments {
             duration: declared::DURATION.histogram_f64(meter),
             queue_wait: declared::QUEUE_WAIT.histogram_f64(meter),
             retries: declared::RETRIES.counter(meter),
+            deduplicated: declared::DEDUPLICATED.counter(meter),
             dead_letters: declared::DEAD_LETTERS.counter(meter),
             in_flight: declared::IN_FLIGHT.gauge_u64(meter),
             buffered_records: declared::BUFFERED_RECORDS.gauge_u64(meter),
@@ -223,6 +225,7 @@ struct Step {
     finished: [Finished; Outcome::ALL.len()],
     queue_wait: BoundHistogram<f64>,
     retries: BoundCounter<u64>,
+    deduplicated: BoundCounter<u64>,
     dead_letters: PerWord<BoundCounter<u64>>,
     in_flight: BoundGauge<u64>,
     buffered_records: BoundGauge<u64>,
@@ -266,6 +269,7 @@ impl StepMeter {
             }),
             queue_wait: instruments.queue_wait.bind(&labels),
             retries: instruments.retries.bind(&labels),
+            deduplicated: instruments.deduplicated.bind(&labels),
             dead_letters: PerWord::new(CLASSES_MAX),
             in_flight: instruments.in_flight.bind(&labels),
             buffered_records: instruments.buffered_records.bind(&labels),
@@ -318,6 +322,11 @@ impl StepMeter {
     /// A record is processed again, because the world failed.
     pub fn retried(&self) {
         self.step.retries.add(1);
+    }
+
+    /// A message was not written again.
+    pub fn deduplicated(&self) {
+        self.step.deduplicated.add(1);
     }
 
     /// A record was put aside.

@@ -148,6 +148,7 @@ mod tests {
         meter.finished(Outcome::Ok, Duration::from_millis(20), Duration::from_millis(3));
         meter.finished(Outcome::Rejected, Duration::from_millis(1), Duration::ZERO);
         meter.retried();
+        meter.deduplicated();
         meter.dead_lettered("rejected");
         meter.in_flight(5);
         meter.buffered(7, 700);

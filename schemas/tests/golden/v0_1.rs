@@ -329,6 +329,7 @@ fn envelope() -> Envelope {
         spend: NanoUsd(48_000),
         attempts: 3,
         stream: true,
+        payload: Some("9ae0c2d3f1b4a586".into()),
         traceparent: Some("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01".into()),
         client: vec![("x-shop".into(), Some("ü".into())), ("x-null".into(), None)],
     }

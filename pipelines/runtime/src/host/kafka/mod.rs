@@ -1,6 +1,7 @@
 //! Over Kafka: a consumer group for each stage, one producer for each process.
 
 mod client;
+mod read_back;
 mod sink;
 mod source;
 mod table;

@@ -9,11 +9,15 @@
 //!
 //! Invariant: a partition is unassigned only after its progress is committed, or when it was lost already.
 
-use super::client::{Kafka, SettingsError, log, say, shared_name};
+use super::{
+    client::{Kafka, SettingsError, log, say, shared_name},
+    read_back::read_back,
+};
 use crate::{
     budget::Budget,
     drive::{Event, Source},
     message::{Incoming, Partition},
+    once::Once,
 };
 use bytes::Bytes;
 use forebay_schemas::Headers as OwnHeaders;
@@ -91,6 +95,7 @@ impl KafkaSource {
         budget: Arc<Budget>,
         meter: StepMeter,
         health: Health,
+        once: Option<Arc<Once>>,
     ) -> Result<Self, SettingsError> {
         let member = Member::new(meter.clone());
         let config = kafka.group_config(group);
@@ -107,6 +112,7 @@ impl KafkaSource {
         health.set_ready(&heart, Err("no assignment yet".to_owned()));
         let reader = Reader {
             consumer: Arc::clone(&consumer),
+            once: once.map(|once| (kafka.clone(), once)),
             events: events_in,
             commands: commands_out,
             waiting: Arc::clone(&waiting),
@@ -269,6 +275,8 @@ impl ConsumerContext for Member {
 /// The reading thread.
 struct Reader {
     consumer: Arc<BaseConsumer<Member>>,
+    /// What the stage writes once, and where that is read back from.
+    once: Option<(Kafka, Arc<Once>)>,
     events: mpsc::UnboundedSender<Event>,
     commands: sync_mpsc::Receiver<Command>,
     waiting: Arc<Waiting>,
@@ -369,6 +377,16 @@ impl Reader {
     }
 
     fn assign(&mut self, partitions: &TopicPartitionList) {
+        // Before the first record is read, or a second copy could pass.
+        if let Some((kafka, once)) = &self.once {
+            let numbers = partitions.elements().iter().map(|element| element.partition()).collect();
+            if let Err(fault) = read_back(kafka, once, &numbers) {
+                let cause =
+                    std::error::Error::source(&fault).map(|cause| format!(": {cause}")).unwrap_or_default();
+                let _ = self.events.send(Event::Failed(format!("{fault}{cause}")));
+                return;
+            }
+        }
         if let Err(fault) = self.consumer.incremental_assign(partitions) {
             warn!(error = %fault, "could not take partitions on");
             return;
@@ -508,7 +526,7 @@ impl Reader {
     }
 }
 
-fn headers(message: &BorrowedMessage<'_>) -> OwnHeaders {
+pub(super) fn headers(message: &BorrowedMessage<'_>) -> OwnHeaders {
     let Some(headers) = message.headers() else { return OwnHeaders::new() };
     let own = |header: rdkafka::message::Header<'_, &[u8]>| {
         (header.key.to_owned(), header.value.map(Bytes::copy_from_slice))

@@ -213,7 +213,11 @@ impl Follower {
                 Some(Ok(message)) => {
                     bytes += message.payload_len();
                     reached.insert(message.partition(), message.offset() + 1);
-                    match message.key().map(std::str::from_utf8) {
+                    let key = match message.key() {
+                        None if !self.table.needs_key() => Some(Ok("")),
+                        key => key.map(std::str::from_utf8),
+                    };
+                    match key {
                         Some(Ok(key)) => changes.push(Change {
                             partition: message.partition(),
                             offset: message.offset(),

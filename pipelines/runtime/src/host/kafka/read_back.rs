@@ -1,0 +1,100 @@
+//! Reads back what a sole writer wrote of late, before it writes on.
+
+use super::client::{Kafka, LogContext};
+use crate::{
+    host::kafka::source::headers,
+    once::{Once, REMEMBERED_MAX},
+};
+use forebay_schemas::Headers;
+use rdkafka::{
+    Message, Offset, TopicPartitionList,
+    consumer::{BaseConsumer, Consumer},
+    error::KafkaError,
+};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+/// How long the log may take to answer one question.
+const ANSWER_MAX: Duration = Duration::from_secs(10);
+
+/// How long reading may take in all; shorter than max.poll.interval.ms, or the group would pass the partitions on.
+const READ_MAX: Duration = Duration::from_secs(45);
+
+/// Why it could not be read back what was written.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadBackError {
+    /// The log did not answer.
+    #[error(
+        "could not read back topic {topic}; it must be there and have as many partitions as its writer reads"
+    )]
+    Kafka {
+        /// The topic.
+        topic: String,
+        /// What happened.
+        #[source]
+        source: KafkaError,
+    },
+    /// It took too long.
+    #[error("could not read back what was written within {} s", READ_MAX.as_secs())]
+    TooLong,
+}
+
+/// Lets `once` remember the last messages of these partition numbers. Blocks.
+pub(super) fn read_back(kafka: &Kafka, once: &Once, numbers: &BTreeSet<i32>) -> Result<(), ReadBackError> {
+    let failed = |topic: &str| {
+        let topic = topic.to_owned();
+        move |source| ReadBackError::Kafka { topic, source }
+    };
+    let joined = once.topics().join(", ");
+    let reader: BaseConsumer<LogContext> =
+        kafka.reader_config().create_with_context(LogContext).map_err(failed(&joined))?;
+    let mut assignment = TopicPartitionList::new();
+    // The partitions whose end is not reached yet.
+    let mut behind: BTreeMap<(Arc<str>, i32), i64> = BTreeMap::new();
+    let remembered = i64::try_from(REMEMBERED_MAX).unwrap_or(i64::MAX);
+    for topic in once.topics() {
+        for &number in numbers {
+            let (low, end) = reader.fetch_watermarks(topic, number, ANSWER_MAX).map_err(failed(topic))?;
+            let from = low.max(end - remembered);
+            if from < end {
+                assignment
+                    .add_partition_offset(topic, number, Offset::Offset(from))
+                    .map_err(failed(topic))?;
+                behind.insert((Arc::clone(topic), number), end);
+            }
+        }
+    }
+    reader.assign(&assignment).map_err(failed(&joined))?;
+    let mut found: BTreeMap<i32, Vec<(Arc<str>, Headers)>> = BTreeMap::new();
+    let until = Instant::now() + READ_MAX;
+    while !behind.is_empty() {
+        if Instant::now() > until {
+            return Err(ReadBackError::TooLong);
+        }
+        match reader.poll(Duration::from_millis(100)) {
+            Some(Ok(message)) => {
+                let (topic, number) = (message.topic(), message.partition());
+                let Some(covered) = once.topics().iter().find(|covered| ***covered == *topic) else {
+                    continue;
+                };
+                let place = (Arc::clone(covered), number);
+                if behind.get(&place).is_some_and(|end| message.offset() + 1 >= *end) {
+                    behind.remove(&place);
+                }
+                found.entry(number).or_default().push((place.0, headers(&message)));
+            }
+            // These topics are neither compacted nor written in transactions: a partition's last message comes.
+            Some(Err(KafkaError::PartitionEOF(_))) => {}
+            Some(Err(source)) => return Err(failed(&joined)(source)),
+            None => {}
+        }
+    }
+    for &number in numbers {
+        let messages = found.remove(&number).unwrap_or_default();
+        once.restore(number, messages.iter().map(|(topic, headers)| (&**topic, headers)));
+    }
+    Ok(())
+}

@@ -1,0 +1,8 @@
+//! The one loop, over a log in memory, under virtual time.
+
+mod endings;
+mod flow;
+mod order;
+mod rebalance;
+mod simulation;
+mod support;

@@ -1,0 +1,290 @@
+//! Three stages in a row, and all that can happen to them, at random moments of virtual time.
+//!
+//! Oracle: what was accepted ends, as its operators say and no other way; exactly once, unless a partition was lost or
+//! a process killed. No commit ever passes a record whose messages are not written. Records of one key pass the
+//! ordered stage one after the other and in their order.
+//!
+//! A seed that fails is printed, and goes to [`FAILED`] together with the repair.
+
+use crate::{
+    order::Turns,
+    support::{Member, NOW_MS, Run, Spec, World, ending, header, on, pass, script, text},
+};
+use forebay_operator::Failure;
+use forebay_runtime::drive::Limits;
+use forebay_schemas::header as envelope;
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+use tokio::time::{Instant, timeout_at};
+
+/// Seeds of a run; `FOREBAY_SEEDS` says otherwise.
+const SEEDS: u64 = 600;
+
+/// Seeds that once failed.
+const FAILED: &[u64] = &[];
+
+/// Numbers that a seed determines (SplitMix64).
+struct Dice(u64);
+
+impl Dice {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut mixed = self.0;
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        mixed ^ (mixed >> 31)
+    }
+    fn below(&mut self, bound: u64) -> u64 {
+        self.next() % bound
+    }
+}
+
+/// What a record does in a stage, as its seed, its name and the stage determine.
+fn dice(seed: u64, key: &str, body: &str) -> Dice {
+    let name = key
+        .bytes()
+        .chain(body.bytes())
+        .fold(seed, |hash, byte| hash.wrapping_mul(31).wrapping_add(byte.into()));
+    Dice(name)
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Fate {
+    Passes,
+    Refused,
+    PanicsOnce,
+    PanicsTwice,
+    FailsAtFirst,
+    FailsForGood,
+    MeetsAnOutage,
+}
+
+impl Fate {
+    fn of(seed: u64, key: &str, body: &str) -> Self {
+        match dice(seed, key, body).below(16) {
+            0 => Self::Refused,
+            1 => Self::PanicsOnce,
+            2 => Self::PanicsTwice,
+            3 => Self::FailsAtFirst,
+            4 => Self::FailsForGood,
+            5 => Self::MeetsAnOutage,
+            _ => Self::Passes,
+        }
+    }
+
+    /// Where the record goes from here.
+    fn code(self) -> Option<&'static str> {
+        match self {
+            Self::Refused => Some("wrong"),
+            Self::PanicsTwice => Some("panicked"),
+            Self::FailsForGood => Some("down"),
+            _ => None,
+        }
+    }
+
+    fn now(self, run: &Run) -> Result<(), Failure> {
+        match self {
+            Self::Refused => Err(Failure::rejected("wrong", "it is wrong")),
+            Self::PanicsOnce if run.before == 0 => panic!("at first"),
+            Self::PanicsTwice => panic!("always"),
+            Self::FailsAtFirst if run.before < 2 => Err(Failure::unavailable("down", "it", "refused")),
+            Self::FailsForGood => Err(Failure::unavailable("down", "it", "refused")),
+            Self::MeetsAnOutage if run.before < 5 => Err(Failure::outage("down", "it", "refused")),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The stages, in their order: key, input, output.
+const STAGES: [(&str, &str, &str); 3] =
+    [("one", "requests", "mid"), ("two", "mid", "late"), ("three", "late", "out")];
+
+struct Chain {
+    seed: u64,
+    world: World,
+    turns: Turns,
+    wrong: Arc<Mutex<Vec<String>>>,
+    members: BTreeMap<&'static str, Member>,
+}
+
+impl Chain {
+    fn new(seed: u64) -> Self {
+        let (world, turns, wrong) = (World::new(), Turns::default(), Arc::default());
+        let mut chain = Self { seed, world, turns, wrong, members: BTreeMap::new() };
+        STAGES.iter().for_each(|(key, ..)| chain.join(key));
+        chain
+    }
+
+    /// Whether something happened after which records may come twice.
+    fn repeats(&self) -> bool {
+        self.turns.may_repeat()
+    }
+
+    fn join(&mut self, key: &'static str) {
+        let member = self.world.join(&self.spec(key));
+        self.members.insert(key, member);
+    }
+
+    fn spec(&self, key: &'static str) -> Spec {
+        let (_, from, to) = STAGES[STAGES.iter().position(|stage| stage.0 == key).unwrap()];
+        let (seed, turns, wrong) = (self.seed, self.turns.clone(), Arc::clone(&self.wrong));
+        let ordered = key == "one";
+        let run = script(move |run: Run| {
+            let (turns, wrong) = (turns.clone(), Arc::clone(&wrong));
+            async move {
+                eprintln!("{:?} {key} {run:?} {:?}", Instant::now(), Fate::of(seed, key, &run.body));
+                let turn = ordered.then(|| turns.begin(&run));
+                let turn = turn.map(|turn| turn.map_err(|fault| wrong.lock().unwrap().push(fault)));
+                let mut time = dice(seed.wrapping_add(1), key, &run.body);
+                pass(if time.below(8) == 0 { time.below(3_000) } else { time.below(50) }).await;
+                Fate::of(seed, key, &run.body).now(&run)?;
+                drop(turn);
+                Ok(vec![on(&run)])
+            }
+        });
+        let mut bounds = dice(seed, key, "bounds");
+        let in_flight = 1 + usize::try_from(bounds.below(8)).unwrap();
+        let window = i64::try_from(1 + bounds.below(12)).unwrap();
+        // Retries of one record take up to 10.5 s and its runs 3 s each: a drain waits for all of it.
+        let drain = Duration::from_secs(60);
+        let limits = Limits { ordered, window, drain, ..Limits::new(in_flight) };
+        Spec { key, from: vec![from], to, limits, ..Spec::new(run) }
+    }
+
+    async fn befall(&mut self, dice: &mut Dice) {
+        let (key, topic, _) = STAGES[usize::try_from(dice.below(3)).unwrap()];
+        let fall = dice.below(8);
+        eprintln!("{} befall {key} {fall}", self.world.clock.now_ms() - NOW_MS);
+        match fall {
+            0..4 => self.members[key].rebalance(topic),
+            4 => {
+                self.members[key].lose(topic);
+                self.turns.repeat();
+            }
+            5 => {
+                self.members.remove(key).unwrap().kill().await;
+                self.turns.repeat();
+                self.join(key);
+            }
+            _ => {
+                self.members.remove(key).unwrap().stop().await.unwrap();
+                self.join(key);
+            }
+        }
+    }
+
+    /// Lets time pass, and looks at every commit meanwhile.
+    async fn live(&self, ms: u64) -> Result<(), String> {
+        let (mut commits, until) = (self.world.log.commits(), Instant::now() + Duration::from_millis(ms));
+        loop {
+            self.check_commits()?;
+            if timeout_at(until, commits.changed()).await.is_err() {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Every record before a committed offset has its messages, at any moment.
+    fn check_commits(&self) -> Result<(), String> {
+        for (key, from, to) in STAGES {
+            let committed = usize::try_from(self.world.log.committed(key, &from.into())).unwrap();
+            let (out, endings) = (self.world.texts(to), self.endings());
+            for message in self.world.log.read(from).iter().take(committed) {
+                let text = text(message);
+                let ended = endings.iter().any(|(id, stage, _)| *id == text && stage == key);
+                if !ended && !out.contains(&text) {
+                    return Err(format!("{key} committed {committed} with {text} unfinished"));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Id, stage, code.
+    fn endings(&self) -> Vec<(String, String, String)> {
+        let endings = self.world.log.read("endings");
+        let told = |message| {
+            let ending = ending(message);
+            (header(message, envelope::ID), ending.stage, ending.error.unwrap().code)
+        };
+        endings.iter().map(told).collect()
+    }
+
+    /// Each record has ended as it must.
+    fn check_ends(&self, records: &[String]) -> Result<(), String> {
+        let (out, endings) = (self.world.texts("out"), self.endings());
+        for record in records {
+            let end =
+                STAGES.iter().find_map(|(key, ..)| Some((*key, Fate::of(self.seed, key, record).code()?)));
+            let passed = out.iter().filter(|text| *text == record).count();
+            let ended: Vec<_> = endings.iter().filter(|(id, ..)| id == record).collect();
+            let right = match end {
+                None => passed > 0 && ended.is_empty(),
+                Some((key, code)) => {
+                    passed == 0
+                        && !ended.is_empty()
+                        && ended.iter().all(|(_, stage, told)| stage == key && told == code)
+                }
+            };
+            let often = passed.max(ended.len());
+            if !right || (often > 1 && !self.repeats()) {
+                return Err(format!("{record} should end as {end:?}; passed {passed} times, ended as {ended:?}"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Runs one seed; what went wrong, if anything did.
+async fn simulate(seed: u64) -> Result<(), String> {
+    let mut dice = Dice(seed);
+    let mut chain = Chain::new(seed);
+    let mut records = Vec::new();
+    let mut versions = BTreeMap::<String, u32>::new();
+    for _ in 0..5 + dice.below(30) {
+        for _ in 0..dice.below(4) {
+            let key = format!("k{}", dice.below(5));
+            let version = versions.entry(key.clone()).or_default();
+            *version += 1;
+            let record = format!("{key}/{version}");
+            chain.world.write("requests", Some(&key), &record);
+            records.push(record);
+        }
+        chain.live(dice.below(400)).await?;
+        if dice.below(4) == 0 {
+            chain.befall(&mut dice).await;
+        }
+    }
+    while !chain.world.log.lags().is_empty() {
+        if chain.world.clock.now_ms() > NOW_MS + 24 * 3_600_000 {
+            return Err(format!("stuck; behind: {:?}", chain.world.log.lags()));
+        }
+        chain.live(1_000).await?;
+    }
+    chain.check_ends(&records)?;
+    chain.wrong.lock().unwrap().first().map_or(Ok(()), |wrong| Err(wrong.clone()))
+}
+
+#[test]
+fn whatever_happens_every_record_ends_as_it_must() {
+    let seeds = std::env::var("FOREBAY_SEEDS").ok().and_then(|seeds| seeds.parse().ok()).unwrap_or(SEEDS);
+    // Operators panic on purpose, a thousand times.
+    std::panic::set_hook(Box::new(|_| {}));
+    let failed: Vec<String> = FAILED.iter().copied().chain(6..7).filter_map(failure).take(5).collect();
+    let _ = std::panic::take_hook();
+    assert!(failed.is_empty(), "{failed:#?}");
+}
+
+fn failure(seed: u64) -> Option<String> {
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
+    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| runtime.block_on(simulate(seed))));
+    let fault = match result {
+        Ok(result) => result.err()?,
+        Err(panic) => panic.downcast_ref::<String>().cloned().unwrap_or_else(|| "it panicked".to_owned()),
+    };
+    Some(format!("seed {seed}: {fault}"))
+}

@@ -1,0 +1,307 @@
+//! A log in memory with stages whose operators do as a test says.
+
+use forebay_operator::{Addressed, Clock, Context, Failure, Opened, Port, Quiet, Step};
+use forebay_runtime::{
+    drive::{DriveError, Limits, SendError, Sink, drive},
+    host::memory::{MemoryLog, MemorySource, Sentinel, Stored},
+    message::Outgoing,
+    stage::{CommonTopics, Parts, Patience, Stage},
+};
+use forebay_schemas::{
+    DecodeError, Ending, Headers, Hop, Identity, Record, Request, RequestId, dead_letter::header as dead,
+};
+use forebay_telemetry::{Settings, Telemetry};
+use futures::future::BoxFuture;
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, OnceLock},
+    time::Duration,
+};
+use tokio::{sync::mpsc, task::JoinHandle, time::timeout};
+use tokio_util::sync::CancellationToken;
+
+pub const NOW_MS: i64 = 1_700_000_000_000;
+
+/// What an operator does with one record.
+pub type Script = dyn Fn(Run) -> BoxFuture<'static, Result<Vec<Addressed>, Failure>> + Send + Sync;
+
+/// One run of an operator.
+#[derive(Clone, Debug)]
+pub struct Run {
+    /// The record.
+    pub body: String,
+    /// How often this record was run before.
+    pub before: u32,
+}
+
+/// Wraps a closure as a script.
+pub fn script<F>(run: impl Fn(Run) -> F + Send + Sync + 'static) -> Arc<Script>
+where
+    F: Future<Output = Result<Vec<Addressed>, Failure>> + Send + 'static,
+{
+    Arc::new(move |with| Box::pin(run(with)))
+}
+
+/// The record goes on as it came.
+pub fn on(run: &Run) -> Addressed {
+    Addressed { port: "out", key: None, body: Some(run.body.clone().into_bytes()) }
+}
+
+/// An operator that does as it is told.
+struct Scripted {
+    is_job: bool,
+    runs: Mutex<BTreeMap<String, u32>>,
+    script: Arc<Script>,
+}
+
+impl Step for Scripted {
+    fn operator(&self) -> &'static str {
+        "scripted"
+    }
+    fn hop(&self) -> Option<Hop> {
+        None
+    }
+    fn input(&self) -> &'static str {
+        "Text"
+    }
+    fn is_job(&self) -> bool {
+        self.is_job
+    }
+    fn ports(&self) -> &'static [Port] {
+        &[Port { name: "out", record: "Text" }]
+    }
+    fn open(&self, _: Option<&str>, body: Option<&[u8]>) -> Result<Box<dyn Opened + '_>, DecodeError> {
+        let body = body.map(|body| String::from_utf8(body.to_vec()));
+        match body {
+            Some(Ok(body)) if body.contains("unopenable") => panic!("no bytes like these"),
+            Some(Ok(body)) => Ok(Box::new(Read { step: self, body })),
+            _ => Err(DecodeError::Meaning { record: "Text", fault: "it is no text" }),
+        }
+    }
+}
+
+/// A text: an id, and where it has a second word, the milliseconds that it has until its deadline.
+struct Read<'s> {
+    step: &'s Scripted,
+    body: String,
+}
+
+impl Opened for Read<'_> {
+    fn identity(&self) -> Identity {
+        let mut words = self.body.split(' ');
+        let id = words.next().and_then(|id| RequestId::try_from(id.to_owned()).ok());
+        Identity { id, deadline_ms: words.next().and_then(|word| word.parse().ok()), ..Identity::default() }
+    }
+    fn request(&self) -> Option<&Request> {
+        None
+    }
+    fn run<'a>(self: Box<Self>, _: &'a Context) -> BoxFuture<'a, Result<Vec<Addressed>, Failure>>
+    where
+        Self: 'a,
+    {
+        let before = {
+            let mut runs = self.step.runs.lock().unwrap();
+            let runs = runs.entry(self.body.clone()).or_default();
+            *runs += 1;
+            *runs - 1
+        };
+        let Self { step, body } = *self;
+        (step.script)(Run { body, before })
+    }
+}
+
+/// A stage of a test. `requests` is what clients write to, in every test.
+#[derive(Clone)]
+pub struct Spec {
+    pub key: &'static str,
+    pub from: Vec<&'static str>,
+    pub to: &'static str,
+    pub is_job: bool,
+    pub visits_max: Option<u32>,
+    pub limits: Limits,
+    pub script: Arc<Script>,
+}
+
+impl Spec {
+    pub fn new(script: Arc<Script>) -> Self {
+        let limits = Limits::new(64);
+        Self {
+            key: "step",
+            from: vec!["requests"],
+            to: "out",
+            is_job: true,
+            visits_max: None,
+            limits,
+            script,
+        }
+    }
+}
+
+/// A member at work.
+pub struct Member {
+    sentinels: mpsc::UnboundedSender<Sentinel>,
+    shutdown: CancellationToken,
+    task: JoinHandle<Result<(), DriveError>>,
+}
+
+impl Member {
+    /// Its partition of a topic is drained, taken away, and given back.
+    pub fn rebalance(&self, topic: &str) {
+        self.sentinels.send(Sentinel::Rebalance(topic.into())).unwrap();
+    }
+    /// Its partition of a topic is gone and comes back.
+    pub fn lose(&self, topic: &str) {
+        self.sentinels.send(Sentinel::Lose(topic.into())).unwrap();
+    }
+    /// SIGTERM.
+    pub async fn stop(self) -> Result<(), DriveError> {
+        self.shutdown.cancel();
+        self.task.await.expect("a member panicked")
+    }
+    /// SIGKILL.
+    pub async fn kill(self) {
+        self.task.abort();
+        let _ = self.task.await;
+    }
+    /// Waits for an end that nobody asked for.
+    pub async fn ended(self) -> Result<(), DriveError> {
+        self.task.await.expect("a member panicked")
+    }
+    /// Asks it to stop, and does not wait.
+    pub fn ask_to_stop(&self) {
+        self.shutdown.cancel();
+    }
+}
+
+/// A log with all that stages need beside it.
+#[derive(Clone)]
+pub struct World {
+    pub log: Arc<MemoryLog>,
+    pub clock: Clock,
+}
+
+impl World {
+    pub fn new() -> Self {
+        let clock = Clock::starting_at(NOW_MS);
+        Self { log: MemoryLog::new(clock, 1_000), clock }
+    }
+
+    /// A client writes a text, under a key where it has one.
+    pub fn write(&self, topic: &str, key: Option<&str>, body: &str) -> i64 {
+        self.write_bytes(topic, key, body.as_bytes(), Headers::new())
+    }
+
+    pub fn write_bytes(&self, topic: &str, key: Option<&str>, body: &[u8], headers: Headers) -> i64 {
+        let key = key.map(|key| key.to_owned().into());
+        self.log.append(&topic.into(), key, Some(body.to_vec().into()), headers)
+    }
+
+    /// A member of the stage's group, over the log.
+    pub fn join(&self, spec: &Spec) -> Member {
+        self.join_over(spec, Arc::clone(&self.log) as Arc<dyn Sink>)
+    }
+
+    /// The same, writing through another sink.
+    pub fn join_over(&self, spec: &Spec, sink: Arc<dyn Sink>) -> Member {
+        let step = Scripted { is_job: spec.is_job, runs: Mutex::default(), script: Arc::clone(&spec.script) };
+        let stage = Arc::new(Stage::new(Parts {
+            key: spec.key.into(),
+            step: Arc::new(step),
+            routes: BTreeMap::from([("out".to_owned(), spec.to.into())]),
+            from_clients: ["requests".into()].into(),
+            visits_max: spec.visits_max,
+            common: CommonTopics {
+                endings: "endings".into(),
+                dead_letters: "dead-letters".into(),
+                attempts: "attempts".into(),
+            },
+            cluster: "memory".into(),
+            clock: self.clock,
+            host: Arc::new(Quiet),
+            patience: Patience::default(),
+            meter: telemetry().step(spec.key, "scripted"),
+        }));
+        let from: Vec<Arc<str>> = spec.from.iter().map(|topic| (*topic).into()).collect();
+        let (source, sentinels) = MemorySource::join(&self.log, spec.key, &from);
+        let shutdown = CancellationToken::new();
+        let task = tokio::spawn(drive(stage, source, sink, spec.limits, shutdown.clone()));
+        Member { sentinels, shutdown, task }
+    }
+
+    /// Waits until every group has committed all that was written.
+    pub async fn settled(&self) {
+        let mut commits = self.log.commits();
+        let all = async {
+            while !self.log.lags().is_empty() {
+                commits.changed().await.unwrap();
+            }
+        };
+        let settled = timeout(Duration::from_secs(7 * 24 * 3600), all).await;
+        assert!(settled.is_ok(), "stuck; behind: {:?}", self.log.lags());
+    }
+
+    pub fn committed(&self, topic: &str) -> i64 {
+        self.log.committed("step", &topic.into())
+    }
+
+    /// The texts of a topic.
+    pub fn texts(&self, topic: &str) -> Vec<String> {
+        self.log.read(topic).iter().map(text).collect()
+    }
+
+    /// What was written to the topics that stages write to, each message as a few words, in the order of topics.
+    pub fn told(&self) -> String {
+        let out =
+            self.log.read("out").iter().map(|message| format!("out {}", text(message))).collect::<Vec<_>>();
+        let letters = self.log.read("dead-letters");
+        let letters = letters.iter().map(|letter| {
+            let header = |name| header(letter, name);
+            format!("dead {} {} tries={}", header(dead::CLASS), header(dead::CODE), header(dead::ATTEMPTS))
+        });
+        let endings = self.log.read("endings");
+        let endings = endings.iter().map(|message| {
+            let ending = ending(message);
+            format!("{} {}", ending.status.as_str(), ending.error.map(|fault| fault.code).unwrap_or_default())
+        });
+        out.into_iter().chain(letters).chain(endings).collect::<Vec<_>>().join("; ")
+    }
+}
+
+pub fn text(message: &Stored) -> String {
+    String::from_utf8_lossy(message.value.as_deref().unwrap_or_default()).into_owned()
+}
+
+pub fn ending(message: &Stored) -> Ending {
+    Ending::decode(message.value.as_deref().unwrap()).unwrap()
+}
+
+pub fn header(message: &Stored, name: &str) -> String {
+    let found = message.headers.iter().find(|(known, _)| known == name);
+    let value = found.and_then(|(_, value)| value.as_deref()).unwrap_or_default();
+    String::from_utf8_lossy(value).into_owned()
+}
+
+fn telemetry() -> &'static Telemetry {
+    static TELEMETRY: OnceLock<Telemetry> = OnceLock::new();
+    TELEMETRY.get_or_init(|| Telemetry::start(Settings::new("test", "0")).unwrap())
+}
+
+/// Advances virtual time.
+pub async fn pass(ms: u64) {
+    tokio::time::sleep(Duration::from_millis(ms)).await;
+}
+
+/// A log whose acknowledgements take their time.
+pub struct Slow {
+    pub log: Arc<MemoryLog>,
+    pub ms: u64,
+}
+
+impl Sink for Slow {
+    fn send(&self, messages: Vec<Outgoing>) -> BoxFuture<'_, Result<(), SendError>> {
+        Box::pin(async move {
+            pass(self.ms).await;
+            self.log.send(messages).await
+        })
+    }
+}
