@@ -35,12 +35,21 @@ fn main() -> ExitCode {
 }
 
 fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let quiet = matches!(args.command, Command::Demo(_) | Command::Ask(_) | Command::Ingest(_));
-    logging::init(args.log_format(), quiet.then_some("warn"))?;
+    logging::init(args.log_format(), filter(&args.command))?;
     let config = config::load(&args)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let code = runtime.block_on(commands::run(args.command, config));
     // Threads that are stuck in a client of ours must not keep the process from ending.
     runtime.shutdown_timeout(std::time::Duration::from_millis(500));
     code
+}
+
+/// What is logged where FOREBAY_LOG does not say: a command that prints an answer is not talked over.
+fn filter(command: &Command) -> Option<&'static str> {
+    match command {
+        Command::Up(_) | Command::Run(_) => None,
+        // A case may well show what is warned of.
+        Command::Test(_) => Some("error"),
+        _ => Some("warn"),
+    }
 }

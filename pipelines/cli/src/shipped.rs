@@ -9,6 +9,24 @@ pub fn pipeline(name: &str) -> Option<(&'static str, &'static str)> {
     PIPELINES.iter().find(|(known, ..)| *known == name).map(|(_, file, text)| (*file, *text))
 }
 
+/// The cases of the pipeline `answer`: file name and text.
+const ANSWER_CASES: &[(&str, &str)] = &[
+    ("pipelines/answer/cases/changed.yaml", include_str!("../../answer/cases/changed.yaml")),
+    ("pipelines/answer/cases/cited.yaml", include_str!("../../answer/cases/cited.yaml")),
+    ("pipelines/answer/cases/deleted.yaml", include_str!("../../answer/cases/deleted.yaml")),
+    ("pipelines/answer/cases/expired.yaml", include_str!("../../answer/cases/expired.yaml")),
+    ("pipelines/answer/cases/no-cache.yaml", include_str!("../../answer/cases/no-cache.yaml")),
+    ("pipelines/answer/cases/repeated.yaml", include_str!("../../answer/cases/repeated.yaml")),
+    ("pipelines/answer/cases/shared.yaml", include_str!("../../answer/cases/shared.yaml")),
+    ("pipelines/answer/cases/tenants.yaml", include_str!("../../answer/cases/tenants.yaml")),
+    ("pipelines/answer/cases/undecodable.yaml", include_str!("../../answer/cases/undecodable.yaml")),
+];
+
+/// The cases of a shipped pipeline.
+pub fn cases(name: &str) -> Option<&'static [(&'static str, &'static str)]> {
+    (name == "answer").then_some(ANSWER_CASES)
+}
+
 /// The names of all shipped pipelines.
 pub fn names() -> impl Iterator<Item = &'static str> {
     PIPELINES.iter().map(|(name, ..)| *name)
@@ -36,16 +54,23 @@ pub const QUESTIONS: &str = include_str!("../../guides/questions.jsonl");
 mod tests {
     use super::*;
 
-    #[test]
-    fn every_guide_is_part_of_the_binary() {
-        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../guides");
-        let mut there: Vec<_> = std::fs::read_dir(folder)
-            .unwrap()
+    /// The files of a folder with this extension, sorted.
+    fn there(folder: &str, extension: &str) -> Vec<String> {
+        let folder = format!("{}/../{folder}", env!("CARGO_MANIFEST_DIR"));
+        let entries = std::fs::read_dir(folder).unwrap();
+        let mut names: Vec<_> = entries
             .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-            .filter(|name| name.ends_with(".md"))
+            .filter(|name| name.ends_with(extension))
             .collect();
-        there.sort();
-        let shipped: Vec<_> = GUIDES.iter().map(|(name, _)| *name).collect();
-        assert_eq!(there, shipped);
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn every_guide_and_every_case_is_part_of_the_binary() {
+        let guides: Vec<_> = GUIDES.iter().map(|(name, _)| *name).collect();
+        assert_eq!(there("guides", ".md"), guides);
+        let cases: Vec<_> = ANSWER_CASES.iter().map(|(file, _)| file.rsplit('/').next().unwrap()).collect();
+        assert_eq!(there("answer/cases", ".yaml"), cases);
     }
 }
