@@ -6,7 +6,7 @@
 use crate::{
     cancels::Cancels,
     drive::Limits,
-    once::Once,
+    once::{Once, REMEMBERED_MAX},
     stage::{CommonTopics, Parts, Patience, Stage},
 };
 use forebay_operator::{Clock, Host, Step};
@@ -59,11 +59,8 @@ impl Site<'_> {
             meter,
         });
         let stage = stage.with_cancels(Arc::clone(&self.cancels));
-        // What clients and the table sink read is written once.
-        let once = [topics::RESULTS.name, topics::OUTCOMES.name];
-        let written = once.iter().filter(|name| planned.to.values().any(|topic| topic == *name));
-        let written: Vec<_> = written.map(|name| self.name(name)).collect();
-        Arc::new(if written.is_empty() { stage } else { stage.with_once(Arc::new(Once::new(written))) })
+        let once = self.written_once(planned);
+        Arc::new(if once.is_empty() { stage } else { stage.with_once(Arc::new(Once::new(once))) })
     }
 
     /// The consumer group of a step.
@@ -76,9 +73,21 @@ impl Site<'_> {
         planned.from.iter().map(|topic| self.name(topic)).collect()
     }
 
-    /// The bounds of a step.
+    /// The bounds of a step. Where it writes something once, far fewer of its records may be unfinished in a partition
+    /// than it remembers: whatever is delivered again after a crash must be recognised.
     pub fn limits(&self, planned: &PlannedStep) -> Limits {
-        Limits { ordered: planned.order == Order::Key, ..Limits::new(planned.in_flight) }
+        let limits = Limits { ordered: planned.order == Order::Key, ..Limits::new(planned.in_flight) };
+        if self.written_once(planned).is_empty() {
+            return limits;
+        }
+        Limits { window: i64::try_from(REMEMBERED_MAX / 2).unwrap_or(i64::MAX), ..limits }
+    }
+
+    /// The topics of a step that clients and the table sink read: each message on them is written once.
+    fn written_once(&self, planned: &PlannedStep) -> Vec<Arc<str>> {
+        let once = [topics::RESULTS.name, topics::OUTCOMES.name];
+        let written = once.iter().filter(|name| planned.to.values().any(|topic| topic == *name));
+        written.map(|name| self.name(name)).collect()
     }
 
     /// The full name of a topic.
