@@ -120,7 +120,8 @@ pub struct Limits {
     pub drain: Duration,
     /// How often progress is committed.
     pub commit_every: Duration,
-    /// Whether records of one key are processed one after the other.
+    /// Whether records of one key are processed one after the other. When a partition is taken away, what finished
+    /// beyond a record that still waited for its turn is then processed again, as no commit passes that record.
     pub ordered: bool,
 }
 

@@ -34,6 +34,11 @@ impl Turns {
         self.may_repeat.load(Ordering::SeqCst)
     }
 
+    /// The version of each key that was begun last.
+    pub fn last(&self) -> BTreeMap<String, u32> {
+        self.keys.lock().unwrap().iter().map(|(key, (_, last))| (key.clone(), *last)).collect()
+    }
+
     /// Begins a version; tells where another one runs, one was passed over, or a newer one was begun before.
     pub fn begin(&self, run: &Run) -> Result<Turn, String> {
         let mut parts = run.body.split('/');

@@ -36,7 +36,9 @@ async fn the_partitions_that_are_kept_go_on_meanwhile() {
     world.write("requests", None, "9000");
     pass(100).await;
     member.rebalance("requests");
-    (0..5).for_each(|_| drop(world.write("other", None, "10")));
+    for _ in 0..5 {
+        world.write("other", None, "10");
+    }
     pass(1_000).await;
     assert_eq!(world.texts("out"), ["10"; 5]);
     assert_eq!(world.committed("other"), 5);
@@ -128,7 +130,9 @@ async fn a_shutdown_in_the_middle_of_a_drain_takes_no_longer_than_either() {
 async fn a_window_that_was_full_is_open_after_a_rebalance() {
     let world = World::new();
     let member = world.join(&Spec { limits: Limits { window: 3, ..Limits::new(100) }, ..spec() });
-    (0..20).for_each(|n| drop(world.write("requests", None, if n == 0 { "5000" } else { "1" })));
+    for n in 0..20 {
+        world.write("requests", None, if n == 0 { "5000" } else { "1" });
+    }
     pass(1_000).await;
     member.rebalance("requests");
     world.settled().await;

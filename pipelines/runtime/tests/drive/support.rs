@@ -119,19 +119,20 @@ pub struct Spec {
     pub is_job: bool,
     pub visits_max: Option<u32>,
     pub limits: Limits,
+    pub patience: Patience,
     pub script: Arc<Script>,
 }
 
 impl Spec {
     pub fn new(script: Arc<Script>) -> Self {
-        let limits = Limits::new(64);
         Self {
             key: "step",
             from: vec!["requests"],
             to: "out",
             is_job: true,
             visits_max: None,
-            limits,
+            limits: Limits::new(64),
+            patience: Patience::default(),
             script,
         }
     }
@@ -166,10 +167,6 @@ impl Member {
     /// Waits for an end that nobody asked for.
     pub async fn ended(self) -> Result<(), DriveError> {
         self.task.await.expect("a member panicked")
-    }
-    /// Asks it to stop, and does not wait.
-    pub fn ask_to_stop(&self) {
-        self.shutdown.cancel();
     }
 }
 
@@ -218,7 +215,7 @@ impl World {
             cluster: "memory".into(),
             clock: self.clock,
             host: Arc::new(Quiet),
-            patience: Patience::default(),
+            patience: spec.patience.clone(),
             meter: telemetry().step(spec.key, "scripted"),
         }));
         let from: Vec<Arc<str>> = spec.from.iter().map(|topic| (*topic).into()).collect();
