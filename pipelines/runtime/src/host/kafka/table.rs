@@ -10,11 +10,12 @@ use rdkafka::{
     Message, Offset, TopicPartitionList,
     consumer::{BaseConsumer, Consumer},
     error::KafkaError,
+    types::RDKafkaErrorCode,
 };
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 use tokio::{runtime::Handle, sync::watch};
 use tokio_util::sync::CancellationToken;
@@ -25,6 +26,9 @@ const BATCH_RECORDS: usize = 1_000;
 const BATCH_BYTES: usize = 8 << 20;
 
 const WAIT: Duration = Duration::from_secs(10);
+
+/// How long to wait before asking for a partition's leader again.
+const LEADER_WAIT: Duration = Duration::from_millis(100);
 
 /// Why a table could not be read.
 #[derive(Debug, thiserror::Error)]
@@ -72,7 +76,7 @@ impl TableReader {
     ) -> Result<Self, TableError> {
         let consumer: BaseConsumer<LogContext> =
             kafka.reader_config().create_with_context(LogContext).map_err(SettingsError::Client)?;
-        let bounds = bounds(&consumer, topic)?;
+        let bounds = bounds(&consumer, topic, runtime)?;
         let store = |source| TableError::Store { topic: topic.to_string(), source };
         let starts = runtime.block_on(starts(&*table, &bounds)).map_err(store)?;
         let mut assignment = TopicPartitionList::new();
@@ -119,19 +123,53 @@ impl TableReader {
     }
 }
 
-/// The first and the next offset of each partition.
+/// The first and the next offset of each partition. Waits for leaders: those of a topic that was made just now, or of a
+/// broker that has just gone, are not known everywhere at once.
 fn bounds(
     consumer: &BaseConsumer<LogContext>,
     topic: &Arc<str>,
+    runtime: &Handle,
 ) -> Result<BTreeMap<i32, (i64, i64)>, TableError> {
-    let failed = |source| TableError::Bounds { topic: topic.to_string(), source };
-    let metadata = consumer.fetch_metadata(Some(topic), WAIT).map_err(failed)?;
+    let until = Instant::now() + WAIT;
+    loop {
+        match try_bounds(consumer, topic) {
+            Ok(bounds) => return Ok(bounds),
+            Err(source) if Instant::now() >= until || !is_passing(&source) => {
+                return Err(TableError::Bounds { topic: topic.to_string(), source });
+            }
+            Err(_) => runtime.block_on(tokio::time::sleep(LEADER_WAIT)),
+        }
+    }
+}
+
+fn try_bounds(
+    consumer: &BaseConsumer<LogContext>,
+    topic: &str,
+) -> Result<BTreeMap<i32, (i64, i64)>, KafkaError> {
+    let metadata = consumer.fetch_metadata(Some(topic), WAIT)?;
     let mut bounds = BTreeMap::new();
     for partition in metadata.topics().iter().flat_map(|topic| topic.partitions()) {
-        let marks = consumer.fetch_watermarks(topic, partition.id(), WAIT).map_err(failed)?;
-        bounds.insert(partition.id(), marks);
+        bounds.insert(partition.id(), consumer.fetch_watermarks(topic, partition.id(), WAIT)?);
     }
-    Ok(bounds)
+    // A table that follows nothing would say that it has caught up.
+    match bounds.is_empty() {
+        true => Err(KafkaError::MetadataFetch(RDKafkaErrorCode::UnknownTopicOrPartition)),
+        false => Ok(bounds),
+    }
+}
+
+/// Whether the cluster may say something else in a moment.
+fn is_passing(fault: &KafkaError) -> bool {
+    matches!(
+        fault.rdkafka_error_code(),
+        Some(
+            RDKafkaErrorCode::NotLeaderForPartition
+                | RDKafkaErrorCode::LeaderNotAvailable
+                | RDKafkaErrorCode::UnknownTopicOrPartition
+                | RDKafkaErrorCode::UnknownPartition
+                | RDKafkaErrorCode::BrokerTransportFailure
+        )
+    )
 }
 
 /// Where to read from. A copy that cannot be continued is forgotten and read again whole.
