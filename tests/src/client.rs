@@ -9,12 +9,13 @@ use rdkafka::{
     consumer::{BaseConsumer, Consumer},
     error::KafkaError,
     message::{BorrowedMessage, Header, Headers, OwnedHeaders},
-    producer::{FutureProducer, FutureRecord},
+    producer::{FutureProducer, FutureRecord, future_producer::Delivery},
 };
 use serde_json::Value;
 use std::{
     collections::BTreeMap,
     fmt::Debug,
+    sync::{Arc, OnceLock},
     time::{Duration, Instant},
 };
 
@@ -22,10 +23,12 @@ use std::{
 const WAIT: Duration = Duration::from_secs(20);
 
 /// A client of one cluster, under one prefix.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Client {
     servers: String,
     prefix: String,
+    /// Made at the first write.
+    producer: Arc<OnceLock<FutureProducer>>,
 }
 
 /// A record to be written; all that is `None` or empty is left out.
@@ -121,7 +124,7 @@ impl Record {
 impl Client {
     /// A client of the cluster at `servers`; topics are named without `prefix`.
     pub fn new(servers: &str, prefix: &str) -> Self {
-        Self { servers: servers.to_owned(), prefix: prefix.to_owned() }
+        Self { servers: servers.to_owned(), prefix: prefix.to_owned(), producer: Arc::default() }
     }
 
     /// Where the cluster is.
@@ -140,6 +143,18 @@ impl Client {
         config
     }
 
+    fn producer(&self, wait: Duration) -> FutureProducer {
+        let mut config = self.config();
+        config
+            .set("enable.idempotence", "true")
+            .set("linger.ms", "1")
+            .set("message.timeout.ms", wait.as_millis().to_string())
+            // The topic has the last word on what is too large.
+            .set("message.max.bytes", "67108864")
+            .set("queue.buffering.max.messages", "0");
+        must("make a producer", config.create())
+    }
+
     /// Writes records of any size that the topic takes, and waits for all acknowledgements, each at most `wait`.
     pub fn try_write(
         &self,
@@ -147,38 +162,7 @@ impl Client {
         records: impl IntoIterator<Item = New>,
         wait: Duration,
     ) -> Vec<Result<(i32, i64), KafkaError>> {
-        let mut config = self.config();
-        config
-            .set("enable.idempotence", "true")
-            .set("message.timeout.ms", wait.as_millis().to_string())
-            .set("message.max.bytes", "67108864")
-            .set("queue.buffering.max.messages", "0");
-        let producer: FutureProducer = must("make a producer", config.create());
-        let topic = self.topic(topic);
-        let sent: Vec<_> = records
-            .into_iter()
-            .map(|New { key, value, headers }| {
-                let mut record = FutureRecord::<[u8], [u8]>::to(&topic);
-                record.key = key.as_deref();
-                record.payload = value.as_deref();
-                if !headers.is_empty() {
-                    let all = headers.iter().fold(OwnedHeaders::new(), |all, (name, value)| {
-                        all.insert(Header { key: name, value: Some(value) })
-                    });
-                    record = record.headers(all);
-                }
-                producer.send_result(record).map_err(|(fault, _)| fault)
-            })
-            .collect();
-        let acknowledged = |delivery| match futures::executor::block_on(delivery) {
-            Ok(Ok(delivered)) => {
-                let rdkafka::producer::future_producer::Delivery { partition, offset, .. } = delivered;
-                Ok((partition, offset))
-            }
-            Ok(Err((fault, _))) => Err(fault),
-            Err(_) => Err(KafkaError::Canceled),
-        };
-        sent.into_iter().map(|sent| sent.and_then(acknowledged)).collect()
+        write_all(&self.producer(wait), &self.topic(topic), records)
     }
 
     /// Writes records; partition and offset of each.
@@ -187,7 +171,8 @@ impl Client {
     /// When one was refused.
     #[track_caller]
     pub fn write(&self, topic: &str, records: impl IntoIterator<Item = New>) -> Vec<(i32, i64)> {
-        let written = self.try_write(topic, records, WAIT);
+        let producer = self.producer.get_or_init(|| self.producer(WAIT));
+        let written = write_all(producer, &self.topic(topic), records);
         written.into_iter().map(|one| must(&format!("write to {topic}"), one)).collect()
     }
 
@@ -261,6 +246,33 @@ impl Client {
         });
         left.sum()
     }
+}
+
+fn write_all(
+    producer: &FutureProducer,
+    topic: &str,
+    records: impl IntoIterator<Item = New>,
+) -> Vec<Result<(i32, i64), KafkaError>> {
+    let send = |New { key, value, headers }: New| {
+        let mut record = FutureRecord::<[u8], [u8]>::to(topic);
+        record.key = key.as_deref();
+        record.payload = value.as_deref();
+        if !headers.is_empty() {
+            let all = headers.iter().fold(OwnedHeaders::new(), |all, (name, value)| {
+                all.insert(Header { key: name, value: Some(value) })
+            });
+            record = record.headers(all);
+        }
+        producer.send_result(record).map_err(|(fault, _)| fault)
+    };
+    // All are on their way before the first is waited for.
+    let sent: Vec<_> = records.into_iter().map(send).collect();
+    let acknowledged = |delivery| match futures::executor::block_on(delivery) {
+        Ok(Ok(Delivery { partition, offset, .. })) => Ok((partition, offset)),
+        Ok(Err((fault, _))) => Err(fault),
+        Err(_) => Err(KafkaError::Canceled),
+    };
+    sent.into_iter().map(|sent| sent.and_then(acknowledged)).collect()
 }
 
 #[track_caller]
