@@ -7,7 +7,9 @@ use crate::{
     budget::Budget,
     cancels::{Cancels, CancelsTable},
     drive::{DriveError, drive},
-    host::kafka::{Kafka, KafkaSink, KafkaSource, ReadBounds, SettingsError, TableError, TableReader},
+    host::kafka::{
+        Kafka, KafkaSink, KafkaSource, ReadBounds, Reading, SettingsError, TableError, TableReader,
+    },
     message::Outgoing,
     site::{Site, full_name},
     stage::Patience,
@@ -104,16 +106,14 @@ impl Launch<'_> {
         let mut stages = JoinSet::new();
         for (planned, step) in &self.steps {
             let stage = site.stage(planned, Arc::clone(step));
-            let source = KafkaSource::join(
-                self.kafka,
-                &site.group(planned),
-                &site.inputs(planned),
-                ReadBounds::new(planned.in_flight),
-                Arc::clone(&budget),
-                stage.meter().clone(),
-                self.health.clone(),
-                stage.once().cloned(),
-            )?;
+            let reading = Reading {
+                bounds: ReadBounds::new(planned.in_flight),
+                budget: Arc::clone(&budget),
+                meter: stage.meter().clone(),
+                health: self.health.clone(),
+                once: stage.once().cloned(),
+            };
+            let source = KafkaSource::join(self.kafka, &site.group(planned), &site.inputs(planned), reading)?;
             stages.spawn(drive(
                 stage,
                 source,

@@ -9,5 +9,5 @@ pub mod topics;
 
 pub use client::{Kafka, KafkaSettings, LogContext, SettingsError, UnreachableError};
 pub use sink::KafkaSink;
-pub use source::{KafkaSource, ReadBounds};
+pub use source::{KafkaSource, ReadBounds, Reading};
 pub use table::{TableError, TableReader};

@@ -5,7 +5,8 @@
 //!
 //! A rebalance is not served inside librdkafka's callback, as is usual: the callback only notes it, and the thread
 //! gives partitions up after the loop has drained them, polling on meanwhile. So a drain of 10 s neither evicts the
-//! member nor stops the heartbeat.
+//! member nor stops the heartbeat. Its price: librdkafka fetches nothing, also of the partitions that are kept, until
+//! it is answered; they live on what was read before.
 //!
 //! Invariant: a partition is unassigned only after its progress is committed, or when it was lost already.
 
@@ -27,14 +28,14 @@ use rdkafka::{
     ClientContext, Message, Offset, Statistics, TopicPartitionList,
     config::RDKafkaLogLevel,
     consumer::{BaseConsumer, CommitMode, Consumer, ConsumerContext},
-    error::KafkaError,
+    error::{KafkaError, KafkaResult},
     message::{BorrowedMessage, Headers},
     types::{RDKafkaErrorCode, RDKafkaRespErr},
 };
 use std::{
     collections::{BTreeSet, HashMap, VecDeque},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, PoisonError, Weak,
         atomic::{AtomicBool, AtomicUsize, Ordering},
         mpsc as sync_mpsc,
     },
@@ -59,12 +60,30 @@ impl ReadBounds {
     }
 }
 
+/// What a member reads with.
+pub struct Reading {
+    /// How much may wait.
+    pub bounds: ReadBounds,
+    /// The memory of the process.
+    pub budget: Arc<Budget>,
+    /// What is counted.
+    pub meter: StepMeter,
+    /// Who is well.
+    pub health: Health,
+    /// What the stage writes once, where it does.
+    pub once: Option<Arc<Once>>,
+}
+
 /// How long the thread sleeps in a poll that brings nothing: the bound on how late it notices a command.
 const POLL: Duration = Duration::from_millis(20);
 
+/// How often an error that lasts is said aloud.
+const COMPLAIN_EVERY: Duration = Duration::from_secs(10);
+
 /// A member of a consumer group.
 pub struct KafkaSource {
-    consumer: Arc<BaseConsumer<Member>>,
+    /// The thread's own: it closes the consumer, and nobody else keeps it open.
+    consumer: Weak<BaseConsumer<Member>>,
     events: mpsc::UnboundedReceiver<Event>,
     commands: sync_mpsc::Sender<Command>,
     waiting: Arc<Waiting>,
@@ -91,12 +110,9 @@ impl KafkaSource {
         kafka: &Kafka,
         group: &str,
         topics: &[Arc<str>],
-        bounds: ReadBounds,
-        budget: Arc<Budget>,
-        meter: StepMeter,
-        health: Health,
-        once: Option<Arc<Once>>,
+        with: Reading,
     ) -> Result<Self, SettingsError> {
+        let Reading { bounds, budget, meter, health, once } = with;
         let member = Member::new(meter.clone());
         let config = kafka.group_config(group);
         let consumer: BaseConsumer<Member> =
@@ -104,6 +120,7 @@ impl KafkaSource {
         let names: Vec<&str> = topics.iter().map(|name| &**name).collect();
         consumer.subscribe(&names).map_err(SettingsError::Client)?;
         let consumer = Arc::new(consumer);
+        let handle = Arc::downgrade(&consumer);
         let (events_in, events) = mpsc::unbounded_channel();
         let (commands, commands_out) = sync_mpsc::channel();
         let waiting = Arc::new(Waiting::default());
@@ -111,7 +128,7 @@ impl KafkaSource {
         health.expect_beat(&heart, BEAT_AGE_MAX);
         health.set_ready(&heart, Err("no assignment yet".to_owned()));
         let reader = Reader {
-            consumer: Arc::clone(&consumer),
+            consumer,
             once: once.map(|once| (kafka.clone(), once)),
             events: events_in,
             commands: commands_out,
@@ -130,7 +147,7 @@ impl KafkaSource {
         thread
             .spawn(move || reader.run(&health, &heart))
             .map_err(|fault| SettingsError::Client(KafkaError::ClientCreation(fault.to_string())))?;
-        Ok(Self { consumer, events, commands, waiting, meter })
+        Ok(Self { consumer: handle, events, commands, waiting, meter })
     }
 
     fn command(&self, command: Command) {
@@ -154,12 +171,14 @@ impl Source for KafkaSource {
     }
 
     fn store(&mut self, progress: &[(Partition, i64)]) {
+        // Gone where the group was left: then the next owner repeats.
+        let Some(consumer) = self.consumer.upgrade() else { return };
         // One by one: librdkafka refuses the whole list for one partition that has just been lost, and it is right
         // to refuse that one: it fences us off.
         for (partition, offset) in progress {
             let mut one = TopicPartitionList::new();
             let added = one.add_partition_offset(&partition.topic, partition.number, Offset::Offset(*offset));
-            match added.and_then(|()| self.consumer.store_offsets(&one)) {
+            match added.and_then(|()| consumer.store_offsets(&one)) {
                 Ok(()) => self.meter.committed(&partition.topic, partition.number, *offset),
                 Err(fault) => {
                     warn!(%partition, offset, error = %fault, "could not store an offset; its next owner repeats")
@@ -169,7 +188,9 @@ impl Source for KafkaSource {
     }
 
     fn commit(&mut self) {
-        commit(&self.consumer);
+        if let Some(consumer) = self.consumer.upgrade() {
+            commit(&consumer);
+        }
     }
 
     fn pause(&mut self, partition: &Partition) {
@@ -202,6 +223,19 @@ fn is_nothing_to_commit(fault: &KafkaError) -> bool {
     matches!(fault, KafkaError::ConsumerCommit(RDKafkaErrorCode::NoOffset))
 }
 
+/// Closes a consumer: returns when its commits are answered and the group is left, so that a process which ends then
+/// loses neither. Dropping it does that, and waits; so it is dropped here and on no thread that others need.
+fn close(mut consumer: Arc<BaseConsumer<Member>>) {
+    loop {
+        match Arc::try_unwrap(consumer) {
+            Ok(last) => return drop(last),
+            // The loop is just storing something.
+            Err(shared) => consumer = shared,
+        }
+        let _ = consumer.poll(Duration::from_millis(1));
+    }
+}
+
 /// What librdkafka calls back: it only takes notes.
 struct Member {
     rebalances: Mutex<VecDeque<Rebalance>>,
@@ -209,6 +243,8 @@ struct Member {
     joined: AtomicBool,
     /// Set when nobody drains any more: then partitions are given up at once.
     closed: AtomicBool,
+    /// When a refused commit was last said aloud.
+    complained: Mutex<Option<Instant>>,
     meter: StepMeter,
 }
 
@@ -218,6 +254,7 @@ impl Member {
             rebalances: Mutex::default(),
             joined: AtomicBool::new(false),
             closed: AtomicBool::new(false),
+            complained: Mutex::default(),
             meter,
         }
     }
@@ -269,6 +306,16 @@ impl ConsumerContext for Member {
         let partitions = partitions.clone();
         let change = if assigns { Rebalance::Assign(partitions) } else { Rebalance::Revoke(partitions) };
         self.rebalances.lock().unwrap_or_else(PoisonError::into_inner).push_back(change);
+    }
+
+    /// A commit without an offset is answered too, as an error that is none.
+    fn commit_callback(&self, result: KafkaResult<()>, _: &TopicPartitionList) {
+        let Err(fault) = result else { return };
+        let mut complained = self.complained.lock().unwrap_or_else(PoisonError::into_inner);
+        if !is_nothing_to_commit(&fault) && complained.is_none_or(|last| last.elapsed() > COMPLAIN_EVERY) {
+            *complained = Some(Instant::now());
+            warn!(error = %fault, "a commit was refused; what it would have said is processed again after a restart");
+        }
     }
 }
 
@@ -323,15 +370,17 @@ impl Reader {
             }
         };
         self.consumer.context().closed.store(true, Ordering::Release);
-        for partitions in self.revoked.drain(..) {
-            let _ = self.consumer.incremental_unassign(&partitions);
+        for partitions in std::mem::take(&mut self.revoked) {
+            self.give_up(&partitions);
         }
         if !self.closing {
             self.consumer.unsubscribe();
         }
         health.retire(heart);
+        let Self { consumer, events, .. } = self;
+        close(consumer);
         // The loop may be gone already.
-        let _ = self.events.send(ended);
+        let _ = events.send(ended);
     }
 
     fn obey(&mut self, command: Command) {
@@ -352,14 +401,25 @@ impl Reader {
                 if !self.consumer.assignment_lost() {
                     commit(&self.consumer);
                 }
-                if let Err(fault) = self.consumer.incremental_unassign(&partitions) {
-                    warn!(error = %fault, "could not give partitions up");
-                }
+                self.give_up(&partitions);
             }
             Command::Close => {
                 self.closing = true;
                 self.consumer.unsubscribe();
             }
+        }
+    }
+
+    /// Unassigns what is still assigned. Leaving the group in the middle of a drain revokes once more what is drained
+    /// already, and librdkafka refuses a whole list for one partition that it does not find; but it wants the call,
+    /// be it with an empty list, or it waits for ever.
+    fn give_up(&self, partitions: &TopicPartitionList) {
+        let (owned, mut left) = (self.owned(), TopicPartitionList::new());
+        for partition in self.partitions(partitions).iter().filter(|partition| owned.contains(partition)) {
+            left.add_partition(&partition.topic, partition.number);
+        }
+        if let Err(fault) = self.consumer.incremental_unassign(&left) {
+            warn!(error = %fault, "could not give partitions up");
         }
     }
 
@@ -377,6 +437,13 @@ impl Reader {
     }
 
     fn assign(&mut self, partitions: &TopicPartitionList) {
+        if self.closing {
+            // The second half of a rebalance that was under way when we left: it wants an answer, and nothing is read.
+            if let Err(fault) = self.consumer.incremental_assign(&TopicPartitionList::new()) {
+                warn!(error = %fault, "could not follow a rebalance while closing");
+            }
+            return;
+        }
         // Before the first record is read, or a second copy could pass.
         if let Some((kafka, once)) = &self.once {
             let numbers = partitions.elements().iter().map(|element| element.partition()).collect();
@@ -387,11 +454,13 @@ impl Reader {
                 return;
             }
         }
+        let owned = self.partitions(partitions);
+        // librdkafka keeps our pause over a loss: one that was paused when it went would never be read again.
+        self.set_paused(&owned, false);
         if let Err(fault) = self.consumer.incremental_assign(partitions) {
             warn!(error = %fault, "could not take partitions on");
             return;
         }
-        let owned = self.partitions(partitions);
         // Known only to tell a loss from a gap; without an answer nothing is told.
         if let Ok(committed) = self.consumer.committed_offsets(partitions.clone(), Duration::from_secs(2)) {
             for element in committed.elements() {
@@ -491,8 +560,7 @@ impl Reader {
     }
 
     fn complain(&mut self, fault: &KafkaError) {
-        const EVERY: Duration = Duration::from_secs(10);
-        if self.complained.is_none_or(|last| last.elapsed() > EVERY) {
+        if self.complained.is_none_or(|last| last.elapsed() > COMPLAIN_EVERY) {
             self.complained = Some(Instant::now());
             error!(error = %fault, topics = ?self.topics, "could not read; will try again");
         }
