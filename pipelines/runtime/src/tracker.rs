@@ -67,13 +67,14 @@ mod tests {
         ) {
             let mut tracker = Tracker::default();
             let mut offset = 0;
-            let mut waiting: Vec<i64> = gaps.iter().map(|gap| { offset += gap; offset }).rev().collect();
+            let mut waiting: Vec<i64> = gaps.iter().map(|gap| { offset += gap; offset }).collect();
+            waiting.reverse();
             let last = offset;
             let mut open: Vec<i64> = Vec::new();
             let mut committed = 0;
             for choice in order {
                 let begin = choice.index(3) != 0;
-                if let Some(next) = waiting.pop().filter(|_| begin) {
+                if begin && let Some(next) = waiting.pop() {
                     prop_assert!(tracker.begin(next));
                     prop_assert!(!tracker.begin(next), "a record read twice is not begun twice");
                     open.push(next);

@@ -1,5 +1,7 @@
 //! The one loop, over a log in memory, under virtual time.
 
+#![cfg(test)]
+
 mod endings;
 mod flow;
 mod order;

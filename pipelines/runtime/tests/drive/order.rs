@@ -11,10 +11,13 @@ use std::{
     },
 };
 
+/// For each key the version that runs, and the one that was begun last.
+type Keys = BTreeMap<String, (Option<u32>, u32)>;
+
 /// Which version of each key runs, and which was begun last. A record is `key/version/…`.
 #[derive(Clone, Default)]
 pub struct Turns {
-    keys: Arc<Mutex<BTreeMap<String, (Option<u32>, u32)>>>,
+    keys: Arc<Mutex<Keys>>,
     may_repeat: Arc<AtomicBool>,
 }
 

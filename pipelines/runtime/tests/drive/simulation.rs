@@ -22,7 +22,7 @@ use std::{
 use tokio::time::{Instant, timeout_at};
 
 /// Seeds of a run; `FOREBAY_SEEDS` says otherwise.
-const SEEDS: u64 = 600;
+const SEEDS: u64 = 500;
 
 /// Seeds that once failed.
 const FAILED: &[u64] = &[];
@@ -269,7 +269,7 @@ async fn simulate(seed: u64) -> Result<(), String> {
     let mut chain = Chain::new(seed);
     let mut records = Vec::new();
     let mut versions = BTreeMap::<String, u32>::new();
-    for _ in 0..5 + dice.below(30) {
+    for _ in 0..5 + dice.below(15) {
         for _ in 0..dice.below(4) {
             let key = format!("k{}", dice.below(5));
             let version = versions.entry(key.clone()).or_default();
