@@ -1,5 +1,6 @@
 //! `forebay ask`: one request, by an ordinary Kafka client, and its result.
 
+use super::up::cluster_id;
 use crate::{
     args::Ask,
     config::Config,
@@ -12,6 +13,7 @@ use std::{process::ExitCode, time::Duration};
 /// Asks, waits, prints.
 pub async fn run(args: Ask, config: Config) -> anyhow::Result<ExitCode> {
     let kafka = cluster(&config, Embedded::Find).await?.kafka;
+    cluster_id(&kafka).await?;
     let mut client = crate::client::Client::connect(&kafka, &config).await?;
     let wait: Duration = args.wait.into();
     let id = RequestId::try_from(uuid::Uuid::now_v7().to_string()).map_err(wrong)?;

@@ -1,5 +1,6 @@
 //! `forebay ingest`: files to the topic `documents`, by an ordinary Kafka client.
 
+use super::up::cluster_id;
 use crate::{
     args::Ingest,
     config::Config,
@@ -25,6 +26,8 @@ pub async fn run(args: Ingest, config: Config) -> anyhow::Result<()> {
         false => documents::read(&args.paths, &tenant)?,
     };
     let kafka = cluster(&config, Embedded::Find).await?.kafka;
+    // A producer would wait for minutes where nobody answers.
+    cluster_id(&kafka).await?;
     let count = documents.len();
     write(&kafka, &config.topic(topics::DOCUMENTS.name), documents).await?;
     out(format_args!("{count} documents {}", if args.delete { "deleted" } else { "written" }));

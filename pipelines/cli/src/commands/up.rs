@@ -156,7 +156,8 @@ fn telemetry(config: &Config, stage: Option<&str>) -> anyhow::Result<Telemetry> 
     Ok(Telemetry::start(settings)?)
 }
 
-async fn cluster_id(kafka: &Kafka) -> anyhow::Result<Arc<str>> {
+/// The id of the cluster; an error that names its address where nobody answers there soon.
+pub async fn cluster_id(kafka: &Kafka) -> anyhow::Result<Arc<str>> {
     let kafka = kafka.clone();
     let asked = tokio::task::spawn_blocking(move || kafka.cluster_id(Duration::from_secs(10)));
     Ok(asked.await.context("cluster id")??.into())

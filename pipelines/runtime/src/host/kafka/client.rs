@@ -10,7 +10,11 @@ use rdkafka::{
     error::KafkaError,
     types::RDKafkaErrorCode,
 };
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
 use tracing::{debug, error, info, warn};
 
 /// Properties that the promises own, each with the reason.
@@ -232,8 +236,25 @@ pub(super) fn say(fault: &KafkaError, reason: &str) {
     if fault.rdkafka_error_code() == Some(RDKafkaErrorCode::PartitionEOF) {
         return;
     }
+    // A broker that stays away is told of by every client many times a second; what else it says is never held back.
+    if let Some(code) = fault.rdkafka_error_code().filter(|code| LASTING.contains(code)) {
+        let mut said = SAID.lock().unwrap_or_else(PoisonError::into_inner);
+        let recent = said.iter().any(|(known, at)| *known == code && at.elapsed() < SAID_EVERY);
+        if recent {
+            return;
+        }
+        said.retain(|(known, _)| *known != code);
+        said.push((code, Instant::now()));
+    }
     warn!(error = %fault, reason, "Kafka client");
 }
+
+/// Errors that come again and again while a broker is away, and how often each is said aloud.
+const LASTING: [RDKafkaErrorCode; 3] =
+    [RDKafkaErrorCode::AllBrokersDown, RDKafkaErrorCode::BrokerTransportFailure, RDKafkaErrorCode::Resolve];
+const SAID_EVERY: Duration = Duration::from_secs(10);
+/// When each of them was said last; at most as many as there are.
+static SAID: Mutex<Vec<(RDKafkaErrorCode, Instant)>> = Mutex::new(Vec::new());
 
 /// A topic's name, shared by all who name it.
 pub(super) fn shared_name(names: &[Arc<str>], name: &str) -> Arc<str> {
