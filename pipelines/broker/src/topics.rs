@@ -298,7 +298,9 @@ pub(crate) fn unknown(name: &str) -> Refusal {
 
 /// Logs what the client is not told in full, and gives the code for it.
 pub(crate) fn storage(error: &(dyn std::error::Error + 'static)) -> Refusal {
-    tracing::error!(error, "could not write; is the disk full?");
+    // Logs in JSON hold an error without its source, and that is where the operating system speaks.
+    let cause = error.source().map(tracing::field::display);
+    tracing::error!(error, cause, "could not write; is the disk full?");
     (ResponseError::KafkaStorageError, "the broker could not write to its data folder; see its log".into())
 }
 
