@@ -6,6 +6,8 @@
 use crate::wait::spent;
 use rdkafka::{
     ClientConfig, Message, Offset, TopicPartitionList,
+    admin::{AdminClient, AdminOptions, AlterConfig, ResourceSpecifier},
+    client::DefaultClientContext,
     consumer::{BaseConsumer, Consumer},
     error::KafkaError,
     message::{BorrowedMessage, Header, Headers, OwnedHeaders},
@@ -207,6 +209,23 @@ impl Client {
         }
         must("assign", consumer.assign(&assignment));
         Reader { consumer, topic, records: Vec::new(), next: BTreeMap::new() }
+    }
+
+    /// Changes settings of a topic; those that are not named go back to their defaults.
+    ///
+    /// # Panics
+    /// When the cluster refuses.
+    #[track_caller]
+    pub fn set_topic(&self, topic: &str, settings: &[(&str, &str)]) {
+        let admin: AdminClient<DefaultClientContext> = must("make an admin client", self.config().create());
+        let topic = self.topic(topic);
+        let resource = AlterConfig::new(ResourceSpecifier::Topic(&topic));
+        let change = settings.iter().fold(resource, |change, (name, value)| change.set(name, value));
+        let options = AdminOptions::new().request_timeout(Some(WAIT));
+        let changed = futures::executor::block_on(admin.alter_configs([&change], &options));
+        for changed in must("change a topic", changed) {
+            must("change a topic", changed);
+        }
     }
 
     /// How many partitions a topic has.

@@ -1,0 +1,158 @@
+//! What an operator sees of a process from outside: metrics, whether it is alive and ready, and traces that go on.
+
+#![expect(
+    clippy::expect_used,
+    clippy::unwrap_used,
+    reason = "a test that cannot go on says why by panicking"
+)]
+
+use forebay_tests::{
+    New, Signal,
+    model::{ModelServer, Says},
+    product::{DRAIN, Up, command},
+    wait_for,
+};
+use serde_json::{Value, json};
+use std::{collections::BTreeMap, time::Duration};
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// The series of `/metrics`, each with its value.
+fn metrics(up: &Up) -> BTreeMap<String, f64> {
+    let (status, body) = up.get("/metrics");
+    assert_eq!(status, 200, "{body}");
+    let series = |line: &str| {
+        let (name, value) = line.rsplit_once(' ').expect(line);
+        (name.to_owned(), value.parse().expect(line))
+    };
+    body.lines().filter(|line| !line.is_empty() && !line.starts_with('#')).map(series).collect()
+}
+
+/// The sum of a metric over all series that have these labels.
+fn sum(metrics: &BTreeMap<String, f64>, name: &str, labels: &[&str]) -> f64 {
+    let is_of = |series: &&String| {
+        series.split('{').next() == Some(name) && labels.iter().all(|label| series.contains(label))
+    };
+    metrics.keys().filter(is_of).map(|series| metrics[series]).sum()
+}
+
+/// A health page: whether all is well, and the names of its parts.
+fn health(up: &Up, path: &str) -> (u16, Vec<String>) {
+    let (status, body) = up.get(path);
+    let page: Value = serde_json::from_str(&body).expect(&body);
+    assert_eq!(page["ok"], status == 200, "{body}");
+    let parts = page["components"].as_array().expect(&body).iter();
+    (status, parts.map(|part| part["name"].as_str().unwrap().to_owned()).collect())
+}
+
+#[test]
+fn every_step_of_a_request_is_counted() {
+    let data = tempfile::tempdir().unwrap();
+    let up = Up::start(data.path(), &[]);
+    let client = up.client();
+    let mut results = client.read("results");
+    for number in 0..3 {
+        client.ask(json!({"id": format!("r{number}"), "prompt": format!("Is {number} counted?")}));
+    }
+    client.write("requests", [New::value("garbage")]);
+    results.at_least(4, LIMIT);
+    for (stage, ok, undecodable) in [
+        ("look_up", 3.0, 1.0),
+        ("retrieve", 3.0, 0.0),
+        ("infer", 3.0, 0.0),
+        ("validate", 3.0, 0.0),
+        ("publish", 4.0, 0.0),
+    ] {
+        // A record is counted a moment after what became of it is seen.
+        let label = format!("stage=\"{stage}\"");
+        wait_for(&format!("the records of {stage}"), LIMIT, || {
+            let metrics = metrics(&up);
+            let of = |outcome: &str| {
+                sum(
+                    &metrics,
+                    "forebay_step_finished_records_total",
+                    &[&label, &format!("outcome=\"{outcome}\"")],
+                )
+            };
+            ((of("ok"), of("undecodable")) == (ok, undecodable)).then_some(())
+        });
+        let metrics = metrics(&up);
+        assert!(sum(&metrics, "forebay_step_duration_seconds_count", &[&label]) >= ok);
+        assert_eq!(sum(&metrics, "forebay_step_assigned_partitions", &[&label]), 12.0);
+    }
+    let metrics = metrics(&up);
+    assert_eq!(sum(&metrics, "forebay_step_received_records_total", &["topic=\"requests\""]), 4.0);
+    let secret = metrics.keys().find(|series| series.contains("r0") || series.contains("counted?"));
+    assert_eq!(secret, None, "labels never hold ids or texts");
+    assert_eq!(up.get("/nothing").0, 404);
+    up.drain();
+}
+
+#[test]
+fn a_process_says_whether_it_is_alive_and_ready_and_is_not_ready_while_it_drains() {
+    let model = ModelServer::start(|_| Says::Text("Held.".to_owned()));
+    model.let_through(0);
+    let (data, url) = (tempfile::tempdir().unwrap(), model.url());
+    let mut up = Up::start(data.path(), &["--model-url", &url, "--model", "stub"]);
+    let (alive, parts) = health(&up, "/healthz");
+    assert_eq!(alive, 200);
+    for stage in ["look_up", "retrieve", "infer", "validate", "publish", "fill", "index"] {
+        assert!(parts.contains(&format!("consumer answer.{stage}")), "{parts:?}");
+    }
+    let (ready, parts) = health(&up, "/readyz");
+    assert!(ready == 200 && parts.contains(&"table chunks".to_owned()), "{parts:?}");
+
+    // A call that the model holds keeps the drain going.
+    let client = up.client();
+    client.ask(json!({"id": "held", "prompt": "Who holds it?"}));
+    wait_for("the call", LIMIT, || (model.calls().len() == 1).then_some(()));
+    up.process.signal(Signal::TERM);
+    wait_for("a word of the drain", LIMIT, || (health(&up, "/readyz").0 == 503).then_some(()));
+    assert_eq!(health(&up, "/healthz").0, 200, "it is well, and leaving");
+    model.let_through(1);
+    assert_eq!(up.process.ended(DRAIN).code(), Some(0));
+
+    // What was in flight has been finished before the end.
+    let up = Up::start(data.path(), &["--model-url", &url, "--model", "stub"]);
+    let result = up.client().read("results").of_key("held", LIMIT).json();
+    assert_eq!((&result["status"], model.calls().len()), (&json!("answered"), 1), "{result}");
+    up.drain();
+}
+
+#[test]
+fn a_stage_of_its_own_has_an_admin_port_of_its_own() {
+    let data = tempfile::tempdir().unwrap();
+    let up = Up::start(data.path(), &[]);
+    let run =
+        Up::wait("a second publish", &mut command(data.path(), &["run", "answer", "--stage", "publish"]));
+    assert_ne!(run.admin, up.admin);
+    let (ready, parts) = health(&run, "/readyz");
+    assert!(ready == 200 && parts.contains(&"consumer answer.publish".to_owned()), "{parts:?}");
+    assert!(!parts.iter().any(|part| part.contains("infer")), "{parts:?}");
+    let of = |up: &Up| sum(&metrics(up), "forebay_step_assigned_partitions", &["stage=\"publish\""]);
+    // They share the partitions of the one group.
+    wait_for("half of the partitions", LIMIT, || (of(&run) == 6.0 && of(&up) == 6.0).then_some(()));
+    run.drain();
+    wait_for("all partitions", LIMIT, || (of(&up) == 12.0).then_some(()));
+    up.drain();
+}
+
+#[test]
+fn the_trace_of_a_client_goes_on_in_the_headers_of_its_result() {
+    const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
+    let data = tempfile::tempdir().unwrap();
+    let up = Up::start(data.path(), &[]);
+    let client = up.client();
+    let parent = format!("00-{TRACE}-00f067aa0ba902b7-01");
+    let ask = |id: &str| New::from(json!({"id": id, "prompt": "Where does the trace go?"}));
+    client.write("requests", [ask("traced").header("traceparent", parent.clone()), ask("untraced")]);
+    let mut results = client.read("results");
+    let traced = results.of_key("traced", LIMIT).header("traceparent").expect("a trace that goes on");
+    let mut parts = traced.split('-');
+    assert_eq!((parts.next(), parts.next()), (Some("00"), Some(TRACE)), "{traced}");
+    assert!(parts.next().is_some_and(|span| span.len() == 16), "{traced}");
+    assert_eq!(parts.next(), Some("01"), "{traced}");
+    let other = results.of_key("untraced", LIMIT).header("traceparent");
+    assert!(other.is_none_or(|other| !other.contains(TRACE)));
+    up.drain();
+}
