@@ -1,0 +1,175 @@
+//! The member of a consumer group, against librdkafka's mock cluster: what the log in memory cannot show.
+
+#![cfg(test)]
+
+use forebay_runtime::{
+    budget::Budget,
+    drive::{Event, Source},
+    host::kafka::{Kafka, KafkaSettings, KafkaSource, ReadBounds, Reading},
+    message::Partition,
+};
+use forebay_telemetry::{Health, Settings, Telemetry};
+use rdkafka::{
+    mocking::MockCluster,
+    producer::{DefaultProducerContext, FutureProducer, FutureRecord},
+};
+use std::{
+    collections::BTreeSet,
+    time::{Duration, Instant},
+};
+use tokio::time::timeout;
+
+const PARTITIONS: i32 = 4;
+
+/// Far longer than anything here takes.
+const LONG: Duration = Duration::from_secs(30);
+
+struct Cluster {
+    mock: MockCluster<'static, DefaultProducerContext>,
+    kafka: Kafka,
+    producer: FutureProducer,
+    telemetry: Telemetry,
+}
+
+impl Cluster {
+    fn start() -> Self {
+        let mock = MockCluster::new(1).unwrap();
+        mock.create_topic("requests", PARTITIONS, 1).unwrap();
+        let bootstrap_servers = mock.bootstrap_servers();
+        // The mock's rebalances take a second less than the session.
+        let properties = [("session.timeout.ms", "3000"), ("heartbeat.interval.ms", "500")];
+        let properties = properties.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
+        let settings = KafkaSettings { bootstrap_servers, properties };
+        let kafka = Kafka::new(&settings).unwrap();
+        let producer = kafka.producer_config().create().unwrap();
+        let telemetry = Telemetry::start(Settings::new("test", "0")).unwrap();
+        Self { mock, kafka, producer, telemetry }
+    }
+
+    fn join(&self) -> Member {
+        let reading = Reading {
+            bounds: ReadBounds::new(64),
+            budget: Budget::new(1 << 20),
+            meter: self.telemetry.step("step", "none"),
+            health: Health::new(),
+            once: None,
+        };
+        let source = KafkaSource::join(&self.kafka, "group", &["requests".into()], reading).unwrap();
+        Member { source, owned: BTreeSet::new(), revoked: Vec::new(), read: BTreeSet::new(), ended: false }
+    }
+
+    /// One record on every partition.
+    async fn write(&self, text: &str) {
+        for partition in 0..PARTITIONS {
+            let record = FutureRecord::<str, str>::to("requests").partition(partition).payload(text);
+            self.producer.send(record, LONG).await.unwrap();
+        }
+    }
+}
+
+/// A member, with what it was told.
+struct Member {
+    source: KafkaSource,
+    owned: BTreeSet<i32>,
+    /// What is to be given up, oldest first; the test gives it up when it wants.
+    revoked: Vec<Vec<Partition>>,
+    /// Partition and text.
+    read: BTreeSet<(i32, String)>,
+    ended: bool,
+}
+
+impl Member {
+    async fn listen(&mut self) {
+        match timeout(Duration::from_millis(50), self.source.next()).await {
+            Ok(Event::Assigned(partitions)) => self.owned.extend(partitions.iter().map(|one| one.number)),
+            Ok(Event::Revoked { partitions, lost }) => {
+                assert!(!lost);
+                partitions.iter().for_each(|one| {
+                    self.owned.remove(&one.number);
+                });
+                self.revoked.push(partitions);
+            }
+            Ok(Event::Record(record)) => {
+                self.source.dispatched(record.held.bytes());
+                let text = String::from_utf8(record.value.unwrap().to_vec()).unwrap();
+                self.source.store(&[(record.partition.clone(), record.offset + 1)]);
+                self.read.insert((record.partition.number, text));
+            }
+            Ok(Event::Ended) => self.ended = true,
+            Ok(Event::Failed(fault)) => panic!("{fault}"),
+            Err(_) => {}
+        }
+    }
+
+    fn release_all(&mut self) {
+        for _ in std::mem::take(&mut self.revoked) {
+            self.source.release();
+        }
+    }
+
+    fn has_read(&self, text: &str) -> usize {
+        self.read.iter().filter(|(_, read)| read == text).count()
+    }
+}
+
+/// Listens to all members until something holds.
+async fn until(members: &mut [&mut Member], what: &str, mut holds: impl FnMut(&mut [&mut Member]) -> bool) {
+    let begun = Instant::now();
+    while !holds(members) {
+        assert!(begun.elapsed() < LONG, "{what} did not come about");
+        for member in members.iter_mut() {
+            member.listen().await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_partition_that_was_paused_when_it_went_is_read_when_it_comes_back() {
+    let cluster = Cluster::start();
+    let mut first = cluster.join();
+    until(&mut [&mut first], "an assignment", |members| members[0].owned.len() == 4).await;
+    for number in 0..PARTITIONS {
+        first.source.pause(&Partition { topic: "requests".into(), number });
+    }
+    let mut second = cluster.join();
+    until(&mut [&mut first, &mut second], "a rebalance", |members| {
+        members.iter_mut().for_each(|member| member.release_all());
+        members.iter().all(|member| member.owned.len() == 2)
+    })
+    .await;
+    for number in first.owned.clone() {
+        first.source.resume(&Partition { topic: "requests".into(), number });
+    }
+    second.source.close();
+    until(&mut [&mut first, &mut second], "the other's end", |members| {
+        members.iter_mut().for_each(|member| member.release_all());
+        members[1].ended && members[0].owned.len() == 4
+    })
+    .await;
+    cluster.write("after").await;
+    until(&mut [&mut first], "reading", |members| members[0].has_read("after") == 4).await;
+    drop(cluster.mock);
+}
+
+#[tokio::test]
+async fn a_member_that_leaves_in_the_middle_of_a_drain_leaves() {
+    let cluster = Cluster::start();
+    let mut first = cluster.join();
+    until(&mut [&mut first], "an assignment", |members| members[0].owned.len() == 4).await;
+    cluster.write("before").await;
+    until(&mut [&mut first], "reading", |members| members[0].has_read("before") == 4).await;
+    let mut second = cluster.join();
+    until(&mut [&mut first, &mut second], "a rebalance", |members| !members[0].revoked.is_empty()).await;
+    first.source.close();
+    // librdkafka may say at once that all must go, or only after what is being drained is given up.
+    first.listen().await;
+    until(&mut [&mut first, &mut second], "its end", |members| {
+        members[0].release_all();
+        members[0].ended
+    })
+    .await;
+    until(&mut [&mut second], "taking over", |members| members[0].owned.len() == 4).await;
+    cluster.write("after").await;
+    until(&mut [&mut second], "reading on", |members| members[0].has_read("after") == 4).await;
+    assert_eq!(second.has_read("before"), 0, "what the first stored was committed before it ended");
+}
