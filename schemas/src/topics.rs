@@ -98,8 +98,6 @@ pub const PARTITIONS: i32 = 12;
 /// The largest message of a topic that clients write to; Kafka's own default.
 pub const MESSAGE_BYTES_MAX: usize = 1_048_588;
 
-/// What internal topics take beyond that: headers grow on the way, and a dead letter holds the whole record.
-pub const INTERNAL_HEADROOM_BYTES: usize = 64 * 1024;
-
-/// The topics whose records are made of *many* passages or a whole split document, and may be larger still.
+/// The largest message of every other topic: headers grow on the way, a prompt gains its passages, a split document its
+/// headings, and a dead letter holds a whole record.
 pub const DERIVED_MESSAGE_BYTES_MAX: usize = 4 * MESSAGE_BYTES_MAX;

@@ -2,11 +2,10 @@
 //! are stopped, restarted and killed in mid-run.
 //!
 //! What is asked of them: every request has exactly one result, and what is no request has a result and a dead letter that say
-//! so. After a kill -9 a result may come twice; none may be missing.
+//! so.
 
 #![expect(
     clippy::expect_used,
-    clippy::panic,
     clippy::unwrap_used,
     reason = "a test that cannot go on says why by panicking"
 )]
@@ -116,6 +115,7 @@ fn check_each_once(client: &Client, results: &Reader, written: &Written) {
     let doubled: Vec<_> = by_key(results.records()).into_iter().filter(|(_, count)| *count != 1).collect();
     assert!(doubled.is_empty(), "{} with more than one result: {doubled:?}", doubled.len());
     check(client, results, written);
+    // Dead letters are written at least once: after a kill the same one may come again, under the same key.
     let outcomes = client.read("outcomes").to_the_end(LIMIT).len();
     assert_eq!(outcomes, written.all(), "one row each");
 }
@@ -149,6 +149,7 @@ fn ten_thousand_requests_have_one_result_each_while_every_stage_is_restarted() {
     let ingested = finish(&mut on_kafka(&["ingest", guides]), LIMIT);
     assert_eq!(ingested.code, 0, "{ingested:?}");
 
+    let t0 = std::time::Instant::now();
     let mut results = client.read("results");
     let mut clients = Vec::new();
     let share = REQUESTS / stages.len();
@@ -157,16 +158,27 @@ fn ten_thousand_requests_have_one_result_each_while_every_stage_is_restarted() {
         let seen = results.records().len();
         // It is under way: this share has just begun.
         results.at_least(seen + 50, LIMIT);
+        let t = std::time::Instant::now();
         stages.remove(0).drain();
+        let d = t.elapsed();
         stages.push(start(stage));
+        println!(
+            "TIMING {stage} drain {d:?} start {:?} results {} at {:?}",
+            t.elapsed() - d,
+            results.records().len(),
+            t0.elapsed()
+        );
     }
     let mut written = Written::default();
     for client in &mut clients {
         written.add(client);
     }
     assert_eq!(written.all(), REQUESTS);
+    println!("TIMING {:?}", t0.elapsed());
     wait_for_all(&client, &mut results, &written);
+    println!("TIMING {:?}", t0.elapsed());
     check_each_once(&client, &results, &written);
+    println!("TIMING {:?}", t0.elapsed());
     for stage in stages {
         stage.drain();
     }
@@ -224,17 +236,13 @@ fn requests_on_the_embedded_broker_have_one_result_each_when_all_is_restarted() 
 }
 
 #[test]
-fn no_request_is_without_a_result_when_all_is_killed() {
+fn requests_on_the_embedded_broker_have_one_result_each_when_all_is_killed() {
     let (up, results, written, _data) = interrupted(|up, model, results| {
         // Work is under way at every step.
         model.let_through(usize::MAX);
         results.at_least(FIRST + 50, LIMIT);
         up.kill();
     });
-    check(&up.client(), &results, &written);
-    let doubled = results.records().len() - written.all();
-    println!("after a kill -9 in mid-run, {doubled} of {} requests had a second result", written.all());
-    // Not more than were in flight at a time anywhere.
-    assert!(doubled <= EMBEDDED_REQUESTS / 2, "{doubled} were done twice");
+    check_each_once(&up.client(), &results, &written);
     up.drain();
 }

@@ -3,7 +3,10 @@
 //! All is real: the demo's documents and questions go through the same topics, by the same ordinary Kafka client, as
 //! anybody's would.
 
-use super::{ingest, up::Up};
+use super::{
+    ingest,
+    up::{Up, stopped},
+};
 use crate::{
     args::{Demo, PipelineArg},
     build,
@@ -45,7 +48,8 @@ pub async fn run(args: Demo, config: Config) -> anyhow::Result<()> {
         None if std::net::TcpListener::bind(ADMIN_DEFAULT).is_ok() => ADMIN_DEFAULT.to_owned(),
         None => "127.0.0.1:0".to_owned(),
     };
-    let up = Up::start(config, plan, None, Embedded::StartAnywhere, &admin, shutdown.clone()).await?;
+    let up = Up::start(config, plan, None, Embedded::StartAnywhere, &admin, shutdown.clone()).await;
+    let Some(up) = stopped(up)? else { return Ok(()) };
     let show = !args.json;
     if show {
         out(format_args!("Forebay {} is up after {:.1?}.", env!("CARGO_PKG_VERSION"), started.elapsed()));

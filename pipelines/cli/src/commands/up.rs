@@ -15,7 +15,7 @@ use forebay_operator::Clock;
 use forebay_plan::{Plan, PlannedStep};
 use forebay_runtime::{
     host::kafka::Kafka,
-    process::{Launch, Running},
+    process::{Launch, LaunchError, Running},
 };
 use forebay_telemetry::{Health, Settings, Telemetry, admin};
 use std::{net::SocketAddr, sync::Arc, time::Duration};
@@ -28,7 +28,9 @@ pub async fn up(pipeline: &PipelineArg, config: Config) -> anyhow::Result<()> {
     let shutdown = shutdown::on_signal()?;
     let plan = build::plan(pipeline)?;
     let admin = config.admin.clone().unwrap_or_else(|| ADMIN_DEFAULT.to_owned());
-    let up = Up::start(config, plan, None, Embedded::Start, &admin, shutdown).await?;
+    let Some(up) = stopped(Up::start(config, plan, None, Embedded::Start, &admin, shutdown).await)? else {
+        return Ok(());
+    };
     say(format_args!("forebay: pipeline {} is up", up.plan.name));
     up.tell();
     up.ended().await
@@ -41,10 +43,19 @@ pub async fn run(args: &Run, config: Config) -> anyhow::Result<()> {
     plan.step(&args.stage).map_err(wrong)?;
     // A free port: several stages share a machine.
     let admin = config.admin.clone().unwrap_or_else(|| "127.0.0.1:0".to_owned());
-    let up = Up::start(config, plan, Some(&args.stage), Embedded::Find, &admin, shutdown).await?;
+    let started = Up::start(config, plan, Some(&args.stage), Embedded::Find, &admin, shutdown).await;
+    let Some(up) = stopped(started)? else { return Ok(()) };
     say(format_args!("forebay: stage {} of pipeline {} is up", args.stage, up.plan.name));
     up.tell();
     up.ended().await
+}
+
+/// Nothing where the process was told to stop before it was up: that is what it did.
+pub fn stopped(started: anyhow::Result<Up>) -> anyhow::Result<Option<Up>> {
+    match started {
+        Err(fault) if matches!(fault.downcast_ref(), Some(LaunchError::Stopped)) => Ok(None),
+        started => started.map(Some),
+    }
 }
 
 /// A process at work.
@@ -145,7 +156,7 @@ impl Up {
 async fn listen(address: &str) -> anyhow::Result<TcpListener> {
     let parsed = config::address("admin", address)?;
     TcpListener::bind(parsed).await.map_err(|fault| {
-        wrong(format!("could not serve metrics and health on {parsed}: {fault}; choose another address by --admin, 127.0.0.1:0 for a free port"))
+        anyhow::anyhow!("could not serve metrics and health on {parsed}: {fault}; choose another address by --admin, 127.0.0.1:0 for a free port")
     })
 }
 

@@ -80,6 +80,12 @@ const POLL: Duration = Duration::from_millis(20);
 /// How often an error that lasts is said aloud.
 const COMPLAIN_EVERY: Duration = Duration::from_secs(10);
 
+/// How long an outage may be that reading back waits for; then the process ends, for another to try.
+const READ_BACK_MAX: Duration = Duration::from_secs(120);
+
+/// How long to wait before that is tried again.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+
 /// A member of a consumer group.
 pub struct KafkaSource {
     /// The thread's own: it closes the consumer, and nobody else keeps it open.
@@ -445,14 +451,9 @@ impl Reader {
             return;
         }
         // Before the first record is read, or a second copy could pass.
-        if let Some((kafka, once)) = &self.once {
-            let numbers = partitions.elements().iter().map(|element| element.partition()).collect();
-            if let Err(fault) = read_back(kafka, once, &numbers) {
-                let cause =
-                    std::error::Error::source(&fault).map(|cause| format!(": {cause}")).unwrap_or_default();
-                let _ = self.events.send(Event::Failed(format!("{fault}{cause}")));
-                return;
-            }
+        if let Err(fault) = self.read_back(partitions) {
+            let _ = self.events.send(Event::Failed(fault));
+            return;
         }
         let owned = self.partitions(partitions);
         // librdkafka keeps our pause over a loss: one that was paused when it went would never be read again.
@@ -474,6 +475,30 @@ impl Reader {
             self.set_paused(&owned, true);
         }
         let _ = self.events.send(Event::Assigned(owned));
+    }
+
+    /// Reads back what was written of late at these partitions' numbers, over an outage that is not too long.
+    fn read_back(&mut self, partitions: &TopicPartitionList) -> Result<(), String> {
+        let Some((kafka, once)) = self.once.clone() else { return Ok(()) };
+        let numbers = partitions.elements().iter().map(|element| element.partition()).collect();
+        let until = Instant::now() + READ_BACK_MAX;
+        loop {
+            match read_back(&kafka, &once, &numbers) {
+                Ok(()) => return Ok(()),
+                Err(fault) => {
+                    let cause = std::error::Error::source(&fault);
+                    let fault = cause.map_or_else(|| fault.to_string(), |cause| format!("{fault}: {cause}"));
+                    if Instant::now() > until || self.events.is_closed() {
+                        return Err(fault);
+                    }
+                    warn!(fault, "could not read back what was written of late; will try again");
+                }
+            }
+            // Partitions that were ours before go on meanwhile.
+            if let Some(fault) = self.poll(RETRY_AFTER) {
+                return Err(fault);
+            }
+        }
     }
 
     fn revoke(&mut self, partitions: TopicPartitionList) {

@@ -1,9 +1,7 @@
 //! The topics of a pipeline on a cluster: what is there, what is wanted, what would have to change.
 
 use super::client::{Kafka, LogContext};
-use forebay_schemas::topics::{
-    Cleanup, DERIVED_MESSAGE_BYTES_MAX, INTERNAL_HEADROOM_BYTES, MESSAGE_BYTES_MAX,
-};
+use forebay_schemas::topics::{Cleanup, DERIVED_MESSAGE_BYTES_MAX, MESSAGE_BYTES_MAX};
 use rdkafka::{
     admin::{AdminClient, AdminOptions, NewPartitions, NewTopic, TopicReplication},
     error::KafkaError,
@@ -28,14 +26,8 @@ impl Wanted {
     /// A topic with the settings that its content asks for.
     pub fn new(name: String, partitions: i32, cleanup: Cleanup, from_clients: bool) -> Self {
         let mut settings = BTreeMap::new();
-        let internal_max = match cleanup {
-            // What is read whole holds split documents and answers with their passages.
-            Cleanup::Compact => DERIVED_MESSAGE_BYTES_MAX,
-            Cleanup::Delete { .. } => {
-                DERIVED_MESSAGE_BYTES_MAX.max(MESSAGE_BYTES_MAX + INTERNAL_HEADROOM_BYTES)
-            }
-        };
-        let bytes = if from_clients { MESSAGE_BYTES_MAX } else { internal_max };
+        // Headers grow on the way, a prompt gains its passages, and a dead letter holds a whole record.
+        let bytes = if from_clients { MESSAGE_BYTES_MAX } else { DERIVED_MESSAGE_BYTES_MAX };
         settings.insert("max.message.bytes", bytes.to_string());
         match cleanup {
             Cleanup::Compact => {

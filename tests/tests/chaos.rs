@@ -1,0 +1,145 @@
+//! Stages on a real Kafka while their processes are killed, frozen and stopped at random.
+//!
+//! Each job step has two processes. A seed chooses who is hit, when and how: `kill -9`, SIGSTOP for longer or shorter than
+//! the session, SIGTERM. What is asked: every request has exactly one result and one row, whatever was hit.
+//!
+//! By hand, for longer: `FOREBAY_CHAOS_HITS=200 FOREBAY_CHAOS_SEED=7 tests/run -- --test chaos --nocapture`.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on says why by panicking")]
+
+use forebay_tests::{
+    Client, New, Record, Running, Signal,
+    product::{DRAIN, command, finish},
+    services, wait_for,
+};
+use serde_json::json;
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
+
+/// How long all that is left may take when the last hit is over: a session, the rebalance, the backlog.
+const LIMIT: Duration = Duration::from_secs(120);
+
+/// Hits of one run where nobody says otherwise.
+const HITS: usize = 30;
+
+/// Requests that are written between two hits.
+const BETWEEN: usize = 100;
+
+const STAGES: &[(&str, &str)] = &[
+    ("look_up", "requests"),
+    ("retrieve", "questions"),
+    ("infer", "prompts"),
+    ("validate", "completions"),
+    ("publish", "endings"),
+];
+
+/// A small generator of the test's own (xorshift64*), so that a seed means the same on every machine.
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, bound: usize) -> usize {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        let high = self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 33;
+        usize::try_from(high).unwrap() % bound
+    }
+}
+
+fn setting(name: &str, default: usize) -> usize {
+    std::env::var(name).map_or(default, |value| value.parse().unwrap())
+}
+
+#[test]
+fn every_request_has_one_result_whoever_is_killed() {
+    let Some(servers) = services::kafka() else { return };
+    let (hits, seed) = (setting("FOREBAY_CHAOS_HITS", HITS), setting("FOREBAY_CHAOS_SEED", 20_261_124));
+    println!("FOREBAY_CHAOS_SEED={seed} FOREBAY_CHAOS_HITS={hits}");
+    let mut dice = Dice(u64::try_from(seed).unwrap() | 1);
+    let data = tempfile::tempdir().unwrap();
+    let prefix = format!("chaos-{}-", std::process::id());
+    let client = Client::new(&servers, &prefix);
+    let on_kafka = |arguments: &[&str]| {
+        let mut command = command(data.path(), arguments);
+        command.args(["--bootstrap-servers", &servers, "--topic-prefix", &prefix]);
+        command
+    };
+    let applied = finish(&mut on_kafka(&["topics", "apply"]), LIMIT);
+    assert_eq!(applied.code, 0, "{applied:?}");
+    // Nobody waits until it is ready: the next hit may well come first.
+    let start = |stage: &str| {
+        Running::start(&format!("stage {stage}"), &mut on_kafka(&["run", "answer", "--stage", stage]))
+    };
+    let mut processes: Vec<(&str, Running)> =
+        STAGES.iter().chain(STAGES).map(|(stage, _)| (*stage, start(stage))).collect();
+    let mut results = client.read("results");
+    let mut written = 0;
+    for _ in 0..hits {
+        let request = |number: usize| json!({"id": format!("r{number}"), "prompt": format!("What is {}?", number % 500)});
+        client.write("requests", (written..written + BETWEEN).map(request).map(New::from));
+        written += BETWEEN;
+        // Somewhere on its way: a part of these has its result, and the rest does not.
+        let part = results.records().len() + dice.below(BETWEEN / 2) + 1;
+        results.until("a part of the results, or the time that a session takes", LIMIT, {
+            let started = Instant::now();
+            // A hit process may hold all of these until its session is over: then the next is hit meanwhile.
+            let patience = Duration::from_secs(2);
+            move |records| (records.len() >= part || started.elapsed() > patience).then_some(())
+        });
+        let (stage, mut process) = processes.remove(dice.below(processes.len()));
+        match dice.below(10) {
+            0..6 => {
+                process.signal(Signal::KILL);
+                process.ended(DRAIN);
+            }
+            6..8 => {
+                // Frozen for 1 to 12 s, around the session timeout of 10 s; it goes on as if nothing had been.
+                process.signal(Signal::STOP);
+                let until = Instant::now()
+                    + Duration::from_millis(u64::try_from(1_000 + dice.below(11_000)).unwrap());
+                results.until("the end of the freeze", LIMIT, |_| (Instant::now() > until).then_some(()));
+                process.signal(Signal::CONT);
+                processes.push((stage, process));
+                continue;
+            }
+            _ => drain(&mut process),
+        }
+        processes.push((stage, start(stage)));
+    }
+    results.until("a result for each request", LIMIT, |records| {
+        (by_key(records).len() >= written).then_some(())
+    });
+    for (stage, topic) in STAGES {
+        wait_for(&format!("no lag of {stage}"), LIMIT, || {
+            (client.lag(&format!("answer.{stage}"), topic) == 0).then_some(())
+        });
+    }
+    for (what, records) in
+        [("results", results.to_the_end(LIMIT)), ("outcomes", client.read("outcomes").to_the_end(LIMIT))]
+    {
+        let more: Vec<_> = by_key(records).into_iter().filter(|(_, count)| *count > 1).collect();
+        assert!(more.is_empty(), "{what} that came more than once: {more:?}");
+        assert_eq!(records.len(), written, "{what}");
+    }
+    assert!(results.records().iter().all(|record| record.json()["status"] == "answered"));
+    for (_, process) in &mut processes {
+        drain(process);
+    }
+}
+
+fn drain(process: &mut Running) {
+    process.signal(Signal::TERM);
+    // One that has only just begun does not listen to signals yet, and dies of it.
+    assert!(matches!(process.ended(DRAIN).code(), Some(0) | None), "the end after SIGTERM: {}", process.stderr());
+}
+
+/// How many records each key has.
+fn by_key(records: &[Record]) -> BTreeMap<String, usize> {
+    let mut counts = BTreeMap::new();
+    for record in records {
+        *counts.entry(record.key_text()).or_default() += 1;
+    }
+    counts
+}
