@@ -25,6 +25,8 @@ use std::{
 };
 
 const LIMIT: Duration = Duration::from_secs(120);
+/// How long ten thousand requests may take on a machine that does much else.
+const RUN: Duration = Duration::from_secs(300);
 
 /// Each stage with the topic that it reads.
 const STAGES: &[(&str, &str)] = &[
@@ -80,7 +82,7 @@ fn by_key(results: &[Record]) -> BTreeMap<String, usize> {
 
 /// Waits until every request has a result, and every group has read all.
 fn wait_for_all(client: &Client, results: &mut Reader, written: &Written) {
-    results.until("a result for each request", LIMIT, |results| {
+    results.until("a result for each request", RUN, |results| {
         (by_key(results).len() >= written.all()).then_some(())
     });
     for (stage, topic) in STAGES {
@@ -145,11 +147,10 @@ fn ten_thousand_requests_have_one_result_each_while_every_stage_is_restarted() {
     // Two of infer, which share its partitions.
     let names: Vec<&str> = STAGES.iter().map(|(stage, _)| *stage).chain(["infer"]).collect();
     let mut stages: Vec<Up> = names.iter().map(|stage| start(stage)).collect();
-    let guides = concat!(env!("CARGO_MANIFEST_DIR"), "/../pipelines/guides");
-    let ingested = finish(&mut on_kafka(&["ingest", guides]), LIMIT);
+    let guide = concat!(env!("CARGO_MANIFEST_DIR"), "/../pipelines/guides/delivery.md");
+    let ingested = finish(&mut on_kafka(&["ingest", guide]), LIMIT);
     assert_eq!(ingested.code, 0, "{ingested:?}");
 
-    let t0 = std::time::Instant::now();
     let mut results = client.read("results");
     let mut clients = Vec::new();
     let share = REQUESTS / stages.len();
@@ -158,29 +159,22 @@ fn ten_thousand_requests_have_one_result_each_while_every_stage_is_restarted() {
         let seen = results.records().len();
         // It is under way: this share has just begun.
         results.at_least(seen + 50, LIMIT);
-        let t = std::time::Instant::now();
         stages.remove(0).drain();
-        let d = t.elapsed();
         stages.push(start(stage));
-        println!(
-            "TIMING {stage} drain {d:?} start {:?} results {} at {:?}",
-            t.elapsed() - d,
-            results.records().len(),
-            t0.elapsed()
-        );
     }
     let mut written = Written::default();
     for client in &mut clients {
         written.add(client);
     }
     assert_eq!(written.all(), REQUESTS);
-    println!("TIMING {:?}", t0.elapsed());
     wait_for_all(&client, &mut results, &written);
-    println!("TIMING {:?}", t0.elapsed());
     check_each_once(&client, &results, &written);
-    println!("TIMING {:?}", t0.elapsed());
-    for stage in stages {
-        stage.drain();
+    // All at once, as when a machine goes down.
+    for stage in &stages {
+        stage.process.signal(Signal::TERM);
+    }
+    for stage in &mut stages {
+        assert_eq!(stage.process.ended(DRAIN).code(), Some(0), "the end after SIGTERM");
     }
 }
 
