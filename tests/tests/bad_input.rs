@@ -1,11 +1,7 @@
 //! What is bad, missing, taken, full or broken: each gives the error that tells what, where and what next, and nothing that was
 //! accepted is lost.
 
-#![expect(
-    clippy::expect_used,
-    clippy::unwrap_used,
-    reason = "a test that cannot go on says why by panicking"
-)]
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on says why by panicking")]
 
 use forebay_tests::{
     Client, New, Reader, Record, Running, free_port,
