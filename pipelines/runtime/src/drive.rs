@@ -9,6 +9,7 @@
 //! fenced off by the assignment's epoch. Every queue here has a bound.
 
 use crate::{
+    fence::Fence,
     message::{Incoming, Outgoing, Partition},
     stage::Stage,
     tracker::Tracker,
@@ -26,7 +27,7 @@ use tokio::{
     task::JoinSet,
     time::{Instant, MissedTickBehavior},
 };
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 use tracing::{error, info, warn};
 
 /// Where a stage's records come from.
@@ -54,6 +55,11 @@ pub trait Source: Send {
 
     /// The partitions of the oldest [`Event::Revoked`] are drained and stored: commit, then give them up.
     fn release(&mut self);
+
+    /// What tells whether our partitions are surely still ours; nothing where they cannot be lost unheard.
+    fn fence(&self) -> Option<Arc<Fence>> {
+        None
+    }
 
     /// Gives up everything: each partition comes back as [`Event::Revoked`], and [`Event::Ended`] follows.
     fn close(&mut self);
@@ -148,8 +154,11 @@ pub struct DriveError {
 }
 
 /// One partition that is ours.
-#[derive(Default)]
 struct Owned {
+    /// Given when it is ours no more.
+    gone: CancellationToken,
+    /// Gives that whenever this is dropped, for whatever reason.
+    _gone: DropGuard,
     epoch: u64,
     tracker: Tracker,
     /// Records that are running or unacknowledged.
@@ -157,6 +166,14 @@ struct Owned {
     paused: bool,
     /// Set when it is being taken away: nothing of it is dispatched any more.
     leaving: bool,
+}
+
+impl Owned {
+    fn new(epoch: u64) -> Self {
+        let gone = CancellationToken::new();
+        let (tracker, _gone) = (Tracker::default(), gone.clone().drop_guard());
+        Self { gone, _gone, epoch, tracker, busy: 0, paused: false, leaving: false }
+    }
 }
 
 /// A record whose messages are acknowledged, or that is to be read again.
@@ -278,7 +295,7 @@ impl<S: Source> Loop<S> {
     fn assign(&mut self, partitions: Vec<Partition>) {
         for partition in partitions {
             self.epoch += 1;
-            self.owned.insert(partition, Owned { epoch: self.epoch, ..Owned::default() });
+            self.owned.insert(partition, Owned::new(self.epoch));
         }
         self.meter().assigned(self.owned.len());
         info!(stage = %self.stage.key(), partitions = self.owned.len(), "partitions assigned");
@@ -324,15 +341,10 @@ impl<S: Source> Loop<S> {
         };
         owned.busy += 1;
         let epoch = owned.epoch;
+        let ours = Ours { fence: self.source.fence(), gone: owned.gone.clone() };
         let (stage, sink) = (Arc::clone(&self.stage), Arc::clone(&self.sink));
         self.tasks.spawn(async move {
-            let messages = stage.process(&incoming).await;
-            // The operator is free for the next record while this one's messages are on their way.
-            drop(permit);
-            let result = match sink.send(messages).await {
-                Err(SendError::TooLarge { topic, .. }) => sink.send(stage.too_large(&incoming, &topic)).await,
-                result => result,
-            };
+            let result = advance(&stage, &*sink, &incoming, permit, &ours).await;
             let Incoming { partition, offset, key, .. } = incoming;
             Done { partition, epoch, offset, key, result }
         });
@@ -457,6 +469,45 @@ impl<S: Source> Loop<S> {
     fn error(&self, reason: String) -> DriveError {
         error!(stage = %self.stage.key(), reason, "a stage cannot go on");
         DriveError { stage: self.stage.key().to_string(), reason }
+    }
+}
+
+/// Takes a record from running to acknowledged. One that is not ours any more is left to its new owner: before its
+/// operator starts, since that may cost something, and before anything of it is written.
+async fn advance(
+    stage: &Stage,
+    sink: &dyn Sink,
+    incoming: &Incoming,
+    permit: OwnedSemaphorePermit,
+    ours: &Ours,
+) -> Result<(), SendError> {
+    ours.still().await?;
+    let messages = stage.process(incoming).await;
+    // The operator is free for the next record while this one's messages are on their way.
+    drop(permit);
+    ours.still().await?;
+    match sink.send(messages).await {
+        Err(SendError::TooLarge { topic, .. }) => sink.send(stage.too_large(incoming, &topic)).await,
+        result => result,
+    }
+}
+
+/// Whether a record's partition is ours.
+struct Ours {
+    fence: Option<Arc<Fence>>,
+    gone: CancellationToken,
+}
+
+impl Ours {
+    /// Returns when it surely is, or with an error when it is not any more.
+    async fn still(&self) -> Result<(), SendError> {
+        if let Some(fence) = self.fence.as_ref().filter(|fence| !fence.is_sure()) {
+            tokio::select! {
+                () = self.gone.cancelled() => {}
+                () = fence.sure() => {}
+            }
+        }
+        if self.gone.is_cancelled() { Err(SendError::Closed) } else { Ok(()) }
     }
 }
 

@@ -10,6 +10,7 @@ pub mod budget;
 pub mod cancels;
 pub mod cases;
 pub mod drive;
+pub mod fence;
 pub mod host;
 pub mod message;
 pub mod once;

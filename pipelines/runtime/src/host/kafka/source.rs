@@ -17,6 +17,7 @@ use super::{
 use crate::{
     budget::Budget,
     drive::{Event, Source},
+    fence::Fence,
     message::{Incoming, Partition},
     once::Once,
 };
@@ -25,7 +26,7 @@ use forebay_schemas::Headers as OwnHeaders;
 use forebay_telemetry::{BEAT_AGE_MAX, Health, StepMeter};
 use futures::future::BoxFuture;
 use rdkafka::{
-    ClientContext, Message, Offset, Statistics, TopicPartitionList,
+    ClientConfig, ClientContext, Message, Offset, Statistics, TopicPartitionList,
     config::RDKafkaLogLevel,
     consumer::{BaseConsumer, CommitMode, Consumer, ConsumerContext},
     error::{KafkaError, KafkaResult},
@@ -94,6 +95,7 @@ pub struct KafkaSource {
     commands: sync_mpsc::Sender<Command>,
     waiting: Arc<Waiting>,
     meter: StepMeter,
+    fence: Arc<Fence>,
 }
 
 enum Command {
@@ -130,6 +132,7 @@ impl KafkaSource {
         let (events_in, events) = mpsc::unbounded_channel();
         let (commands, commands_out) = sync_mpsc::channel();
         let waiting = Arc::new(Waiting::default());
+        let fence = Arc::new(fence(&config));
         let heart = format!("consumer {group}");
         health.expect_beat(&heart, BEAT_AGE_MAX);
         health.set_ready(&heart, Err("no assignment yet".to_owned()));
@@ -138,6 +141,7 @@ impl KafkaSource {
             once: once.map(|once| (kafka.clone(), once)),
             events: events_in,
             commands: commands_out,
+            fence: Arc::clone(&fence),
             waiting: Arc::clone(&waiting),
             bounds,
             budget,
@@ -153,7 +157,7 @@ impl KafkaSource {
         thread
             .spawn(move || reader.run(&health, &heart))
             .map_err(|fault| SettingsError::Client(KafkaError::ClientCreation(fault.to_string())))?;
-        Ok(Self { consumer: handle, events, commands, waiting, meter })
+        Ok(Self { consumer: handle, events, commands, waiting, meter, fence })
     }
 
     fn command(&self, command: Command) {
@@ -211,9 +215,24 @@ impl Source for KafkaSource {
         self.command(Command::Release);
     }
 
+    fn fence(&self) -> Option<Arc<Fence>> {
+        Some(Arc::clone(&self.fence))
+    }
+
     fn close(&mut self) {
         self.command(Command::Close);
     }
+}
+
+/// The fence of a member with these settings. Under KIP-848 the broker sets both times; its defaults are taken.
+fn fence(config: &ClientConfig) -> Fence {
+    let kip_848 = config.get("partition.assignment.strategy").is_none();
+    let (session, heartbeat) = if kip_848 { (45_000, 5_000) } else { (10_000, 3_000) };
+    let millis = |name: &str, usual: u64| {
+        let set = config.get(name).and_then(|value| value.parse().ok());
+        Duration::from_millis(set.unwrap_or(usual))
+    };
+    Fence::new(millis("session.timeout.ms", session), millis("heartbeat.interval.ms", heartbeat))
 }
 
 /// Commits what is stored, without waiting for the answer.
@@ -328,6 +347,8 @@ impl ConsumerContext for Member {
 /// The reading thread.
 struct Reader {
     consumer: Arc<BaseConsumer<Member>>,
+    /// Beaten as long as this thread turns.
+    fence: Arc<Fence>,
     /// What the stage writes once, and where that is read back from.
     once: Option<(Kafka, Arc<Once>)>,
     events: mpsc::UnboundedSender<Event>,
@@ -354,6 +375,7 @@ impl Reader {
         let mut joined = false;
         let ended = loop {
             health.beat(heart);
+            self.fence.beat();
             // An empty assignment is one: others hold all partitions, and this member stands by.
             if !joined && self.consumer.context().joined.load(Ordering::Acquire) {
                 joined = true;
