@@ -167,15 +167,16 @@ impl Bench {
         for round in 0..self.args.rounds {
             for (entry, row) in entries.iter().zip(&mut rows) {
                 let measured = self.measure(entry, round);
+                let ms = |quantile| report::milliseconds(measured.latency_us.value_at_quantile(quantile));
                 eprintln!(
-                    "round {}: {}/{}: {:.0} requests per CPU-s, {:.0} requests/s, p50 {:.1} ms",
+                    "round {}: {}/{}: {:.0} requests per CPU-s, {:.0} requests/s, p50 {:.1} ms, p99 {:.1} ms",
                     round + 1,
                     entry.log,
                     entry.chain,
                     measured.requests_per_cpu_s,
                     measured.requests_per_s,
-                    f64::from(u32::try_from(measured.latency_us.value_at_quantile(0.5)).unwrap_or(u32::MAX))
-                        / 1000.0,
+                    ms(0.5),
+                    ms(0.99),
                 );
                 row.rounds.push(measured);
             }

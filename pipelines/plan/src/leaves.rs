@@ -45,7 +45,9 @@ fn walk(path: &str, node: &Node, place: Place, found: &mut Vec<Leaf>, faults: &m
     };
     match value {
         Some(value) if !path.is_empty() => found.push(Leaf { path: path.to_owned(), place, value }),
-        _ => faults.add(node.place, format!("a map or a plain value is wanted here, not {}", node.describe())),
+        _ => {
+            faults.add(node.place, format!("a map or a plain value is wanted here, not {}", node.describe()))
+        }
     }
 }
 
@@ -81,8 +83,9 @@ mod tests {
     fn a_file_is_its_leaves_with_their_places() {
         let text = "data: x\nmodel:\n  url: y # here\nkafka: {security.protocol: SSL}\nlist: [a, 2]\n";
         let found = leaves("f", text).unwrap();
-        let shown: Vec<_> =
-            found.iter().map(|leaf| format!("{}={} {}:{}", leaf.path, leaf.value, leaf.place.line, leaf.place.column));
+        let shown: Vec<_> = found
+            .iter()
+            .map(|leaf| format!("{}={} {}:{}", leaf.path, leaf.value, leaf.place.line, leaf.place.column));
         assert_eq!(
             shown.collect::<Vec<_>>(),
             ["data=x 1:1", "model.url=y 3:3", "kafka.security.protocol=SSL 4:9", "list=a,2 5:1"]
