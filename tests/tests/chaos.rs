@@ -81,17 +81,19 @@ fn every_request_has_one_result_whoever_is_killed() {
         STAGES.iter().chain(STAGES).map(|(stage, _)| (*stage, start(stage))).collect();
     let mut results = client.read("results");
     let (mut written, mut frozen) = (0, 0);
-    for _ in 0..hits {
+    let write = |written: &mut usize| {
         let request = |number: usize| json!({"id": format!("r{number}"), "prompt": format!("What is {}?", number % 500)});
-        client.write("requests", (written..written + BETWEEN).map(request).map(New::from));
-        written += BETWEEN;
+        client.write("requests", (*written..*written + BETWEEN).map(request).map(New::from));
+        *written += BETWEEN;
+    };
+    for _ in 0..hits {
+        write(&mut written);
         // Somewhere on its way: a part of these has its result, and the rest does not.
         let part = results.records().len() + dice.below(BETWEEN / 2) + 1;
-        results.until("a part of the results, or the time that a session takes", LIMIT, {
-            let started = Instant::now();
-            // A hit process may hold all of these until its session is over: then the next is hit meanwhile.
-            let patience = Duration::from_secs(2);
-            move |records| (records.len() >= part || started.elapsed() > patience).then_some(())
+        // A hit process may hold all of these until its session is over: then the next is hit meanwhile.
+        let until = Instant::now() + Duration::from_secs(2);
+        wait_for("a part of the results, or its time", LIMIT, || {
+            (results.to_the_end(LIMIT).len() >= part || Instant::now() > until).then_some(())
         });
         let (stage, mut process) = processes.remove(dice.below(processes.len()));
         match dice.below(10) {
@@ -106,7 +108,9 @@ fn every_request_has_one_result_whoever_is_killed() {
                 let until = Instant::now() + freeze;
                 // The last heartbeat may be an interval old.
                 frozen += usize::from(freeze > Duration::from_secs(7));
-                results.until("the end of the freeze", LIMIT, |_| (Instant::now() > until).then_some(()));
+                // Others go on meanwhile.
+                write(&mut written);
+                wait_for("the end of the freeze", LIMIT, || (Instant::now() > until).then_some(()));
                 process.signal(Signal::CONT);
                 processes.push((stage, process));
                 continue;
