@@ -21,6 +21,7 @@ use forebay_stores::vectors::{self, Hit, Point};
 use forebay_stores::{
     Clock, Database, Error, KeyValue, Objects, Vectors, database, key_value, objects, wall_clock,
 };
+use forebay_tests::services;
 use futures::future::{BoxFuture, join_all};
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
@@ -296,7 +297,7 @@ async fn embedded_keeps_the_key_value_contract_without_memory() -> Outcome {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn redis_keeps_the_key_value_contract() -> Outcome {
-    let Some(url) = redis_url() else { return Ok(()) };
+    let Some(url) = services::redis() else { return Ok(()) };
     let options = |prefix: &str| key_value::RedisOptions {
         prefix: format!("forebay-test:{}:{prefix}", std::process::id()),
         ..key_value::RedisOptions::default()
@@ -330,17 +331,6 @@ async fn redis_that_does_not_answer_is_unavailable_in_time() -> Outcome {
     assert!(error.is_transient(), "{error:?}");
     assert_eq!(error.to_string(), format!("redis at {address} is unavailable"));
     Ok(())
-}
-
-/// Where the Redis for tests is, or None with a word on how to have one; in CI it must be there.
-fn redis_url() -> Option<String> {
-    let url = std::env::var("FOREBAY_TEST_REDIS").ok();
-    if url.is_none() {
-        let how = "start redis-server (Debian's package) and set FOREBAY_TEST_REDIS=redis://127.0.0.1:6379";
-        assert!(std::env::var_os("CI").is_none(), "CI tests Redis too: {how}");
-        let _ = writeln!(std::io::stderr(), "skipped: no Redis to test against; to have it, {how}");
-    }
-    url
 }
 
 // ------------------------------------------------------------------------------------------------------ vectors

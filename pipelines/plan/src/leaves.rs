@@ -85,9 +85,10 @@ mod tests {
         let found = leaves("f", text).unwrap();
         let shown: Vec<_> = found
             .iter()
-            .map(|leaf| format!("{}={} {}:{}", leaf.path, leaf.value, leaf.place.line, leaf.place.column));
+            .map(|leaf| format!("{}={} {}:{}", leaf.path, leaf.value, leaf.place.line, leaf.place.column))
+            .collect();
         assert_eq!(
-            shown.collect::<Vec<_>>(),
+            shown,
             ["data=x 1:1", "model.url=y 3:3", "kafka.security.protocol=SSL 4:9", "list=a,2 5:1"]
         );
         assert_eq!(leaves("f", "# nothing\n"), Ok(Vec::new()));

@@ -68,7 +68,7 @@ impl Catalogue for Operators {
             let fault = match row.5.iter().find(|(known, _)| known == key) {
                 None => SettingsFault {
                     path: vec![key.clone()],
-                    message: format!("{operator} has no setting {key:?}"),
+                    message: format!("operator {operator:?} has no setting {key:?}"),
                     known: row.5.iter().map(|(known, _)| (*known).to_owned()).collect(),
                 },
                 Some((_, max)) if value.as_u64().is_some_and(|value| value <= *max) => continue,
