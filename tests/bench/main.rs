@@ -55,7 +55,7 @@ struct Args {
     /// Where the figures are written as JSON.
     #[arg(long)]
     json: Option<PathBuf>,
-    /// Given by cargo, and of no meaning here.
+    /// Given by `cargo bench`, and of no meaning here.
     #[arg(long, hide = true)]
     bench: bool,
 }
@@ -197,7 +197,13 @@ impl Bench {
         };
         let what = match entry.kind {
             Kind::Bare => What::Bare { bytes: &[] },
-            Kind::BareAsLong => What::Bare { bytes: &self.bytes },
+            Kind::BareAsLong => {
+                assert!(
+                    !self.bytes.is_empty(),
+                    "\"--only\" must also name a chain of Forebay, whose messages this one is to equal"
+                );
+                What::Bare { bytes: &self.bytes }
+            }
             Kind::Extractive => What::Forebay { model_url: None },
             Kind::Served => What::Forebay { model_url: Some(&self.model_url) },
         };
