@@ -1,6 +1,6 @@
 //! A piece of an answer while it is being written.
 
-use crate::{Record, record::json_wire};
+use crate::{Record, Tenant, record::json_wire};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -9,6 +9,9 @@ use serde::{Deserialize, Serialize};
 pub struct Delta {
     /// The request's id.
     pub id: String,
+    /// Whose request it is: ids are unique within a tenant only.
+    #[serde(default)]
+    pub tenant: Tenant,
     /// Which call wrote it; pieces of a higher attempt replace those of a lower.
     pub attempt: u32,
     /// Counts from 0 within an attempt.

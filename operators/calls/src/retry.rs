@@ -17,8 +17,7 @@ pub const RETRIES_MAX: u32 = 2;
 const DELAY_MIN: Duration = Duration::from_millis(250);
 /// The bound of every delay that we choose.
 const DELAY_MAX: Duration = Duration::from_secs(8);
-/// The longest wait that a provider may ask for. Whoever asks for more gets the record back from the host later,
-/// which does not hold a place in flight meanwhile.
+/// The longest wait that is spent here. Whoever asks for more fails the try, and the host says when the next one comes.
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
 
 /// Gives numbers from 0 to 1; passed in, so that a test can choose them.

@@ -217,10 +217,11 @@ impl Context {
     pub fn delta(&self, attempt: u32, text: &str) {
         if self.delivery.envelope.stream {
             let id = self.delivery.envelope.id.as_str().to_owned();
+            let tenant = self.delivery.envelope.tenant.clone();
             let mut next = self.deltas.lock().unwrap_or_else(PoisonError::into_inner);
             let seq = if next.0 == attempt { next.1 } else { 0 };
             *next = (attempt, seq.saturating_add(1));
-            self.host.delta(Delta { id, attempt, seq, text: text.to_owned() });
+            self.host.delta(Delta { id, tenant, attempt, seq, text: text.to_owned() });
         }
     }
 

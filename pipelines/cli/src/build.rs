@@ -73,12 +73,13 @@ pub fn plan(arg: &PipelineArg) -> anyhow::Result<Plan> {
 const PROCESSES_MAX: usize = 64;
 
 /// What operators work with in this process.
-pub async fn resources(config: &Config, plan: &Plan) -> anyhow::Result<Resources> {
+pub async fn resources(config: &Config, plan: &Plan, cluster: &str) -> anyhow::Result<Resources> {
     let model = model(config)?;
     let database = copies(&config.data).await?;
     let cache: Arc<dyn KeyValue> = match &config.key_value {
         Some(url) => {
-            let prefix = format!("forebay:{}", config.topic_prefix);
+            // The copy is of one cluster's topics: another cluster beside it must not continue it.
+            let prefix = format!("forebay:{cluster}:{}", config.topic_prefix);
             let options = key_value::RedisOptions { prefix, ..key_value::RedisOptions::default() };
             Arc::new(key_value::Redis::connect(url, options).await.context("stores.key_value")?)
         }

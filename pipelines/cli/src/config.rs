@@ -14,6 +14,7 @@ use forebay_plan::{
     Place,
     leaves::{Leaf, faults_of, hint, leaves},
 };
+use forebay_runtime::host::kafka::may_be_secret;
 use std::{collections::BTreeMap, path::PathBuf};
 
 /// One setting.
@@ -196,7 +197,8 @@ impl Config {
             && !url.trim_end_matches('/').ends_with("/v1")
         {
             return Err(wrong(format!(
-                "model.url is {url:?} (from {}); it must end in /v1, as in http://127.0.0.1:8000/v1",
+                "model.url is {:?} (from {}); it must end in /v1, as in http://127.0.0.1:8000/v1",
+                without_password(url),
                 from("model.url")
             )));
         }
@@ -252,15 +254,16 @@ impl Config {
     /// Each setting with its value and where it came from, secrets hidden.
     pub fn shown(&self) -> Vec<(String, Sourced)> {
         let hide = |path: &str| {
-            let words = ["password", "secret", "token", "oauthbearer", "private", "key.pem"];
+            // Which mechanism and which user are no secrets.
+            let open = ["kafka.sasl.mechanism", "kafka.sasl.mechanisms", "kafka.sasl.username"];
             SETTINGS.iter().any(|setting| setting.path == path && setting.secret)
-                || path.starts_with(KAFKA) && words.iter().any(|word| path.contains(word))
+                || path.strip_prefix(KAFKA).is_some_and(may_be_secret) && !open.contains(&path)
         };
         let show = |(path, sourced): (&String, &Sourced)| {
             let mut sourced = sourced.clone();
             if !sourced.value.is_empty() && hide(path) {
                 sourced.value = "(hidden)".to_owned();
-            } else if path == "stores.key_value" {
+            } else {
                 sourced.value = without_password(&sourced.value);
             }
             (path.clone(), sourced)
@@ -269,12 +272,13 @@ impl Config {
     }
 }
 
-/// A URL without the password in it.
+/// A URL without what may be secret in it: user and password, and the query. Anything else as it is.
 fn without_password(url: &str) -> String {
     let Some((scheme, rest)) = url.split_once("://") else { return url.to_owned() };
+    let (rest, query) = rest.split_once('?').map_or((rest, ""), |(rest, _)| (rest, "?(hidden)"));
     match rest.rsplit_once('@') {
-        Some((_, host)) => format!("{scheme}://(hidden)@{host}"),
-        None => url.to_owned(),
+        Some((_, host)) => format!("{scheme}://(hidden)@{host}{query}"),
+        None => format!("{scheme}://{rest}{query}"),
     }
 }
 
@@ -342,7 +346,8 @@ mod tests {
 
     #[test]
     fn secrets_are_not_shown() {
-        let file = "kafka: {sasl.password: canary}\nstores: {key_value: 'redis://:canary@h:1'}\n";
+        let file = "kafka: {sasl.password: canary, ssl.key.password: canary}\notlp_endpoint: 'http://u:canary@h'\n\
+                    stores: {key_value: 'redis://:canary@h:1?password=canary'}\n";
         let config = merged(file, &[("FOREBAY_MODEL_API_KEY", "canary")], &[]).unwrap();
         assert!(!format!("{:?}", config.shown()).contains("canary"));
         assert_eq!(config.kafka["sasl.password"], "canary");

@@ -153,6 +153,13 @@ pub struct DriveError {
     reason: String,
 }
 
+impl DriveError {
+    /// The loop itself panicked.
+    pub(crate) fn panicked() -> Self {
+        Self { stage: "(unknown)".to_owned(), reason: "its loop panicked; the log says where".to_owned() }
+    }
+}
+
 /// One partition that is ours.
 struct Owned {
     /// Given when it is ours no more.
@@ -486,9 +493,18 @@ async fn advance(
     // The operator is free for the next record while this one's messages are on their way.
     drop(permit);
     ours.still().await?;
-    match sink.send(messages).await {
-        Err(SendError::TooLarge { topic, .. }) => sink.send(stage.too_large(incoming, &topic)).await,
-        result => result,
+    let write = async {
+        let mut result = sink.send(messages).await;
+        for bare in [false, true] {
+            let Err(SendError::TooLarge { topic, .. }) = &result else { break };
+            result = sink.send(stage.too_large(incoming, topic, bare)).await;
+        }
+        result
+    };
+    // A log that is away may be waited for beyond the time that the partition is ours.
+    tokio::select! {
+        result = write => result,
+        () = ours.gone.cancelled() => Err(SendError::Closed),
     }
 }
 

@@ -18,9 +18,9 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-/// How many messages of each partition are remembered: more than a stage may have unfinished in one partition, so
-/// that whatever is delivered again after a crash is recognised.
-pub const REMEMBERED_MAX: usize = 10_000;
+/// How many messages of each partition are remembered: more than all steps together may have unfinished in one partition,
+/// so that whatever is delivered again after a crash, at whichever step, is recognised.
+pub const REMEMBERED_MAX: usize = 20_000;
 
 /// What a message is about: a hash of topic, tenant, id and generation.
 type Identity = [u8; 16];
@@ -78,21 +78,23 @@ impl Once {
         self.lock().insert(partition, remembered);
     }
 
-    /// Whether this message may be written; from now on it counts as written.
+    /// Whether this message may be written.
+    pub fn judge(&self, partition: i32, message: &Outgoing) -> Known {
+        let (identity, payload) = (identity(&message.topic, &message.headers), payload(&message.headers));
+        self.lock().get(&partition).map_or(Known::New, |remembered| remembered.judge(&identity, payload))
+    }
+
+    /// Whether this message may be written; one that may counts as written from now on.
     pub fn admit(&self, partition: i32, message: &Outgoing) -> Known {
         let (identity, payload) = (identity(&message.topic, &message.headers), payload(&message.headers));
         let bound = self.bound();
         let mut partitions = self.lock();
         let remembered = partitions.entry(partition).or_default();
-        match remembered.payloads.get(&identity) {
-            None => {
-                remembered.remember(identity, payload, bound);
-                Known::New
-            }
-            // Where either does not say what was asked, they are taken for the same.
-            Some(Some(written)) if payload.is_some_and(|payload| payload != *written) => Known::Conflicts,
-            Some(_) => Known::Written,
+        let known = remembered.judge(&identity, payload);
+        if known == Known::New {
+            remembered.remember(identity, payload, bound);
         }
+        known
     }
 
     fn bound(&self) -> usize {
@@ -105,6 +107,15 @@ impl Once {
 }
 
 impl Remembered {
+    fn judge(&self, identity: &Identity, payload: Payload) -> Known {
+        match self.payloads.get(identity) {
+            None => Known::New,
+            // Where either does not say what was asked, they are taken for the same.
+            Some(Some(written)) if payload.is_some_and(|payload| payload != *written) => Known::Conflicts,
+            Some(_) => Known::Written,
+        }
+    }
+
     fn remember(&mut self, identity: Identity, payload: Payload, bound: usize) {
         if self.payloads.insert(identity, payload).is_none() {
             self.order.push_back(identity);

@@ -114,13 +114,15 @@ impl Launch<'_> {
                 once: stage.once().cloned(),
             };
             let source = KafkaSource::join(self.kafka, &site.group(planned), &site.inputs(planned), reading)?;
-            stages.spawn(drive(
-                stage,
-                source,
-                Arc::new(sink.clone()),
-                site.limits(planned),
-                shutdown.clone(),
-            ));
+            let (limits, sink, all) = (site.limits(planned), Arc::new(sink.clone()), shutdown.clone());
+            stages.spawn(async move {
+                let ended = drive(stage, source, sink, limits, all.clone()).await;
+                // Whoever waits for a result must hear at once that none will come.
+                if ended.is_err() {
+                    all.cancel();
+                }
+                ended
+            });
         }
         Ok(Running { stages, tables, sink, shutdown, closed })
     }
@@ -185,8 +187,13 @@ impl Running {
                     outcome = outcome.and(Err(fault));
                     self.shutdown.cancel();
                 }
-                // Aborted, or a bug of ours that has said so on its way.
-                Some(Err(_)) => self.shutdown.cancel(),
+                // Aborted, as overdue; or a bug of ours.
+                Some(Err(ended)) => {
+                    if ended.is_panic() {
+                        outcome = outcome.and(Err(DriveError::panicked()));
+                    }
+                    self.shutdown.cancel();
+                }
             }
         }
         self.closed.cancel();

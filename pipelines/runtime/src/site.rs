@@ -73,14 +73,12 @@ impl Site<'_> {
         planned.from.iter().map(|topic| self.name(topic)).collect()
     }
 
-    /// The bounds of a step. Where it writes something once, far fewer of its records may be unfinished in a partition
-    /// than it remembers: whatever is delivered again after a crash must be recognised.
+    /// The bounds of a step. All steps together may have fewer records unfinished in a partition than is remembered of
+    /// what was written once: whatever is delivered again after a crash, at whichever step, must be recognised.
     pub fn limits(&self, planned: &PlannedStep) -> Limits {
-        let limits = Limits { ordered: planned.order == Order::Key, ..Limits::new(planned.in_flight) };
-        if self.written_once(planned).is_empty() {
-            return limits;
-        }
-        Limits { window: i64::try_from(REMEMBERED_MAX / 2).unwrap_or(i64::MAX), ..limits }
+        let window = REMEMBERED_MAX / (self.plan.steps.len() + 2);
+        let window = i64::try_from(window).unwrap_or(i64::MAX);
+        Limits { ordered: planned.order == Order::Key, window, ..Limits::new(planned.in_flight) }
     }
 
     /// The topics of a step that clients and the table sink read: each message on them is written once.

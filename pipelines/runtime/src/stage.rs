@@ -97,6 +97,16 @@ pub struct Stage {
 /// How many different unknown fields are told apart; a client that invents names must not fill the memory.
 const WARNED_MAX: usize = 1_000;
 
+/// How many rows about upstream calls of one record are held at a time.
+const ROWS_MAX: usize = 32;
+
+/// How long an outage is waited for at most: a request without a deadline must end too.
+const JOB_LIFE: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// How many bytes of the key of the record that asked travel along. It comes back in the result, and must not be what
+/// makes that too large.
+const ORIGIN_KEY_BYTES_MAX: usize = 1024;
+
 /// Why a record becomes a dead letter.
 struct Death<'a> {
     class: &'static str,
@@ -190,6 +200,7 @@ impl Stage {
         let mut opened = Some(opened);
         let mut tries: u32 = 0;
         let mut panicked = false;
+        let began = Instant::now();
         let running = self.cancels.register(&envelope.tenant, &envelope.id);
         let failure = loop {
             if let Some(stop) = self.stopped(&envelope) {
@@ -211,6 +222,10 @@ impl Stage {
                 envelope.timings.add(hop, micros);
             }
             rows.extend(self.spend(&mut envelope, cx.take_rows()));
+            // An outage makes a row a try: the first and the last tell of it, and memory is bounded.
+            if rows.len() > ROWS_MAX {
+                rows.drain(ROWS_MAX / 2..rows.len() - ROWS_MAX / 2);
+            }
             tries += 1;
             match result {
                 Ok(Ok(outputs)) => {
@@ -231,7 +246,7 @@ impl Stage {
                     let wait =
                         match self.parts.patience.waits.get(usize::try_from(tries - 1).unwrap_or(usize::MAX))
                         {
-                            _ if outage => self.parts.patience.outage,
+                            _ if outage && began.elapsed() < JOB_LIFE => self.parts.patience.outage,
                             Some(wait) => *wait,
                             None => break Failure::Unavailable { outage, what, code, source },
                         };
@@ -285,7 +300,8 @@ impl Stage {
     }
 
     /// What becomes of a record whose messages a topic would not take.
-    pub fn too_large(&self, incoming: &Incoming, topic: &str) -> Vec<Outgoing> {
+    /// `bare` leaves out also what the client sent beside it.
+    pub fn too_large(&self, incoming: &Incoming, topic: &str, bare: bool) -> Vec<Outgoing> {
         let message = format!(
             "what {} makes of {} is larger than topic {topic} takes; raise max.message.bytes of that topic or send less",
             self.parts.key,
@@ -293,15 +309,22 @@ impl Stage {
         );
         error!(stage = %self.parts.key, place = %incoming.place(), topic, "a record grew larger than its topic takes");
         let death = Death { class: "rejected", code: "output_too_large", message, attempts: 1 };
-        let envelope = match self.open(incoming).and_then(|opened| self.envelope(incoming, &*opened)) {
+        let mut envelope = match self.open(incoming).and_then(|opened| self.envelope(incoming, &*opened)) {
             Ok(envelope) => envelope,
             Err(_) => self.derived_envelope(incoming),
         };
+        if bare {
+            envelope.client.clear();
+            envelope.origin.key = None;
+        }
         let mut messages = self.give_up(incoming, &envelope, &death);
         // The record itself may be what is too large: then its copy stays where it lies, and the ending goes without it.
         for message in &mut messages {
             if message.topic == self.parts.common.dead_letters {
                 message.value = None;
+                if bare {
+                    message.headers.retain(|(name, _)| name.starts_with(dead::OURS) && name != dead::KEY);
+                }
                 let omitted = format!("omitted, {} bytes at {}", incoming.held.bytes(), incoming.place());
                 message.headers.push((dead::BODY.to_owned(), Some(Bytes::from(omitted))));
             } else {
@@ -356,7 +379,10 @@ impl Stage {
             *offset,
             *timestamp_ms,
         );
-        let key = incoming.key.as_ref().map(|key| String::from_utf8_lossy(key).into_owned());
+        let key = incoming
+            .key
+            .as_ref()
+            .map(|key| String::from_utf8_lossy(&key[..key.len().min(ORIGIN_KEY_BYTES_MAX)]).into_owned());
         let origin =
             Origin { topic: partition.topic.to_string(), partition: partition.number, offset: *offset, key };
         let headers = incoming.headers.clone();
@@ -398,20 +424,22 @@ impl Stage {
     /// same id.
     fn new_ones(&self, incoming: &Incoming, outputs: Vec<Outgoing>) -> Result<Vec<Outgoing>, Death<'static>> {
         let Some(once) = &self.once else { return Ok(outputs) };
+        // All are judged before the first counts as written: a conflict must not leave half of them marked.
+        let number = incoming.partition.number;
+        let conflicts = |output: &Outgoing| once.judge(number, output) == Known::Conflicts;
+        if outputs.iter().any(|output| once.covers(&output.topic) && conflicts(output)) {
+            let message = "another request had this id before; give each request an id of its own".to_owned();
+            return Err(Death { class: "rejected", code: "id_conflict", message, attempts: 1 });
+        }
         let mut new = Vec::with_capacity(outputs.len());
         for output in outputs {
             if !once.covers(&output.topic) {
                 new.push(output);
                 continue;
             }
-            match once.admit(incoming.partition.number, &output) {
+            match once.admit(number, &output) {
                 Known::New => new.push(output),
-                Known::Written => self.parts.meter.deduplicated(),
-                Known::Conflicts => {
-                    let message =
-                        "another request had this id before; give each request an id of its own".to_owned();
-                    return Err(Death { class: "rejected", code: "id_conflict", message, attempts: 1 });
-                }
+                Known::Written | Known::Conflicts => self.parts.meter.deduplicated(),
             }
         }
         Ok(new)
@@ -426,6 +454,9 @@ impl Stage {
     async fn wait(&self, wait: Duration, envelope: &Envelope, stop: StopSignal) {
         let left = envelope.deadline_at_ms.map(|deadline| deadline - self.parts.clock.now_ms());
         let left = left.map(|left| Duration::from_millis(u64::try_from(left).unwrap_or(0)));
+        if !self.parts.step.is_job() {
+            return tokio::time::sleep(wait).await;
+        }
         // Either way the caller looks again at what to do.
         let _ = tokio::time::timeout(left.map_or(wait, |left| left.min(wait)), stop.given()).await;
     }

@@ -25,7 +25,13 @@ pub fn samples() -> Vec<Sample> {
         written("answer-empty.json", empty_answer()),
         written(
             "delta.json",
-            Delta { id: "order-17".into(), attempt: 1, seq: 42, text: " three days".into() },
+            Delta {
+                id: "order-17".into(),
+                tenant: tenant("shop"),
+                attempt: 1,
+                seq: 42,
+                text: " three days".into(),
+            },
         ),
         written("cancel.json", Cancel { id: id("order-17"), tenant: tenant("shop") }),
         typed(

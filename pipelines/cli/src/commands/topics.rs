@@ -13,7 +13,8 @@ use forebay_runtime::host::kafka::{
     Kafka,
     topics::{Change, Wanted, apply, compare, existing},
 };
-use std::time::Duration;
+use forebay_schemas::topics::{ENDINGS, OUTCOMES, RESULTS, Topic};
+use std::{collections::BTreeMap, time::Duration};
 
 const WAIT: Duration = Duration::from_secs(10);
 
@@ -53,7 +54,7 @@ pub async fn demand(kafka: &Kafka, plan: &Plan, config: &Config) -> anyhow::Resu
     };
     let missing: Vec<_> = changes.iter().filter_map(missing).collect();
     if missing.is_empty() {
-        return Ok(());
+        return alike(kafka, config).await;
     }
     Err(wrong(format!(
         "Kafka at {} has no topic {}; make the topics by `forebay topics apply --bootstrap-servers {0}{}`",
@@ -66,13 +67,33 @@ pub async fn demand(kafka: &Kafka, plan: &Plan, config: &Config) -> anyhow::Resu
     )))
 }
 
+/// A record and what it becomes lie at the same partition number: without that a result could be written twice.
+async fn alike(kafka: &Kafka, config: &Config) -> anyhow::Result<()> {
+    let there = there(kafka).await?;
+    let count = |topic: &Topic| {
+        let name = config.topic(topic.name);
+        there.get(&name).map(|count| (name, *count))
+    };
+    let counts: Vec<_> = [&ENDINGS, &RESULTS, &OUTCOMES].into_iter().filter_map(count).collect();
+    if counts.windows(2).all(|pair| pair[0].1 == pair[1].1) {
+        return Ok(());
+    }
+    let shown: Vec<_> = counts.iter().map(|(name, count)| format!("{name} {count}")).collect();
+    Err(wrong(format!(
+        "these topics must have equally many partitions, and have: {}; make them anew by `forebay topics apply`",
+        shown.join(", ")
+    )))
+}
+
+async fn there(kafka: &Kafka) -> anyhow::Result<BTreeMap<String, i32>> {
+    let kafka = kafka.clone();
+    // Asking blocks.
+    Ok(tokio::task::spawn_blocking(move || existing(&kafka, WAIT)).await.context("topics")??)
+}
+
 async fn changes(kafka: &Kafka, plan: &Plan, config: &Config) -> anyhow::Result<Vec<Change>> {
     let wanted = plan.topics().into_iter().map(|topic| {
         Wanted::new(config.topic(&topic.name), config.partitions, topic.cleanup, topic.from_clients)
     });
-    let wanted: Vec<_> = wanted.collect();
-    let kafka = kafka.clone();
-    // Asking blocks.
-    let there = tokio::task::spawn_blocking(move || existing(&kafka, WAIT)).await.context("topics")??;
-    Ok(compare(wanted, &there))
+    Ok(compare(wanted.collect(), &there(kafka).await?))
 }

@@ -100,7 +100,7 @@ impl Up {
             Some(_) => topics::make(&kafka, &plan, &config).await?,
             None => topics::demand(&kafka, &plan, &config).await?,
         }
-        let resources = build::resources(&config, &plan).await?;
+        let resources = build::resources(&config, &plan, &cluster).await?;
         let chosen: Vec<&PlannedStep> =
             plan.steps.iter().filter(|step| stage.is_none_or(|stage| step.key == stage)).collect();
         let launch = Launch {

@@ -79,6 +79,12 @@ pub enum SettingsError {
     Client(#[source] KafkaError),
 }
 
+/// Whether a property's name, be it misspelt, sounds like that of a secret: its value is never shown.
+pub fn may_be_secret(property: &str) -> bool {
+    let words = ["pass", "pwd", "secret", "token", "bearer", "jaas", "key", "sasl"];
+    words.iter().any(|word| property.to_ascii_lowercase().contains(word))
+}
+
 /// Nobody answers.
 #[derive(Debug, thiserror::Error)]
 #[error("could not reach Kafka at {bootstrap_servers} within {} s; check that the broker runs and that the address, TLS and SASL settings are right", waited.as_secs())]
@@ -111,6 +117,7 @@ impl Kafka {
         }
         config.create_native_config().map_err(|error| match error {
             KafkaError::ClientConfig(_, reason, property, value) => {
+                let value = if may_be_secret(&property) { "(hidden)".to_owned() } else { value };
                 SettingsError::NotAccepted { property, value, reason }
             }
             error => SettingsError::Client(error),
@@ -281,5 +288,7 @@ mod tests {
     fn a_property_that_librdkafka_does_not_know_is_named() {
         assert!(refusal("sesion.timeout.ms", "1").contains("sesion.timeout.ms"));
         assert!(refusal("session.timeout.ms", "soon").contains("soon"));
+        let secret = refusal("sasl.pasword", "canary");
+        assert!(secret.contains("sasl.pasword") && !secret.contains("canary"), "{secret}");
     }
 }

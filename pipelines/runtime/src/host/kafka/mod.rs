@@ -7,7 +7,7 @@ mod source;
 mod table;
 pub mod topics;
 
-pub use client::{Kafka, KafkaSettings, LogContext, SettingsError, UnreachableError};
+pub use client::{Kafka, KafkaSettings, LogContext, SettingsError, UnreachableError, may_be_secret};
 pub use sink::KafkaSink;
 pub use source::{KafkaSource, ReadBounds, Reading};
 pub use table::{TableError, TableReader};

@@ -96,6 +96,8 @@ pub struct KafkaSource {
     waiting: Arc<Waiting>,
     meter: StepMeter,
     fence: Arc<Fence>,
+    /// Whether the thread has said that it ends.
+    ended: bool,
 }
 
 enum Command {
@@ -142,6 +144,8 @@ impl KafkaSource {
             events: events_in,
             commands: commands_out,
             fence: Arc::clone(&fence),
+            health,
+            heart,
             waiting: Arc::clone(&waiting),
             bounds,
             budget,
@@ -155,9 +159,15 @@ impl KafkaSource {
         };
         let thread = std::thread::Builder::new().name(format!("read {group}"));
         thread
-            .spawn(move || reader.run(&health, &heart))
+            .spawn(move || reader.run())
             .map_err(|fault| SettingsError::Client(KafkaError::ClientCreation(fault.to_string())))?;
-        Ok(Self { consumer: handle, events, commands, waiting, meter, fence })
+        Ok(Self { consumer: handle, events, commands, waiting, meter, fence, ended: false })
+    }
+
+    /// Notes whether this is the last that the thread tells.
+    fn told(&mut self, event: Event) -> Event {
+        self.ended |= matches!(event, Event::Ended | Event::Failed(_));
+        event
     }
 
     fn command(&self, command: Command) {
@@ -168,11 +178,19 @@ impl KafkaSource {
 
 impl Source for KafkaSource {
     fn next(&mut self) -> BoxFuture<'_, Event> {
-        Box::pin(async { self.events.recv().await.unwrap_or(Event::Ended) })
+        Box::pin(async {
+            match self.events.recv().await {
+                Some(event) => self.told(event),
+                None if self.ended => Event::Ended,
+                // It says when it ends; silence is a panic.
+                None => Event::Failed("the reading thread has died".to_owned()),
+            }
+        })
     }
 
     fn try_next(&mut self) -> Option<Event> {
-        self.events.try_recv().ok()
+        let event = self.events.try_recv().ok()?;
+        Some(self.told(event))
     }
 
     fn dispatched(&mut self, bytes: usize) {
@@ -349,6 +367,9 @@ struct Reader {
     consumer: Arc<BaseConsumer<Member>>,
     /// Beaten as long as this thread turns.
     fence: Arc<Fence>,
+    health: Health,
+    /// The name under which this thread's life is known.
+    heart: String,
     /// What the stage writes once, and where that is read back from.
     once: Option<(Kafka, Arc<Once>)>,
     events: mpsc::UnboundedSender<Event>,
@@ -371,15 +392,15 @@ struct Reader {
 }
 
 impl Reader {
-    fn run(mut self, health: &Health, heart: &str) {
+    fn run(mut self) {
         let mut joined = false;
         let ended = loop {
-            health.beat(heart);
+            self.health.beat(&self.heart);
             self.fence.beat();
             // An empty assignment is one: others hold all partitions, and this member stands by.
             if !joined && self.consumer.context().joined.load(Ordering::Acquire) {
                 joined = true;
-                health.set_ready(heart, true);
+                self.health.set_ready(&self.heart, true);
             }
             for command in self.commands.try_iter().collect::<Vec<_>>() {
                 self.obey(command);
@@ -404,7 +425,7 @@ impl Reader {
         if !self.closing {
             self.consumer.unsubscribe();
         }
-        health.retire(heart);
+        self.health.retire(&self.heart);
         let Self { consumer, events, .. } = self;
         close(consumer);
         // The loop may be gone already.
@@ -516,7 +537,8 @@ impl Reader {
                     warn!(fault, "could not read back what was written of late; will try again");
                 }
             }
-            // Partitions that were ours before go on meanwhile.
+            // Waiting for a log that is away is no stall. The fence is not told: the group was not heard meanwhile.
+            self.health.beat(&self.heart);
             if let Some(fault) = self.poll(RETRY_AFTER) {
                 return Err(fault);
             }

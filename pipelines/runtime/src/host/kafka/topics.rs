@@ -46,6 +46,12 @@ impl Wanted {
     }
 }
 
+impl Wanted {
+    fn is_compacted(&self) -> bool {
+        self.settings.get("cleanup.policy").is_some_and(|policy| policy == "compact")
+    }
+}
+
 /// What would have to be done about a topic.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
@@ -61,6 +67,15 @@ pub enum Change {
         from: i32,
         /// How many it should have.
         to: i32,
+    },
+    /// It has too few partitions, and is compacted: its keys would move, and what they meant before would stay behind.
+    CannotGrow {
+        /// Its full name.
+        name: String,
+        /// How many it has.
+        has: i32,
+        /// How many are wanted.
+        wanted: i32,
     },
     /// It has more partitions than is wanted; Kafka cannot take any away.
     TooMany {
@@ -82,6 +97,9 @@ impl fmt::Display for Change {
                 write!(f, "  + {name}  {partitions} partitions  {}", settings.join(" "))
             }
             Self::AddPartitions { name, from, to } => write!(f, "  ~ {name}  {from} → {to} partitions"),
+            Self::CannotGrow { name, has, wanted } => {
+                write!(f, "  ! {name}  has {has} partitions and is compacted; make it anew to have {wanted}")
+            }
             Self::TooMany { name, has, wanted } => {
                 write!(
                     f,
@@ -131,6 +149,9 @@ pub fn existing(kafka: &Kafka, wait: Duration) -> Result<BTreeMap<String, i32>, 
 pub fn compare(wanted: Vec<Wanted>, existing: &BTreeMap<String, i32>) -> Vec<Change> {
     let change = |wanted: Wanted| match existing.get(&wanted.name) {
         None => Change::Create(wanted),
+        Some(&has) if has < wanted.partitions && wanted.is_compacted() => {
+            Change::CannotGrow { name: wanted.name, has, wanted: wanted.partitions }
+        }
         Some(&from) if from < wanted.partitions => {
             Change::AddPartitions { name: wanted.name, from, to: wanted.partitions }
         }
@@ -166,7 +187,7 @@ pub async fn apply(kafka: &Kafka, changes: &[Change], replication: i32) -> Resul
             Change::AddPartitions { name, to, .. } => {
                 grown.push(NewPartitions::new(name, usize::try_from(*to).unwrap_or(0)));
             }
-            Change::Keep(_) | Change::TooMany { .. } => {}
+            Change::Keep(_) | Change::TooMany { .. } | Change::CannotGrow { .. } => {}
         }
     }
     let mut results = Vec::new();
@@ -193,14 +214,20 @@ mod tests {
     use super::*;
 
     fn wanted(name: &str) -> Wanted {
-        Wanted::new(name.to_owned(), 12, Cleanup::Compact, false)
+        let cleanup = if name == "e" { Cleanup::Compact } else { Cleanup::Delete { hours: 1 } };
+        Wanted::new(name.to_owned(), 12, cleanup, false)
     }
 
     #[test]
     fn a_plan_tells_what_is_there_what_is_missing_and_what_cannot_be() {
-        let existing = BTreeMap::from([("a".to_owned(), 12), ("b".to_owned(), 3), ("c".to_owned(), 24)]);
-        let changes = compare(["a", "b", "c", "d"].map(wanted).into(), &existing);
+        let existing = BTreeMap::from([
+            ("a".to_owned(), 12),
+            ("b".to_owned(), 3),
+            ("c".to_owned(), 24),
+            ("e".to_owned(), 3),
+        ]);
+        let changes = compare(["a", "b", "c", "d", "e"].map(wanted).into(), &existing);
         let shown: Vec<_> = changes.iter().map(|change| change.to_string().chars().nth(2)).collect();
-        assert_eq!(shown, [Some('='), Some('~'), Some('!'), Some('+')]);
+        assert_eq!(shown, [Some('='), Some('~'), Some('!'), Some('+'), Some('!')]);
     }
 }
