@@ -23,10 +23,10 @@ use console::Wrong;
 use forebay_telemetry::logging;
 use std::process::ExitCode;
 
-/// Also for the C libraries: a message's bytes are allocated on one thread and freed on another, which glibc's
-/// allocator serves badly. tests/bench has the figures.
+/// A record's bytes are allocated on one thread and freed on another, which glibc's allocator serves badly.
+/// tests/bench has the figures.
 #[global_allocator]
-static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
     let args = Args::parse();
