@@ -13,7 +13,7 @@ row! {
     request_id: String,
     /// Whose request it was.
     tenant: String,
-    /// Counts redrives that asked for a new answer.
+    /// Counts redrives of the request.
     generation: i32 ["redrives"],
     /// The step that called.
     stage: String,

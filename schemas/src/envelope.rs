@@ -3,7 +3,7 @@
 //! Invariant: an envelope is made once, by the host, where a record enters from a client; a client's own headers
 //! can never pose as one. Every later hop reads it from headers and writes it back with its own time added.
 
-use crate::{Headers, NanoUsd, RequestId, Tenant};
+use crate::{Headers, NanoUsd, RequestId, Source, Tenant};
 use bytes::Bytes;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -26,8 +26,10 @@ pub mod header {
         ORIGIN = "forebay-origin";
         /// The key of the record that asked.
         ORIGIN_KEY = "forebay-origin-key";
-        /// Counts redrives that ask for a new answer; absent for 0.
+        /// Counts redrives; absent for 0. Each generation has a result of its own.
         GENERATION = "forebay-generation";
+        /// Counts redrives that ask for a new answer, though one is recorded; absent for 0.
+        AGAIN = "forebay-again";
         /// Counts passes through a loop; absent for 0.
         VISIT = "forebay-visit";
         /// Microseconds spent so far, as `name=n` joined by `;`.
@@ -171,8 +173,10 @@ pub struct Envelope {
     pub origin: Origin,
     /// That record's timestamp, in milliseconds since 1970.
     pub accepted_at_ms: i64,
-    /// Counts redrives that ask for a new answer.
+    /// Counts redrives. Each generation has a result of its own.
     pub generation: u32,
+    /// Counts redrives that ask for a new answer, though one is recorded.
+    pub again: u32,
     /// Counts passes through a loop.
     pub visit: u32,
     /// Time spent so far.
@@ -200,6 +204,12 @@ pub struct HeaderError {
     fault: &'static str,
 }
 
+impl HeaderError {
+    pub(crate) fn new(name: &'static str, value: &str, fault: &'static str) -> Self {
+        Self { name, value: value.to_owned(), fault }
+    }
+}
+
 impl Envelope {
     /// The envelope of a record that has just entered; `client` are the headers that came with it.
     pub fn entering(
@@ -217,6 +227,7 @@ impl Envelope {
             origin,
             accepted_at_ms,
             generation: 0,
+            again: 0,
             visit: 0,
             timings: Timings::default(),
             spend: NanoUsd::default(),
@@ -262,17 +273,14 @@ impl Envelope {
             None => Tenant::default(),
         };
         let (origin, accepted_at_ms) = match text(header::ORIGIN)? {
-            Some(value) => read_origin(value).ok_or_else(|| HeaderError {
-                name: header::ORIGIN,
-                value: value.to_owned(),
-                fault: "is not topic/partition/offset@milliseconds",
-            })?,
+            Some(value) => read_origin(value)?,
             None => (Origin::default(), 0),
         };
         let mut envelope = Self::entering(id, tenant, origin, accepted_at_ms, headers.clone());
         envelope.origin.key = text(header::ORIGIN_KEY)?.map(str::to_owned);
         envelope.deadline_at_ms = number(header::DEADLINE, text(header::DEADLINE)?)?;
         envelope.generation = number(header::GENERATION, text(header::GENERATION)?)?.unwrap_or(0);
+        envelope.again = number(header::AGAIN, text(header::AGAIN)?)?.unwrap_or(0);
         envelope.visit = number(header::VISIT, text(header::VISIT)?)?.unwrap_or(0);
         envelope.attempts = number(header::ATTEMPTS, text(header::ATTEMPTS)?)?.unwrap_or(0);
         envelope.spend = NanoUsd(number(header::SPEND, text(header::SPEND)?)?.unwrap_or(0));
@@ -311,6 +319,7 @@ impl Envelope {
         }
         let counts = [
             (header::GENERATION, self.generation),
+            (header::AGAIN, self.again),
             (header::VISIT, self.visit),
             (header::ATTEMPTS, self.attempts),
         ];
@@ -336,20 +345,19 @@ impl Envelope {
     }
 }
 
-fn number<N: std::str::FromStr>(name: &'static str, text: Option<&str>) -> Result<Option<N>, HeaderError> {
+pub(crate) fn number<N: std::str::FromStr>(
+    name: &'static str,
+    text: Option<&str>,
+) -> Result<Option<N>, HeaderError> {
     let wrong =
         |value: &str| HeaderError { name, value: value.to_owned(), fault: "is not a number in range" };
     text.map(|value| value.parse().map_err(|_| wrong(value))).transpose()
 }
 
-/// Topic names hold no slash, so the last two slashes are ours.
-fn read_origin(text: &str) -> Option<(Origin, i64)> {
-    let (place, timestamp) = text.rsplit_once('@')?;
-    let mut parts = place.splitn(3, '/');
-    let topic = parts.next()?.to_owned();
-    let partition = parts.next()?.parse().ok()?;
-    let offset = parts.next()?.parse().ok()?;
-    Some((Origin { topic, partition, offset, key: None }, timestamp.parse().ok()?))
+fn read_origin(text: &str) -> Result<(Origin, i64), HeaderError> {
+    let wrong = |_| HeaderError::new(header::ORIGIN, text, "is not topic/partition/offset@milliseconds");
+    let Source { topic, partition, offset, timestamp_ms } = text.parse().map_err(wrong)?;
+    Ok((Origin { topic, partition, offset, key: None }, timestamp_ms))
 }
 
 #[cfg(test)]

@@ -92,12 +92,13 @@ impl RequestId {
 pub struct CallId(String);
 
 impl CallId {
-    /// Hashes what makes a call this call and no other.
+    /// Hashes what makes a call this call and no other. `again` counts redrives that asked for a new answer: any other
+    /// redrive finds the answer that is recorded.
     pub fn new(
         cluster: &str,
         tenant: &Tenant,
         id: &RequestId,
-        generation: u32,
+        again: u32,
         stage: &str,
         visit: u32,
         call_index: u32,
@@ -107,7 +108,7 @@ impl CallId {
             hash.update(&(part.len() as u64).to_be_bytes());
             hash.update(part.as_bytes());
         }
-        for number in [generation, visit, call_index] {
+        for number in [again, visit, call_index] {
             hash.update(&number.to_be_bytes());
         }
         Self(hash.finalize().to_hex()[..32].to_owned())

@@ -25,7 +25,9 @@ mod outcome;
 mod passage;
 mod record;
 mod request;
+pub mod retry;
 pub mod row;
+mod source;
 pub mod topics;
 mod verdict;
 
@@ -47,5 +49,7 @@ pub use outcome::Outcome;
 pub use passage::Passage;
 pub use record::{DecodeError, EncodeError, Headers, Identity, Record, from_json, to_json};
 pub use request::{CacheControl, Content, Message, Request, Role, Sampling};
+pub use retry::Retry;
 pub use row::Column;
+pub use source::Source;
 pub use verdict::{Finding, Judgement, Verdict};

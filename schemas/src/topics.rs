@@ -87,6 +87,30 @@ pub const ALL: &[Topic] = &[
     DEAD_LETTERS,
 ];
 
+/// The delays of a step's retry topics, shortest first: the word of the name, and milliseconds. One delay a topic, so
+/// that what was written first is due first.
+pub const RETRY_DELAYS: [(&str, i64); 3] = [("10s", 10_000), ("1m", 60_000), ("10m", 600_000)];
+
+/// Where a step's records wait until they are tried again.
+pub fn retry(step: &str, delay: &str) -> String {
+    format!("retry.{step}.{delay}")
+}
+
+/// Where a step's records wait whose tenant has more than its share of the queue.
+pub fn overflow(step: &str) -> String {
+    format!("overflow.{step}")
+}
+
+/// What a step was paid for on this input: its calls and their answers.
+pub fn ledger(step: &str, input: &str) -> String {
+    format!("ledger.{step}.{input}")
+}
+
+/// The same topic for requests that nobody waits for.
+pub fn backfill(topic: &str) -> String {
+    format!("{topic}-backfill")
+}
+
 /// The topic of this name.
 pub fn find(name: &str) -> Option<&'static Topic> {
     ALL.iter().find(|topic| topic.name == name)

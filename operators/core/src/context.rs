@@ -186,8 +186,8 @@ impl Context {
 
     /// The id of an upstream call of this step: the same whenever this record is processed again.
     pub fn call_id(&self, call_index: u32) -> CallId {
-        let Envelope { tenant, id, generation, visit, .. } = &self.delivery.envelope;
-        CallId::new(&self.delivery.cluster, tenant, id, *generation, &self.delivery.stage, *visit, call_index)
+        let Envelope { tenant, id, again, visit, .. } = &self.delivery.envelope;
+        CallId::new(&self.delivery.cluster, tenant, id, *again, &self.delivery.stage, *visit, call_index)
     }
 
     /// Makes an upstream call that costs something, unless its answer is recorded already.

@@ -330,6 +330,7 @@ fn envelope() -> Envelope {
         origin: origin(),
         accepted_at_ms: 1_795_500_000_000,
         generation: 1,
+        again: 0,
         visit: 2,
         timings: Timings { queue: 1, cache: Some(2), retrieve: Some(3), infer: Some(4), validate: Some(5) },
         spend: NanoUsd(48_000),
