@@ -111,6 +111,12 @@ pub fn backfill(topic: &str) -> String {
     format!("{topic}-backfill")
 }
 
+/// Whether a topic's name is one of those that the functions above make.
+pub fn is_made_by_hosts(name: &str) -> bool {
+    name.ends_with("-backfill")
+        || ["retry.", "overflow.", "ledger."].iter().any(|start| name.starts_with(start))
+}
+
 /// The topic of this name.
 pub fn find(name: &str) -> Option<&'static Topic> {
     ALL.iter().find(|topic| topic.name == name)

@@ -7,7 +7,7 @@
 
 use crate::{
     Catalogue, Description, Faults, IN_FLIGHT_DEFAULT, Pipeline, Placed, Plan, PlannedStep, PlannedTopic,
-    Step, graph, nearest, plan::ENDED,
+    Queueing, Step, graph, nearest, plan::ENDED,
 };
 use forebay_schemas::topics::{self, Cleanup};
 use std::collections::BTreeSet;
@@ -51,6 +51,7 @@ fn planned(step: &Step, description: &Description) -> PlannedStep {
         in_flight: step.in_flight.unwrap_or(IN_FLIGHT_DEFAULT),
         visits_max: step.visits_max,
         order: step.order,
+        queue: step.queue.value,
         is_job: description.is_job,
         settings: step.settings.value.clone(),
     }
@@ -75,6 +76,11 @@ impl Check<'_> {
                     format!("{:?} is one of Forebay's topics and needs no declaration", topic.name.value);
                 self.faults.add(topic.name.place, message);
                 continue;
+            }
+            if topics::is_made_by_hosts(&topic.name.value) {
+                let message =
+                    format!("{:?} is a name that Forebay gives to topics of its own", topic.name.value);
+                self.faults.add(topic.name.place, message);
             }
             if !records.contains(topic.record.value.as_str()) {
                 let hint = nearest::hint(&topic.record.value, records.iter().copied());
@@ -124,7 +130,34 @@ impl Check<'_> {
         self.inputs(step, &description);
         self.ports(step, &description);
         self.tables(step, &description);
+        self.queue(step, &description);
         self.settings(step);
+    }
+
+    /// Tenants take turns only where the host knows whose a record is before it opens it.
+    fn queue(&mut self, step: &Step, description: &Description) {
+        if step.queue.value == Queueing::Fifo {
+            return;
+        }
+        let key = &step.key.value;
+        if !description.is_job {
+            let message = format!("step {key:?} cannot have a fair queue: its records are nobody's requests");
+            self.faults.add(step.queue.place, message);
+        }
+        let from_clients = |name: &str| {
+            self.topics.iter().find(|topic| topic.name == name).is_some_and(|topic| topic.from_clients)
+        };
+        if let Some(name) = step.from.iter().find(|name| from_clients(&name.value)) {
+            let message = format!(
+                "step {key:?} cannot have a fair queue: clients write {:?}, and whose a record is stands in its text",
+                name.value
+            );
+            self.faults.add_with_hint(
+                step.queue.place,
+                message,
+                "a later step can, such as the one that infers",
+            );
+        }
     }
 
     fn inputs(&mut self, step: &Step, description: &Description) {

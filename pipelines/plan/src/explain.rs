@@ -3,7 +3,7 @@
 //! Invariant: both show every step and every way between steps, the implicit port `ended` included. Dead letters,
 //! which any step may make, are no way onward and are not drawn.
 
-use crate::{ENDED, Order, Plan, PlannedStep, PlannedTopic};
+use crate::{ENDED, Order, Plan, PlannedStep, PlannedTopic, Queueing};
 use forebay_schemas::topics::{self, Cleanup};
 use std::fmt::Write as _;
 
@@ -27,7 +27,7 @@ pub fn text(plan: &Plan) -> String {
             let _ = writeln!(out, "{}", line.trim_end());
         }
     }
-    let all = plan.topics();
+    let all = plan.named_topics();
     out.push_str("\ntopics\n");
     let name_width = width(all.iter().map(|topic| topic.name.as_str()));
     let record_width = width(all.iter().map(|topic| topic.record.as_str()));
@@ -43,7 +43,7 @@ pub fn text(plan: &Plan) -> String {
 /// The graph as a Mermaid flowchart: steps are boxes, topics rounded; dotted are the ways that a pipeline does not
 /// spell, and lookups.
 pub fn mermaid(plan: &Plan) -> String {
-    let topics = plan.topics();
+    let topics = plan.named_topics();
     // Numbers, since a name may be a word of Mermaid's own, such as `end`.
     let topic_id = |name: &str| topics.iter().position(|topic| topic.name == name).unwrap_or_default();
     let mut out = String::from("flowchart LR\n");
@@ -91,6 +91,9 @@ fn traits(step: &PlannedStep) -> Vec<String> {
     let mut traits = vec![step.operator.clone(), format!("{} in flight", step.in_flight)];
     if step.order == Order::Key {
         traits.push("in order of each key".to_owned());
+    }
+    if step.queue == Queueing::Fair {
+        traits.push("tenants in turn".to_owned());
     }
     if let Some(visits) = step.visits_max {
         traits.push(format!("at most {visits} visits"));

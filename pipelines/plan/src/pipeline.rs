@@ -4,7 +4,7 @@
 //! topics that it names is found by [`check`](crate::check).
 
 use crate::{
-    Faults, Order, Place,
+    Faults, Order, Place, Queueing,
     fields::{self, Fields},
     name,
     yaml::{self, Node},
@@ -80,6 +80,8 @@ pub struct Step {
     pub visits_max: Option<u32>,
     /// In which order records are done.
     pub order: Order,
+    /// How the step deals with a queue that is longer than it can work off.
+    pub queue: Placed<Queueing>,
     /// The operator's settings.
     pub settings: Settings,
     /// What of it could not be read, so that its absence is no fault of its author.
@@ -255,11 +257,28 @@ fn step(key: Placed<String>, node: &Node, faults: &mut Faults) -> Option<Step> {
         .optional("order")
         .and_then(|node| fields::word("\"order\"", node, &orders, faults))
         .unwrap_or_default();
+    let queueings = [("fifo", Queueing::Fifo), ("fair", Queueing::Fair)];
+    let queue_node = fields.optional("queue");
+    let queue = queue_node.and_then(|node| fields::word("\"queue\"", node, &queueings, faults));
+    let queue =
+        Placed { value: queue.unwrap_or_default(), place: queue_node.map_or(key.place, |node| node.place) };
     let told = faults.len();
     let settings = settings(fields.optional("settings"), key.place, faults);
     unread.settings = faults.len() > told;
     fields.end(faults);
-    Some(Step { key, operator: operator?, from, to, tables, in_flight, visits_max, order, settings, unread })
+    Some(Step {
+        key,
+        operator: operator?,
+        from,
+        to,
+        tables,
+        in_flight,
+        visits_max,
+        order,
+        queue,
+        settings,
+        unread,
+    })
 }
 
 fn routes(node: &Node, faults: &mut Faults) -> Vec<Route> {

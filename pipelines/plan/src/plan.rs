@@ -23,6 +23,38 @@ pub enum Order {
     Key,
 }
 
+/// How a step deals with a queue that is longer than it can work off.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Queueing {
+    /// First come, first served.
+    #[default]
+    Fifo,
+    /// Tenants take turns, and what a tenant has beyond its share of the queue waits in `overflow.{step}`.
+    Fair,
+}
+
+/// What kind of queue a topic is to the step that reads it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Channel {
+    /// Somebody waits.
+    Live,
+    /// Nobody waits.
+    Backfill,
+    /// Set aside after a failure, until it is due.
+    Retry,
+    /// Set aside for its tenant had more than its share of the queue.
+    Overflow,
+}
+
+/// A topic that a step reads.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Input {
+    /// Its name, without the prefix.
+    pub topic: String,
+    /// What kind of queue it is.
+    pub channel: Channel,
+}
+
 /// A pipeline, checked.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
@@ -54,10 +86,38 @@ pub struct PlannedStep {
     pub visits_max: Option<u32>,
     /// In which order records are finished.
     pub order: Order,
+    /// How it deals with a queue that is longer than it can work off.
+    pub queue: Queueing,
     /// Whether its input is the work of a request, which must end in a result.
     pub is_job: bool,
     /// The operator's settings.
     pub settings: serde_json::Value,
+}
+
+impl PlannedStep {
+    /// All topics that the step reads: those of its `from`; for the work of requests the same for the backfill lane;
+    /// and those by which its host sets records aside.
+    pub fn inputs(&self) -> Vec<Input> {
+        let input = |topic: String, channel| Input { topic, channel };
+        let mut inputs: Vec<_> = self.from.iter().map(|from| input(from.clone(), Channel::Live)).collect();
+        if self.is_job {
+            inputs.extend(self.from.iter().map(|from| input(topics::backfill(from), Channel::Backfill)));
+        }
+        inputs.extend(self.retries().into_iter().map(|(topic, _)| input(topic, Channel::Retry)));
+        if self.queue == Queueing::Fair {
+            inputs.push(input(topics::overflow(&self.key), Channel::Overflow));
+        }
+        inputs
+    }
+
+    /// The topics where its records wait until they are tried again, with their delays in milliseconds. None where
+    /// order matters: there a record is tried again in its place.
+    pub fn retries(&self) -> Vec<(String, i64)> {
+        match self.order {
+            Order::Any => topics::RETRY_DELAYS.map(|(name, ms)| (topics::retry(&self.key, name), ms)).into(),
+            Order::Key => Vec::new(),
+        }
+    }
 }
 
 /// A topic of a plan.
@@ -93,6 +153,9 @@ impl From<&topics::Topic> for PlannedTopic {
 pub(crate) const HOST_TOPICS: [topics::Topic; 5] =
     [topics::ENDINGS, topics::ATTEMPTS, topics::DELTAS, topics::CANCELS, topics::DEAD_LETTERS];
 
+/// How topics forget on which hosts set records aside.
+const ASIDE: Cleanup = Cleanup::Delete { hours: 7 * 24 };
+
 /// A step that a plan does not have.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("pipeline {pipeline:?} has no step {key:?}{}", hint.as_ref().map(|hint| format!("; {hint}")).unwrap_or_default())]
@@ -106,9 +169,34 @@ pub struct UnknownStep {
 }
 
 impl Plan {
-    /// Every topic that the pipeline touches, in the order in which a request meets them, its own ones last:
-    /// those of its steps, and those of the host (`endings`, `attempts`, `deltas`, `cancels`, `dead-letters`).
+    /// Every topic that the pipeline touches: those of [`named_topics`](Self::named_topics), each followed by its
+    /// backfill lane where it has one, and those by which hosts set records aside.
     pub fn topics(&self) -> Vec<PlannedTopic> {
+        let named = self.named_topics();
+        let mut all = Vec::with_capacity(2 * named.len());
+        for topic in &named {
+            all.push(topic.clone());
+            if self.readers(&topic.name).any(|step| step.is_job) {
+                all.push(PlannedTopic { name: topics::backfill(&topic.name), ..topic.clone() });
+            }
+        }
+        for step in &self.steps {
+            let Some(record) = named.iter().find(|topic| step.from.contains(&topic.name)) else { continue };
+            let aside = |input: &Input| matches!(input.channel, Channel::Retry | Channel::Overflow);
+            all.extend(step.inputs().into_iter().filter(aside).map(|input| PlannedTopic {
+                name: input.topic,
+                record: record.record.clone(),
+                cleanup: ASIDE,
+                from_clients: false,
+                to_clients: false,
+            }));
+        }
+        all
+    }
+
+    /// The topics that the pipeline names, in the order in which a request meets them, its own ones last: those of
+    /// its steps, and those of the host (`endings`, `attempts`, `deltas`, `cancels`, `dead-letters`).
+    pub fn named_topics(&self) -> Vec<PlannedTopic> {
         let mut touched: BTreeSet<&str> = HOST_TOPICS.iter().map(|topic| topic.name).collect();
         for step in &self.steps {
             touched.extend(step.from.iter().chain(step.to.values()).chain(&step.tables).map(String::as_str));

@@ -82,6 +82,10 @@ struct StepForm {
     /// `key` finishes records of one key one after the other; `any`, which is usual, as they come to an end.
     #[schemars(default)]
     order: OrderForm,
+    /// `fair` lets tenants take turns, and sets aside on `overflow.{step}` what one of them has beyond its share of the
+    /// queue; `fifo`, which is usual, serves first what came first.
+    #[schemars(default)]
+    queue: QueueForm,
     /// The operator's settings.
     #[schemars(default, skip_serializing_if = "unstated")]
     settings: Map<String, Value>,
@@ -94,6 +98,15 @@ enum OrderForm {
     #[default]
     Any,
     Key,
+}
+
+/// How a step deals with a queue that is longer than it can work off.
+#[derive(Default, JsonSchema, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+enum QueueForm {
+    #[default]
+    Fifo,
+    Fair,
 }
 
 /// One topic, or a list of topics.

@@ -1,7 +1,7 @@
 //! The pipelines that ship are without fault, and what is published of them is fresh.
 
 use crate::support::{Operators, golden, read};
-use forebay_plan::{Plan, PlannedTopic, explain, json_schema, plan};
+use forebay_plan::{Plan, PlannedStep, PlannedTopic, explain, json_schema, plan};
 
 fn answer() -> Plan {
     plan("pipelines/answer.yaml", &read("answer.yaml"), &Operators)
@@ -15,9 +15,28 @@ fn the_shipped_pipeline_is_without_fault_or_warning() {
 
 #[test]
 fn a_plan_knows_every_topic_that_it_touches() {
-    let names: Vec<String> = answer().topics().into_iter().map(|PlannedTopic { name, .. }| name).collect();
+    let names: Vec<String> =
+        answer().named_topics().into_iter().map(|PlannedTopic { name, .. }| name).collect();
     let all: Vec<&str> = forebay_schemas::topics::ALL.iter().map(|topic| topic.name).collect();
     assert_eq!(names, all);
+}
+
+#[test]
+fn a_step_reads_its_lanes_and_what_its_host_set_aside() {
+    let plan = answer();
+    let inputs =
+        |key| plan.step(key).unwrap().inputs().into_iter().map(|input| input.topic).collect::<Vec<_>>();
+    let retries = ["retry.infer.10s", "retry.infer.1m", "retry.infer.10m"];
+    assert_eq!(
+        inputs("infer"),
+        [&["prompts", "prompts-backfill"][..], &retries, &["overflow.infer"]].concat()
+    );
+    assert_eq!(inputs("fill"), ["endings", "retry.fill.10s", "retry.fill.1m", "retry.fill.10m"]);
+    assert_eq!(inputs("index"), ["documents"], "order would be lost");
+    let names: Vec<String> = plan.topics().into_iter().map(|topic| topic.name).collect();
+    let read: Vec<String> =
+        plan.steps.iter().flat_map(PlannedStep::inputs).map(|input| input.topic).collect();
+    assert!(read.iter().all(|topic| names.contains(topic)), "{read:?} in {names:?}");
 }
 
 #[test]
