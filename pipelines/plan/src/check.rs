@@ -6,8 +6,8 @@
 //! Invariant: no check stops another, except that a name which does not resolve is one fault and not a dozen.
 
 use crate::{
-    Catalogue, Description, Faults, IN_FLIGHT_DEFAULT, Pipeline, Placed, Plan, PlannedStep, PlannedTopic,
-    Queueing, Step, graph, nearest, plan::ENDED,
+    Catalogue, Description, Faults, IN_FLIGHT_DEFAULT, Order, Pipeline, Placed, Plan, PlannedStep,
+    PlannedTopic, Queueing, Step, graph, nearest, plan::ENDED,
 };
 use forebay_schemas::topics::{self, Cleanup};
 use std::collections::BTreeSet;
@@ -142,6 +142,11 @@ impl Check<'_> {
         let key = &step.key.value;
         if !description.is_job {
             let message = format!("step {key:?} cannot have a fair queue: its records are nobody's requests");
+            self.faults.add(step.queue.place, message);
+        }
+        if step.order == Order::Key {
+            let message =
+                format!("step {key:?} cannot have a fair queue: what is set aside comes out of order");
             self.faults.add(step.queue.place, message);
         }
         let from_clients = |name: &str| {

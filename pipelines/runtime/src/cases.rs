@@ -148,6 +148,7 @@ impl Bench {
             host: Arc::new(Alone),
             clock,
             patience: Patience { waits: vec![Duration::from_millis(1); 3], outage: RETRY_AFTER },
+            retry_delay_max: RETRY_AFTER,
         };
         let shutdown = CancellationToken::new();
         let (mut at_work, mut read) = (JoinSet::new(), Vec::new());
@@ -156,7 +157,7 @@ impl Bench {
             let (_, step) = step.ok_or_else(|| format!("step {:?} has no operator", planned.key))?;
             let inputs = site.inputs(planned);
             let (source, _) = MemorySource::join(&log, &site.group(planned), &inputs);
-            read.extend(inputs);
+            read.extend(inputs.into_iter().map(|input| input.topic));
             let mut limits = site.limits(planned);
             // Every act waits for the commits of the one before.
             limits.commit_every = Duration::from_millis(1);

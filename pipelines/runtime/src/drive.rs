@@ -4,6 +4,9 @@
 //! `in_flight` at a time; *unacknowledged* until all that it became is written; *finished*. Records finish in any
 //! order; offsets go on in theirs ([`crate::tracker`]).
 //!
+//! A record of a retry topic that is not due yet is not held: its partition is paused, and read again from there when it
+//! is. What a tenant has beyond its share of a fair queue is moved to the step's overflow topic.
+//!
 //! Invariants: an offset is stored only after every message that its record became is acknowledged. A partition that
 //! is taken away is first drained, then its progress is stored, then it is given up; what still finishes later is
 //! fenced off by the assignment's epoch. Every queue here has a bound.
@@ -11,10 +14,13 @@
 use crate::{
     fence::Fence,
     message::{Incoming, Outgoing, Partition},
+    queue::{Queue, Waiting},
     stage::Stage,
     tracker::Tracker,
 };
 use bytes::Bytes;
+use forebay_plan::Channel;
+use forebay_schemas::Retry;
 use forebay_telemetry::StepMeter;
 use futures::future::BoxFuture;
 use std::{
@@ -38,8 +44,8 @@ pub trait Source: Send {
     /// Takes what has happened already, without waiting.
     fn try_next(&mut self) -> Option<Event>;
 
-    /// A record has left the queue of those that wait: the source may read on.
-    fn dispatched(&mut self, bytes: usize);
+    /// A record of so many bytes has left the queue of those that wait: the source may read on.
+    fn dispatched(&mut self, channel: Channel, bytes: usize);
 
     /// Notes how far partitions have come. What is noted for a partition that is no longer ours is ignored.
     fn store(&mut self, progress: &[(Partition, i64)]);
@@ -52,6 +58,9 @@ pub trait Source: Send {
 
     /// Reads on.
     fn resume(&mut self, partition: &Partition);
+
+    /// Reads a partition once more from this offset on. What comes before [`Event::Rewound`] was read earlier.
+    fn rewind(&mut self, partition: &Partition, offset: i64);
 
     /// The partitions of the oldest [`Event::Revoked`] are drained and stored: commit, then give them up.
     fn release(&mut self);
@@ -77,8 +86,10 @@ pub enum Event {
         /// Whether it is too late to store anything.
         lost: bool,
     },
-    /// A record.
-    Record(Incoming),
+    /// Records, each partition's in order.
+    Records(Vec<Incoming>),
+    /// A partition is read as [`Source::rewind`] said from now on.
+    Rewound(Partition),
     /// Nothing more will come.
     Ended,
     /// The source cannot go on.
@@ -120,6 +131,8 @@ pub enum SendError {
 pub struct Limits {
     /// Records in the operator at a time.
     pub in_flight: usize,
+    /// Records that may wait for the operator on each channel.
+    pub waiting: usize,
     /// Offsets between the lowest unfinished record of a partition and the highest that was read.
     pub window: i64,
     /// How long a partition that is taken away may take to finish what is running.
@@ -136,6 +149,7 @@ impl Limits {
     pub fn new(in_flight: usize) -> Self {
         Self {
             in_flight,
+            waiting: (4 * in_flight).max(2_048),
             window: 65_536,
             // Shorter than max.poll.interval.ms and than what init systems allow before they kill.
             drain: Duration::from_secs(10),
@@ -170,7 +184,12 @@ struct Owned {
     tracker: Tracker,
     /// Records that are running or unacknowledged.
     busy: usize,
-    paused: bool,
+    /// Whether its window is full.
+    full: bool,
+    /// When the record is due at which it stands still, in milliseconds since 1970.
+    due_ms: Option<i64>,
+    /// Set until it is read again from that record on.
+    rewinding: bool,
     /// Set when it is being taken away: nothing of it is dispatched any more.
     leaving: bool,
 }
@@ -179,7 +198,21 @@ impl Owned {
     fn new(epoch: u64) -> Self {
         let gone = CancellationToken::new();
         let (tracker, _gone) = (Tracker::default(), gone.clone().drop_guard());
-        Self { gone, _gone, epoch, tracker, busy: 0, paused: false, leaving: false }
+        Self {
+            gone,
+            _gone,
+            epoch,
+            tracker,
+            busy: 0,
+            full: false,
+            due_ms: None,
+            rewinding: false,
+            leaving: false,
+        }
+    }
+
+    fn is_paused(&self) -> bool {
+        self.full || self.due_ms.is_some()
     }
 }
 
@@ -189,14 +222,9 @@ struct Done {
     epoch: u64,
     offset: i64,
     key: Option<Bytes>,
+    /// Bytes that the source still counts as waiting.
+    waited: Option<(Channel, usize)>,
     result: Result<(), SendError>,
-}
-
-/// A record that waits for the operator.
-struct Waiting {
-    incoming: Incoming,
-    /// Whether its key's turn is its own already.
-    has_turn: bool,
 }
 
 /// Partitions that are being taken away together.
@@ -212,7 +240,7 @@ struct Loop<S> {
     limits: Limits,
     owned: HashMap<Partition, Owned>,
     epoch: u64,
-    waiting: VecDeque<Waiting>,
+    queue: Queue,
     /// Keys whose turn somebody has, with the records that wait for the next one; only where the step is ordered.
     turns: HashMap<Bytes, VecDeque<Incoming>>,
     room: Arc<Semaphore>,
@@ -229,6 +257,7 @@ pub async fn drive<S: Source>(
     shutdown: CancellationToken,
 ) -> Result<(), DriveError> {
     let room = Arc::new(Semaphore::new(limits.in_flight));
+    let queue = Queue::new(stage.overflow().is_some());
     let mut state = Loop {
         stage,
         source,
@@ -236,7 +265,7 @@ pub async fn drive<S: Source>(
         limits,
         owned: HashMap::new(),
         epoch: 0,
-        waiting: VecDeque::new(),
+        queue,
         turns: HashMap::new(),
         room,
         tasks: JoinSet::new(),
@@ -262,6 +291,7 @@ impl<S: Source> Loop<S> {
                 _ = commit.tick() => {
                     self.store();
                     self.source.commit();
+                    self.wake_due();
                     self.measure();
                 }
                 () = until(drained_by), if drained_by.is_some() => self.release_drained(true),
@@ -269,7 +299,7 @@ impl<S: Source> Loop<S> {
                     // A task ends by a panic only where our own code has a bug: its record stays unfinished.
                     self.finish(done.map_err(|panic| self.error(format!("a task panicked: {panic}")))?)?;
                 }
-                permit = Arc::clone(&self.room).acquire_owned(), if !self.waiting.is_empty() => {
+                permit = Arc::clone(&self.room).acquire_owned(), if !self.queue.is_empty() => {
                     let permit = permit.map_err(|closed| self.error(closed.to_string()))?;
                     self.dispatch(permit);
                 }
@@ -290,7 +320,12 @@ impl<S: Source> Loop<S> {
     /// Takes in what the source tells; true at its end.
     fn take(&mut self, event: Event) -> Result<bool, DriveError> {
         match event {
-            Event::Record(incoming) => self.admit(incoming),
+            Event::Records(records) => records.into_iter().for_each(|incoming| self.admit(incoming)),
+            Event::Rewound(partition) => {
+                if let Some(owned) = self.owned.get_mut(&partition) {
+                    owned.rewinding = false;
+                }
+            }
             Event::Assigned(partitions) => self.assign(partitions),
             Event::Revoked { partitions, lost } => self.revoke(partitions, lost),
             Event::Ended => return Ok(true),
@@ -309,28 +344,61 @@ impl<S: Source> Loop<S> {
     }
 
     fn admit(&mut self, incoming: Incoming) {
-        let Some(owned) = self.owned.get_mut(&incoming.partition).filter(|owned| !owned.leaving) else {
-            // It was read before the partition was taken away; its next owner reads it.
-            return self.source.dispatched(incoming.held.bytes());
+        let (channel, bytes) = (incoming.channel, incoming.held.bytes());
+        let unread = |owned: &&mut Owned| !owned.leaving && !owned.rewinding;
+        let Some(owned) = self.owned.get_mut(&incoming.partition).filter(unread) else {
+            // It was read before its partition was taken away, or rewound: it is read again.
+            return self.source.dispatched(channel, bytes);
         };
-        if !owned.tracker.begin(incoming.offset) {
-            return self.source.dispatched(incoming.held.bytes());
+        if let Some(due_ms) = due_ms(&incoming).filter(|due_ms| *due_ms > self.stage.now_ms()) {
+            (owned.due_ms, owned.rewinding) = (Some(due_ms), true);
+            self.source.pause(&incoming.partition);
+            self.source.rewind(&incoming.partition, incoming.offset);
+            return self.source.dispatched(channel, bytes);
         }
-        if !owned.paused && owned.tracker.span() > self.limits.window {
-            owned.paused = true;
+        if !owned.tracker.begin(incoming.offset) {
+            return self.source.dispatched(channel, bytes);
+        }
+        if !owned.full && owned.tracker.span() > self.limits.window {
+            owned.full = true;
             self.source.pause(&incoming.partition);
         }
-        self.stage.meter().received(&incoming.partition.topic, incoming.held.bytes());
-        self.waiting.push_back(Waiting { incoming, has_turn: false });
+        self.stage.meter().received(&incoming.partition.topic, bytes);
+        if channel == Channel::Live && self.queue.is_over_share(&incoming, self.limits.waiting) {
+            return self.set_aside(incoming);
+        }
+        self.queue.push(Waiting { incoming, has_turn: false });
     }
 
-    /// Gives the first record that waits to the operator.
+    /// Moves a record to the overflow topic. It counts as waiting until it is there.
+    fn set_aside(&mut self, incoming: Incoming) {
+        let waited = Some((incoming.channel, incoming.held.bytes()));
+        self.spawn(incoming, waited, |stage, sink, incoming, ours| async move {
+            ours.still().await?;
+            sink.send(stage.set_aside(&incoming)).await
+        });
+    }
+
+    /// Reads on where a record has become due.
+    fn wake_due(&mut self) {
+        let now_ms = self.stage.now_ms();
+        for (partition, owned) in &mut self.owned {
+            if owned.due_ms.is_some_and(|due_ms| due_ms <= now_ms) {
+                owned.due_ms = None;
+                if !owned.is_paused() {
+                    self.source.resume(partition);
+                }
+            }
+        }
+    }
+
+    /// Gives the record whose turn it is to the operator.
     fn dispatch(&mut self, permit: OwnedSemaphorePermit) {
-        let Some(Waiting { incoming, has_turn }) = self.waiting.pop_front() else { return };
+        let Some(Waiting { incoming, has_turn }) = self.queue.pop() else { return };
         if has_turn {
             return self.start(incoming, permit);
         }
-        self.source.dispatched(incoming.held.bytes());
+        self.source.dispatched(incoming.channel, incoming.held.bytes());
         if self.limits.ordered
             && let Some(key) = incoming.key.clone()
         {
@@ -343,6 +411,20 @@ impl<S: Source> Loop<S> {
     }
 
     fn start(&mut self, incoming: Incoming, permit: OwnedSemaphorePermit) {
+        self.spawn(incoming, None, |stage, sink, incoming, ours| async move {
+            advance(&stage, &*sink, &incoming, permit, &ours).await
+        });
+    }
+
+    /// Lets a record go its way beside the loop.
+    fn spawn<F>(
+        &mut self,
+        incoming: Incoming,
+        waited: Option<(Channel, usize)>,
+        go: impl FnOnce(Arc<Stage>, Arc<dyn Sink>, Arc<Incoming>, Ours) -> F + Send + 'static,
+    ) where
+        F: Future<Output = Result<(), SendError>> + Send,
+    {
         let Some(owned) = self.owned.get_mut(&incoming.partition).filter(|owned| !owned.leaving) else {
             return self.next_turn(incoming.key.as_ref());
         };
@@ -351,14 +433,19 @@ impl<S: Source> Loop<S> {
         let ours = Ours { fence: self.source.fence(), gone: owned.gone.clone() };
         let (stage, sink) = (Arc::clone(&self.stage), Arc::clone(&self.sink));
         self.tasks.spawn(async move {
-            let result = advance(&stage, &*sink, &incoming, permit, &ours).await;
-            let Incoming { partition, offset, key, .. } = incoming;
-            Done { partition, epoch, offset, key, result }
+            let incoming = Arc::new(incoming);
+            let result = go(stage, sink, Arc::clone(&incoming), ours).await;
+            let (partition, offset, key) =
+                (incoming.partition.clone(), incoming.offset, incoming.key.clone());
+            Done { partition, epoch, offset, key, waited, result }
         });
     }
 
     fn finish(&mut self, done: Done) -> Result<(), DriveError> {
-        let Done { partition, epoch, offset, key, result } = done;
+        let Done { partition, epoch, offset, key, waited, result } = done;
+        if let Some((channel, bytes)) = waited {
+            self.source.dispatched(channel, bytes);
+        }
         self.next_turn(key.as_ref());
         let finished = match result {
             Ok(()) => true,
@@ -374,9 +461,11 @@ impl<S: Source> Loop<S> {
         if finished {
             owned.tracker.finish(offset);
         }
-        if owned.paused && owned.tracker.span() <= self.limits.window / 2 {
-            owned.paused = false;
-            self.source.resume(&partition);
+        if owned.full && owned.tracker.span() <= self.limits.window / 2 {
+            owned.full = false;
+            if !owned.is_paused() {
+                self.source.resume(&partition);
+            }
         }
         if owned.leaving {
             self.release_drained(false);
@@ -389,7 +478,7 @@ impl<S: Source> Loop<S> {
         let Some((key, mut turn)) = key.and_then(|key| self.turns.remove_entry(key)) else { return };
         if let Some(incoming) = turn.pop_front() {
             self.turns.insert(key, turn);
-            self.waiting.push_front(Waiting { incoming, has_turn: true });
+            self.queue.push(Waiting { incoming, has_turn: true });
         }
     }
 
@@ -400,13 +489,11 @@ impl<S: Source> Loop<S> {
             turn.retain(|incoming| !gone.contains(&incoming.partition));
         }
         let mut given_back = Vec::new();
-        for waiting in std::mem::take(&mut self.waiting) {
-            if !gone.contains(&waiting.incoming.partition) {
-                self.waiting.push_back(waiting);
-            } else if waiting.has_turn {
-                given_back.push(waiting.incoming.key);
+        for Waiting { incoming, has_turn } in self.queue.take_out(&gone) {
+            if has_turn {
+                given_back.push(incoming.key);
             } else {
-                self.source.dispatched(waiting.incoming.held.bytes());
+                self.source.dispatched(incoming.channel, incoming.held.bytes());
             }
         }
         // Behind it a record of the same key may wait that lies on another topic, and is still ours.
@@ -464,9 +551,9 @@ impl<S: Source> Loop<S> {
     fn measure(&self) {
         let meter = self.meter();
         meter.in_flight(self.limits.in_flight - self.room.available_permits());
-        let bytes = self.waiting.iter().map(|waiting| waiting.incoming.held.bytes()).sum();
-        meter.buffered(self.waiting.len(), bytes);
-        meter.paused(self.owned.values().filter(|owned| owned.paused).count());
+        let (records, bytes) = self.queue.size();
+        meter.buffered(records, bytes);
+        meter.paused(self.owned.values().filter(|owned| owned.is_paused()).count());
     }
 
     fn meter(&self) -> &StepMeter {
@@ -524,6 +611,14 @@ impl Ours {
             }
         }
         if self.gone.is_cancelled() { Err(SendError::Closed) } else { Ok(()) }
+    }
+}
+
+/// When a record is to be tried that a host set aside. On a topic of clients the header would be theirs.
+fn due_ms(incoming: &Incoming) -> Option<i64> {
+    match incoming.channel {
+        Channel::Retry => Retry::due_ms(&incoming.headers),
+        Channel::Live | Channel::Backfill | Channel::Overflow => None,
     }
 }
 

@@ -15,6 +15,7 @@ pub mod host;
 pub mod message;
 pub mod once;
 pub mod process;
+mod queue;
 mod site;
 pub mod stage;
 pub mod tracker;

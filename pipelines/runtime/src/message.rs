@@ -2,6 +2,7 @@
 
 use crate::budget::Held;
 use bytes::Bytes;
+use forebay_plan::Channel;
 use forebay_schemas::Headers;
 use std::{fmt, sync::Arc};
 
@@ -20,11 +21,22 @@ impl fmt::Display for Partition {
     }
 }
 
+/// A topic that a stage reads, under its full name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Input {
+    /// The topic's name, with its prefix.
+    pub topic: Arc<str>,
+    /// What kind of queue it is.
+    pub channel: Channel,
+}
+
 /// A message that was read.
 #[derive(Debug)]
 pub struct Incoming {
     /// Where it lies.
     pub partition: Partition,
+    /// What kind of queue that is.
+    pub channel: Channel,
     /// Its offset there.
     pub offset: i64,
     /// Its timestamp, in milliseconds since 1970.

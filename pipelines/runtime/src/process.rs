@@ -101,20 +101,22 @@ impl Launch<'_> {
             host,
             clock: self.clock,
             patience: Patience::default(),
+            retry_delay_max: Duration::MAX,
             cancels,
         };
         let mut stages = JoinSet::new();
         for (planned, step) in &self.steps {
             let stage = site.stage(planned, Arc::clone(step));
+            let limits = site.limits(planned);
             let reading = Reading {
-                bounds: ReadBounds::new(planned.in_flight),
+                bounds: ReadBounds::new(limits.waiting),
                 budget: Arc::clone(&budget),
                 meter: stage.meter().clone(),
                 health: self.health.clone(),
                 once: stage.once().cloned(),
             };
             let source = KafkaSource::join(self.kafka, &site.group(planned), &site.inputs(planned), reading)?;
-            let (limits, sink, all) = (site.limits(planned), Arc::new(sink.clone()), shutdown.clone());
+            let (sink, all) = (Arc::new(sink.clone()), shutdown.clone());
             stages.spawn(async move {
                 let ended = drive(stage, source, sink, limits, all.clone()).await;
                 // Whoever waits for a result must hear at once that none will come.

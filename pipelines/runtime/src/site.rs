@@ -6,14 +6,15 @@
 use crate::{
     cancels::Cancels,
     drive::Limits,
+    message::Input,
     once::{Once, REMEMBERED_MAX},
-    stage::{CommonTopics, Parts, Patience, Stage},
+    stage::{CommonTopics, Parts, Patience, RetryTopic, Stage},
 };
 use forebay_operator::{Clock, Host, Step};
-use forebay_plan::{Order, Plan, PlannedStep};
+use forebay_plan::{Channel, Order, Plan, PlannedStep, PlannedTopic};
 use forebay_schemas::topics;
 use forebay_telemetry::Telemetry;
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 /// Where the stages of a pipeline stand: all that they have in common.
 pub(crate) struct Site<'a> {
@@ -31,6 +32,8 @@ pub(crate) struct Site<'a> {
     pub clock: Clock,
     /// How long to wait for a world that failed.
     pub patience: Patience,
+    /// The longest that a record is set aside to be tried again.
+    pub retry_delay_max: Duration,
     /// Requests that their clients took back.
     pub cancels: Arc<Cancels>,
 }
@@ -39,13 +42,19 @@ impl Site<'_> {
     /// The stage of a step.
     pub fn stage(&self, planned: &PlannedStep, step: Arc<dyn Step>) -> Arc<Stage> {
         let meter = self.telemetry.step(&planned.key, step.operator()).in_group(&self.group(planned));
-        let written = self.plan.topics().into_iter();
-        let from_clients = written.filter(|topic| topic.from_clients && planned.from.contains(&topic.name));
+        let topics = self.plan.topics();
+        let inputs = planned.inputs();
+        let from_clients = topics
+            .iter()
+            .filter(|topic| topic.from_clients && inputs.iter().any(|input| input.topic == topic.name));
         let stage = Stage::new(Parts {
             key: planned.key.as_str().into(),
             step,
             routes: planned.to.iter().map(|(port, topic)| (port.clone(), self.name(topic))).collect(),
             from_clients: from_clients.map(|topic| self.name(&topic.name)).collect(),
+            backfill: self.backfill(&topics),
+            retries: self.retries(planned),
+            overflow: self.overflow(&inputs),
             visits_max: planned.visits_max,
             common: CommonTopics {
                 endings: self.name(topics::ENDINGS.name),
@@ -68,9 +77,29 @@ impl Site<'_> {
         self.plan.consumer_group(self.prefix, planned)
     }
 
-    /// The full names of the topics that a step reads.
-    pub fn inputs(&self, planned: &PlannedStep) -> Vec<Arc<str>> {
-        planned.from.iter().map(|topic| self.name(topic)).collect()
+    /// The topics that a step reads.
+    pub fn inputs(&self, planned: &PlannedStep) -> Vec<Input> {
+        let named =
+            |input: forebay_plan::Input| Input { topic: self.name(&input.topic), channel: input.channel };
+        planned.inputs().into_iter().map(named).collect()
+    }
+
+    /// From the full name of each topic to that of its backfill lane, where it has one.
+    fn backfill(&self, topics: &[PlannedTopic]) -> BTreeMap<Arc<str>, Arc<str>> {
+        let lanes = topics.iter().map(|topic| (&topic.name, topics::backfill(&topic.name)));
+        let lanes = lanes.filter(|(_, lane)| topics.iter().any(|other| other.name == *lane));
+        lanes.map(|(topic, lane)| (self.name(topic), self.name(&lane))).collect()
+    }
+
+    fn retries(&self, planned: &PlannedStep) -> Vec<RetryTopic> {
+        let retries = planned.retries().into_iter();
+        let delay = |ms: i64| Duration::from_millis(ms.unsigned_abs()).min(self.retry_delay_max);
+        retries.map(|(topic, ms)| RetryTopic { topic: self.name(&topic), delay: delay(ms) }).collect()
+    }
+
+    fn overflow(&self, inputs: &[forebay_plan::Input]) -> Option<Arc<str>> {
+        let overflow = inputs.iter().find(|input| input.channel == Channel::Overflow)?;
+        Some(self.name(&overflow.topic))
     }
 
     /// The bounds of a step. All steps together may have fewer records unfinished in a partition than is remembered of

@@ -1,8 +1,8 @@
 //! What one record becomes.
 //!
 //! A stage is one step of a pipeline with its routes: it reads a message, gives the record to the operator, and says
-//! which messages follow: outputs, rows about upstream calls, an ending for a request that goes no further, a dead
-//! letter for a record that nobody can process.
+//! which messages follow: outputs, rows about upstream calls, the record itself on a retry topic where the world failed,
+//! an ending for a request that goes no further, a dead letter for a record that nobody can process.
 //!
 //! Invariant: every record becomes at least one message or was an `Ok` of its operator. A request whose work cannot
 //! go on becomes an ending, whatever happened: bytes that are no record, a panic, a store that is away.
@@ -14,9 +14,10 @@ use crate::{
 };
 use bytes::Bytes;
 use forebay_operator::{Addressed, Clock, Context, Delivery, Failure, Host, Opened, Step, StopSignal};
+use forebay_plan::Channel;
 use forebay_schemas::{
-    Attempt, DeadLetter, Ending, Envelope, Fault, Headers, NanoUsd, Origin, Record, Request, RequestId,
-    Status, dead_letter::header as dead,
+    Attempt, DeadLetter, Ending, Envelope, Fault, Headers, Lane, NanoUsd, Origin, Record, Request, RequestId,
+    Retry, Source, Status, dead_letter::header as dead,
 };
 use forebay_telemetry::{Outcome, StepMeter};
 use futures::FutureExt;
@@ -41,10 +42,11 @@ pub struct CommonTopics {
     pub attempts: Arc<str>,
 }
 
-/// How long a stage waits for a world that failed, before it gives a record up.
+/// How long a stage waits in place for a world that failed.
 #[derive(Clone, Debug)]
 pub struct Patience {
-    /// The waits between tries; a record is given up after the last.
+    /// The waits between tries where a record cannot be set aside: its order matters, and it is given up after the last;
+    /// or its deadline comes first, and the last wait is repeated until then.
     pub waits: Vec<Duration>,
     /// The wait between tries while what is needed cannot be reached at all: an outage costs no try.
     pub outage: Duration,
@@ -57,6 +59,15 @@ impl Default for Patience {
     }
 }
 
+/// A topic where records wait until they are tried again.
+#[derive(Clone, Debug)]
+pub struct RetryTopic {
+    /// Its full name.
+    pub topic: Arc<str>,
+    /// How long each record waits there.
+    pub delay: Duration,
+}
+
 /// All that a stage is made of.
 pub struct Parts {
     /// The step's key in its pipeline.
@@ -67,6 +78,12 @@ pub struct Parts {
     pub routes: BTreeMap<String, Arc<str>>,
     /// Full names of the topics, among those that it reads, which clients write to.
     pub from_clients: BTreeSet<Arc<str>>,
+    /// From the full name of a topic to that of its backfill lane.
+    pub backfill: BTreeMap<Arc<str>, Arc<str>>,
+    /// Where records wait until they are tried again, in the order in which they pass them. None where order matters.
+    pub retries: Vec<RetryTopic>,
+    /// Where what a tenant has beyond its share of the queue waits, where the queue is fair.
+    pub overflow: Option<Arc<str>>,
     /// How often one request may pass this step, where the pipeline bounds a loop here.
     pub visits_max: Option<u32>,
     /// Topics that every stage may write to.
@@ -112,6 +129,7 @@ struct Death<'a> {
     class: &'static str,
     code: &'a str,
     message: String,
+    /// Tries of this reading.
     attempts: u32,
 }
 
@@ -141,6 +159,23 @@ impl Stage {
         &self.parts.key
     }
 
+    /// The topic for what a tenant has beyond its share of the queue, where the queue is fair.
+    pub fn overflow(&self) -> Option<&Arc<str>> {
+        self.parts.overflow.as_ref()
+    }
+
+    /// What time it is, in milliseconds since 1970.
+    pub fn now_ms(&self) -> i64 {
+        self.parts.clock.now_ms()
+    }
+
+    /// A record as it goes to the overflow topic: just as it is.
+    pub fn set_aside(&self, incoming: &Incoming) -> Vec<Outgoing> {
+        self.parts.meter.set_aside("overflow");
+        let topic = self.parts.overflow.iter();
+        topic.map(|topic| copy(incoming, topic, incoming.headers.clone())).collect()
+    }
+
     /// What is counted.
     pub fn meter(&self) -> &StepMeter {
         &self.parts.meter
@@ -165,8 +200,14 @@ impl Stage {
             Ok(envelope) => envelope,
             Err(fault) => return (self.undecodable(incoming, &*fault), Outcome::Undecodable),
         };
+        let retry = match Retry::read(&incoming.headers).map(|retry| retry.filter(|_| !self.enters(incoming)))
+        {
+            Ok(retry) => retry,
+            Err(fault) => return (self.undecodable(incoming, &fault), Outcome::Undecodable),
+        };
         envelope.timings.queue = envelope.timings.queue.saturating_add(queue_us);
-        if let Some(visits_max) = self.parts.visits_max {
+        // Whoever comes back to be tried again was counted when it came first.
+        if let Some(visits_max) = self.parts.visits_max.filter(|_| retry.is_none()) {
             envelope.visit = envelope.visit.saturating_add(1);
             if envelope.visit > visits_max {
                 let message = format!("it came to step {} more than {visits_max} times", self.parts.key);
@@ -184,7 +225,7 @@ impl Stage {
         if let Some(traceparent) = span.traceparent() {
             envelope.traceparent = Some(traceparent);
         }
-        let (messages, outcome) = self.run(incoming, opened, envelope).await;
+        let (messages, outcome) = self.run(incoming, opened, envelope, retry).await;
         span.end(outcome);
         (messages, outcome)
     }
@@ -195,6 +236,7 @@ impl Stage {
         incoming: &'s Incoming,
         opened: Box<dyn Opened + 's>,
         mut envelope: Envelope,
+        retry: Option<Retry>,
     ) -> (Vec<Outgoing>, Outcome) {
         let mut rows = Vec::new();
         let mut opened = Some(opened);
@@ -243,13 +285,18 @@ impl Stage {
                 }
                 Ok(Err(Failure::Unavailable { outage, what, code, source })) => {
                     self.parts.meter.retried();
-                    let wait =
-                        match self.parts.patience.waits.get(usize::try_from(tries - 1).unwrap_or(usize::MAX))
-                        {
-                            _ if outage && began.elapsed() < JOB_LIFE => self.parts.patience.outage,
-                            Some(wait) => *wait,
-                            None => break Failure::Unavailable { outage, what, code, source },
-                        };
+                    let wait = match self.next_try(&envelope, retry.as_ref(), tries) {
+                        _ if outage && began.elapsed() < JOB_LIFE => self.parts.patience.outage,
+                        Next::Wait(wait) => wait,
+                        Next::SetAside(to) => {
+                            let again = self.retry(incoming, &envelope, retry, tries, to);
+                            warn!(stage = %self.parts.key, code, %what, error = %chain(&*source), place = %incoming.place(),
+                                topic = %to.topic, "could not process a record; it is set aside to be tried again");
+                            rows.push(again);
+                            return (rows, Outcome::SetAside);
+                        }
+                        Next::GiveUp => break Failure::Unavailable { outage, what, code, source },
+                    };
                     warn!(stage = %self.parts.key, code, %what, error = %chain(&*source), place = %incoming.place(),
                         wait_ms = wait.as_millis(), "could not process a record; will try again");
                     if outage {
@@ -273,6 +320,64 @@ impl Stage {
         let (ended, outcome) = self.end(incoming, &envelope, &failure, tries);
         rows.extend(ended);
         (rows, outcome)
+    }
+
+    /// When a record is tried again that met a world which failed.
+    fn next_try(&self, envelope: &Envelope, retry: Option<&Retry>, tries: u32) -> Next<'_> {
+        let Parts { retries, patience, .. } = &self.parts;
+        let number = usize::try_from(tries - 1).unwrap_or(usize::MAX);
+        if retries.is_empty() {
+            return patience.waits.get(number).map_or(Next::GiveUp, |wait| Next::Wait(*wait));
+        }
+        let round = retry.map_or(0, |retry| usize::try_from(retry.round).unwrap_or(usize::MAX));
+        let Some(upto) = retries.get(..=round.min(retries.len() - 1)) else { return Next::GiveUp };
+        let Some(deadline) = envelope.deadline_at_ms.filter(|_| self.parts.step.is_job()) else {
+            return retries.get(round).map_or(Next::GiveUp, Next::SetAside);
+        };
+        // Not beyond the deadline: sooner, or in place, but as long as somebody waits.
+        let left = Duration::from_millis(u64::try_from(deadline - self.now_ms()).unwrap_or(0));
+        match upto.iter().rev().find(|to| to.delay < left) {
+            Some(to) => Next::SetAside(to),
+            None => {
+                let last = patience.waits.last().copied().unwrap_or(patience.outage);
+                Next::Wait(patience.waits.get(number).copied().unwrap_or(last))
+            }
+        }
+    }
+
+    /// A record as it goes to a retry topic.
+    fn retry(
+        &self,
+        incoming: &Incoming,
+        envelope: &Envelope,
+        before: Option<Retry>,
+        tries: u32,
+        to: &RetryTopic,
+    ) -> Outgoing {
+        self.parts.meter.set_aside("retry");
+        let now_ms = self.now_ms();
+        let Incoming { partition, offset, timestamp_ms, key, .. } = incoming;
+        let mut retry = before.unwrap_or_else(|| Retry {
+            due_ms: now_ms,
+            tries: 0,
+            round: 0,
+            since_ms: now_ms,
+            source: Source {
+                topic: partition.topic.to_string(),
+                partition: partition.number,
+                offset: *offset,
+                timestamp_ms: *timestamp_ms,
+            },
+            key: key.clone(),
+            redrives: 0,
+        });
+        retry.due_ms = now_ms.saturating_add(i64::try_from(to.delay.as_millis()).unwrap_or(i64::MAX));
+        retry.tries = retry.tries.saturating_add(tries);
+        retry.round = retry.round.saturating_add(1);
+        let mut headers = envelope.write();
+        retry.write(&mut headers);
+        let key = Some(envelope.id.as_str().as_bytes().to_vec());
+        Outgoing { key, ..copy(incoming, &to.topic, headers) }
     }
 
     /// Messages of a record whose operator said why it goes no further.
@@ -350,8 +455,9 @@ impl Stage {
         incoming: &Incoming,
         opened: &dyn Opened,
     ) -> Result<Envelope, Box<dyn Error + Send + Sync>> {
-        let enters = self.parts.from_clients.contains(&incoming.partition.topic);
-        if !enters && let Some(envelope) = Envelope::read(&incoming.headers)? {
+        if !self.enters(incoming)
+            && let Some(envelope) = Envelope::read(&incoming.headers)?
+        {
             return Ok(envelope);
         }
         let identity = opened.identity();
@@ -362,11 +468,19 @@ impl Stage {
         }
         envelope.tenant = identity.tenant.unwrap_or_default();
         envelope.stream = identity.stream;
+        if incoming.channel == Channel::Backfill {
+            envelope.lane = Lane::Backfill;
+        }
         envelope.payload = opened.request().and_then(payload_of);
         // A deadline beyond all time is none.
         let deadline = identity.deadline_ms.and_then(|left| i64::try_from(left).ok());
         envelope.deadline_at_ms = deadline.and_then(|left| incoming.timestamp_ms.checked_add(left));
         Ok(envelope)
+    }
+
+    /// Whether a record comes from a client, so that its headers are the client's.
+    fn enters(&self, incoming: &Incoming) -> bool {
+        self.parts.from_clients.contains(&incoming.partition.topic)
     }
 
     /// The envelope of a record that says nothing of itself.
@@ -484,6 +598,8 @@ impl Stage {
         let key = output.key.unwrap_or_else(|| envelope.id.as_str().to_owned()).into_bytes();
         // `plan::check` has seen to it that every port has a route; an ending is the safe place for a bug.
         let topic = self.parts.routes.get(output.port).unwrap_or(&self.parts.common.endings);
+        let lane = (envelope.lane == Lane::Backfill).then(|| self.parts.backfill.get(topic)).flatten();
+        let topic = lane.unwrap_or(topic);
         Outgoing { topic: Arc::clone(topic), key: Some(key), value: output.body, headers: envelope.write() }
     }
 
@@ -495,9 +611,8 @@ impl Stage {
 
     /// The envelope of a record that cannot be read: the one that its host wrote, as far as that can be read.
     fn derived_envelope_of_job(&self, incoming: &Incoming) -> Envelope {
-        let enters = self.parts.from_clients.contains(&incoming.partition.topic);
         match Envelope::read(&incoming.headers) {
-            Ok(Some(envelope)) if !enters => envelope,
+            Ok(Some(envelope)) if !self.enters(incoming) => envelope,
             _ => self.derived_envelope(incoming),
         }
     }
@@ -562,6 +677,26 @@ impl Stage {
             value,
             headers: envelope.write(),
         }
+    }
+}
+
+/// When a record is tried again.
+enum Next<'s> {
+    /// In place, after a wait.
+    Wait(Duration),
+    /// When its turn on this topic comes.
+    SetAside(&'s RetryTopic),
+    /// No more.
+    GiveUp,
+}
+
+/// A record on another topic, under other headers.
+fn copy(incoming: &Incoming, topic: &Arc<str>, headers: Headers) -> Outgoing {
+    Outgoing {
+        topic: Arc::clone(topic),
+        key: incoming.key.as_ref().map(|key| key.to_vec()),
+        value: incoming.value.as_ref().map(|value| value.to_vec()),
+        headers,
     }
 }
 

@@ -2,11 +2,12 @@
 
 #![cfg(test)]
 
+use forebay_plan::Channel;
 use forebay_runtime::{
     budget::Budget,
     drive::{Event, Source},
     host::kafka::{Kafka, KafkaSettings, KafkaSource, ReadBounds, Reading},
-    message::Partition,
+    message::{Input, Partition},
 };
 use forebay_telemetry::{Health, Settings, Telemetry};
 use rdkafka::{
@@ -54,12 +55,14 @@ impl Cluster {
             health: Health::new(),
             once: None,
         };
-        let source = KafkaSource::join(&self.kafka, "group", &["requests".into()], reading).unwrap();
+        let input = Input { topic: "requests".into(), channel: Channel::Live };
+        let source = KafkaSource::join(&self.kafka, "group", &[input], reading).unwrap();
         Member {
             source,
             owned: BTreeSet::new(),
             revoked: Vec::new(),
             read: BTreeSet::new(),
+            told: Vec::new(),
             joined: false,
             ended: false,
         }
@@ -82,6 +85,8 @@ struct Member {
     revoked: Vec<Vec<Partition>>,
     /// Partition and text.
     read: BTreeSet<(i32, String)>,
+    /// Texts and rewinds as they came.
+    told: Vec<String>,
     /// Whether the group has assigned something, be it nothing.
     joined: bool,
     ended: bool,
@@ -101,12 +106,16 @@ impl Member {
                 });
                 self.revoked.push(partitions);
             }
-            Ok(Event::Record(record)) => {
-                self.source.dispatched(record.held.bytes());
-                let text = String::from_utf8(record.value.unwrap().to_vec()).unwrap();
-                self.source.store(&[(record.partition.clone(), record.offset + 1)]);
-                self.read.insert((record.partition.number, text));
+            Ok(Event::Records(records)) => {
+                for record in records {
+                    self.source.dispatched(record.channel, record.held.bytes());
+                    let text = String::from_utf8(record.value.unwrap().to_vec()).unwrap();
+                    self.source.store(&[(record.partition.clone(), record.offset + 1)]);
+                    self.told.push(text.clone());
+                    self.read.insert((record.partition.number, text));
+                }
             }
+            Ok(Event::Rewound(partition)) => self.told.push(format!("rewound {}", partition.number)),
             Ok(Event::Ended) => self.ended = true,
             Ok(Event::Failed(fault)) => panic!("{fault}"),
             Err(_) => {}
@@ -161,6 +170,33 @@ async fn a_partition_that_was_paused_when_it_went_is_read_when_it_comes_back() {
     cluster.write("after").await;
     until(&mut [&mut first], "reading", |members| members[0].has_read("after") == 4).await;
     drop(cluster.mock);
+}
+
+#[tokio::test]
+async fn a_partition_that_is_rewound_while_it_is_paused_is_read_from_there() {
+    let cluster = Cluster::start();
+    let mut member = cluster.join();
+    until(&mut [&mut member], "an assignment", |members| members[0].owned.len() == 4).await;
+    let all = ["one", "two", "three"];
+    for text in all {
+        cluster.write(text).await;
+    }
+    let read_all = |members: &mut [&mut Member]| all.iter().all(|text| members[0].has_read(text) == 4);
+    until(&mut [&mut member], "reading", read_all).await;
+    let last = Partition { topic: "requests".into(), number: 3 };
+    member.source.pause(&last);
+    member.source.rewind(&last, 1);
+    until(&mut [&mut member], "the rewind", |members| members[0].told.iter().any(|told| told == "rewound 3"))
+        .await;
+    member.told.clear();
+    cluster.write("four").await;
+    until(&mut [&mut member], "the others", |members| members[0].has_read("four") == 3).await;
+    assert_eq!(member.told, ["four"; 3], "it is paused");
+    // A pause after the rewind must not bring the old position back.
+    member.source.pause(&last);
+    member.source.resume(&last);
+    until(&mut [&mut member], "reading on", |members| members[0].has_read("four") == 4).await;
+    assert_eq!(member.told[3..], ["two", "three", "four"]);
 }
 
 #[tokio::test]

@@ -150,6 +150,13 @@ pub(crate) const DEAD_LETTERS: Declared = Declared {
     meaning: "Records put aside as dead letters, by class of error.",
     ..LINE
 };
+pub(crate) const SET_ASIDE: Declared = Declared {
+    name: "forebay.step.set_aside",
+    unit: "{record}",
+    labels: &["stage", "operator", "why"],
+    meaning: "Records moved to a topic of the step's own: `retry`, to be tried again; `overflow`, beyond a tenant's share.",
+    ..LINE
+};
 pub(crate) const IN_FLIGHT: Declared = Declared {
     name: "forebay.step.in_flight.records",
     kind: Kind::Gauge,
@@ -291,6 +298,7 @@ pub(crate) const DECLARED: &[Declared] = &[
     RETRIES,
     DEDUPLICATED,
     DEAD_LETTERS,
+    SET_ASIDE,
     IN_FLIGHT,
     BUFFERED_RECORDS,
     BUFFERED_BYTES,

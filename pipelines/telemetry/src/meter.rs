@@ -48,10 +48,12 @@ pub enum Outcome {
     Undecodable,
     /// The operator panicked, twice.
     Panicked,
+    /// The world failed, and the record waits on a retry topic.
+    SetAside,
 }
 
 impl Outcome {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 8] = [
         Self::Ok,
         Self::Expired,
         Self::Cancelled,
@@ -59,6 +61,7 @@ impl Outcome {
         Self::Unavailable,
         Self::Undecodable,
         Self::Panicked,
+        Self::SetAside,
     ];
 
     /// The word under which it is counted.
@@ -71,6 +74,7 @@ impl Outcome {
             Self::Unavailable => "unavailable",
             Self::Undecodable => "undecodable",
             Self::Panicked => "panicked",
+            Self::SetAside => "set_aside",
         }
     }
 
@@ -78,7 +82,7 @@ impl Outcome {
     pub fn is_error(self) -> bool {
         match self {
             Self::Ok | Self::Expired | Self::Cancelled => false,
-            Self::Rejected | Self::Unavailable | Self::Undecodable | Self::Panicked => true,
+            Self::Rejected | Self::Unavailable | Self::Undecodable | Self::Panicked | Self::SetAside => true,
         }
     }
 }
@@ -95,6 +99,7 @@ pub(crate) struct Instruments {
     retries: Counter<u64>,
     deduplicated: Counter<u64>,
     dead_letters: Counter<u64>,
+    set_aside: Counter<u64>,
     in_flight: Gauge<u64>,
     buffered_records: Gauge<u64>,
     buffered_bytes: Gauge<u64>,
@@ -120,6 +125,7 @@ impl Instruments {
             retries: declared::RETRIES.counter(meter),
             deduplicated: declared::DEDUPLICATED.counter(meter),
             dead_letters: declared::DEAD_LETTERS.counter(meter),
+            set_aside: declared::SET_ASIDE.counter(meter),
             in_flight: declared::IN_FLIGHT.gauge_u64(meter),
             buffered_records: declared::BUFFERED_RECORDS.gauge_u64(meter),
             buffered_bytes: declared::BUFFERED_BYTES.gauge_u64(meter),
@@ -227,6 +233,7 @@ struct Step {
     retries: BoundCounter<u64>,
     deduplicated: BoundCounter<u64>,
     dead_letters: PerWord<BoundCounter<u64>>,
+    set_aside: PerWord<BoundCounter<u64>>,
     in_flight: BoundGauge<u64>,
     buffered_records: BoundGauge<u64>,
     buffered_bytes: BoundGauge<u64>,
@@ -248,7 +255,7 @@ struct Flow {
 struct Finished {
     /// Bound at once, so that the count of an outcome starts at zero and its first occurrence is an increase.
     records: BoundCounter<u64>,
-    /// Bound when the outcome occurs: six of seven rarely do, and a histogram has twenty series.
+    /// Bound when the outcome occurs: most rarely do, and a histogram has twenty series.
     duration: OnceLock<BoundHistogram<f64>>,
 }
 
@@ -271,6 +278,7 @@ impl StepMeter {
             retries: instruments.retries.bind(&labels),
             deduplicated: instruments.deduplicated.bind(&labels),
             dead_letters: PerWord::new(CLASSES_MAX),
+            set_aside: PerWord::new(CLASSES_MAX),
             in_flight: instruments.in_flight.bind(&labels),
             buffered_records: instruments.buffered_records.bind(&labels),
             buffered_bytes: instruments.buffered_bytes.bind(&labels),
@@ -334,6 +342,13 @@ impl StepMeter {
         let counter = &self.step.instruments.dead_letters;
         let counter =
             self.step.dead_letters.get(class, |class| counter.bind(&with(&self.step.labels, "class", class)));
+        counter.add(1);
+    }
+
+    /// A record waits on a topic of the step's own: `retry` or `overflow`.
+    pub fn set_aside(&self, why: &str) {
+        let counter = &self.step.instruments.set_aside;
+        let counter = self.step.set_aside.get(why, |why| counter.bind(&with(&self.step.labels, "why", why)));
         counter.add(1);
     }
 

@@ -150,6 +150,7 @@ mod tests {
         meter.retried();
         meter.deduplicated();
         meter.dead_lettered("rejected");
+        meter.set_aside("retry");
         meter.in_flight(5);
         meter.buffered(7, 700);
         meter.assigned(12);

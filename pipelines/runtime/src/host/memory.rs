@@ -5,10 +5,11 @@
 use crate::{
     budget::Budget,
     drive::{Event, SendError, Sink, Source},
-    message::{Incoming, Outgoing, Partition},
+    message::{Incoming, Input, Outgoing, Partition},
 };
 use bytes::Bytes;
 use forebay_operator::Clock;
+use forebay_plan::Channel;
 use forebay_schemas::Headers;
 use futures::future::BoxFuture;
 use std::{
@@ -158,7 +159,7 @@ pub enum Sentinel {
     Lose(Arc<str>),
 }
 
-/// How many records may wait between a member and its operator, as over Kafka.
+/// How many records of a channel may wait between a member and its operator, as over Kafka.
 const WAITING_MAX: usize = 2_048;
 
 /// Partitions that are being drained together.
@@ -171,6 +172,7 @@ struct Draining {
 pub struct MemorySource {
     log: Arc<MemoryLog>,
     group: String,
+    inputs: Vec<Input>,
     /// The next offset of each partition, while it is ours.
     positions: BTreeMap<Partition, i64>,
     /// Oldest first.
@@ -181,7 +183,7 @@ pub struct MemorySource {
     sentinels: mpsc::UnboundedReceiver<Sentinel>,
     grew: watch::Receiver<()>,
     budget: Arc<Budget>,
-    waiting: usize,
+    waiting: BTreeMap<Channel, usize>,
     closing: bool,
 }
 
@@ -190,12 +192,13 @@ impl MemorySource {
     pub fn join(
         log: &Arc<MemoryLog>,
         group: &str,
-        topics: &[Arc<str>],
+        inputs: &[Input],
     ) -> (Self, mpsc::UnboundedSender<Sentinel>) {
         let (sender, sentinels) = mpsc::unbounded_channel();
         let mut source = Self {
             log: Arc::clone(log),
             group: group.to_owned(),
+            inputs: inputs.to_vec(),
             positions: BTreeMap::new(),
             draining: VecDeque::new(),
             paused: BTreeSet::new(),
@@ -204,10 +207,12 @@ impl MemorySource {
             sentinels,
             grew: log.growth(),
             budget: Budget::new(usize::MAX),
-            waiting: 0,
+            waiting: BTreeMap::new(),
             closing: false,
         };
-        source.assign(topics.iter().map(|topic| Partition { topic: Arc::clone(topic), number: 0 }).collect());
+        source.assign(
+            inputs.iter().map(|input| Partition { topic: Arc::clone(&input.topic), number: 0 }).collect(),
+        );
         (source, sender)
     }
 
@@ -259,19 +264,22 @@ impl MemorySource {
         if let Some(event) = self.events.pop_front() {
             return Some(event);
         }
-        if self.waiting >= WAITING_MAX {
-            return None;
-        }
         let reading = self.positions.iter_mut().filter(|(partition, _)| !self.paused.contains(partition));
         for (partition, position) in reading {
+            let input = self.inputs.iter().find(|input| input.topic == partition.topic);
+            let channel = input.map_or(Channel::Live, |input| input.channel);
+            let waiting = self.waiting.entry(channel).or_default();
+            if *waiting >= WAITING_MAX {
+                continue;
+            }
             let Some(stored) = self.log.at(&partition.topic, *position) else { continue };
             let Stored { timestamp_ms, key, value, headers } = stored;
             let held = self.budget.take(Incoming::bytes(key.as_deref(), value.as_deref()));
             let (partition, offset) = (partition.clone(), *position);
             *position += 1;
-            self.waiting += 1;
-            let incoming = Incoming { partition, offset, timestamp_ms, key, value, headers, held };
-            return Some(Event::Record(incoming));
+            *waiting += 1;
+            let incoming = Incoming { partition, channel, offset, timestamp_ms, key, value, headers, held };
+            return Some(Event::Records(vec![incoming]));
         }
         None
     }
@@ -297,8 +305,8 @@ impl Source for MemorySource {
         self.ready()
     }
 
-    fn dispatched(&mut self, _: usize) {
-        self.waiting -= 1;
+    fn dispatched(&mut self, channel: Channel, _: usize) {
+        *self.waiting.entry(channel).or_default() -= 1;
     }
 
     fn store(&mut self, progress: &[(Partition, i64)]) {
@@ -322,6 +330,13 @@ impl Source for MemorySource {
 
     fn resume(&mut self, partition: &Partition) {
         self.paused.remove(partition);
+    }
+
+    fn rewind(&mut self, partition: &Partition, offset: i64) {
+        if let Some(position) = self.positions.get_mut(partition) {
+            *position = offset;
+            self.events.push_back(Event::Rewound(partition.clone()));
+        }
     }
 
     fn release(&mut self) {

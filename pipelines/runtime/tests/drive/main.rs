@@ -2,6 +2,7 @@
 
 #![cfg(test)]
 
+mod aside;
 mod endings;
 mod flow;
 mod order;

@@ -3,7 +3,7 @@
 //! Oracle: what was accepted ends, as its operators say and no other way; exactly once, unless a partition was lost, a
 //! process killed, or an ordered stage lost its place. No commit ever passes a record whose messages are not written.
 //! In odd seeds the first stage is ordered: records of one key pass it one after the other, none is passed over, and
-//! the last is the last.
+//! the last is the last. A stage that is not ordered sets aside what met a world that failed.
 //!
 //! A seed that fails is printed, and goes to [`FAILED`] together with the repair.
 
@@ -86,14 +86,14 @@ impl Fate {
         }
     }
 
-    fn now(self, run: &Run) -> Result<(), Failure> {
+    fn now(self, before: u32) -> Result<(), Failure> {
         match self {
             Self::Refused => Err(Failure::rejected("wrong", "it is wrong")),
-            Self::PanicsOnce if run.before == 0 => quiet_panic(),
+            Self::PanicsOnce if before == 0 => quiet_panic(),
             Self::PanicsTwice => quiet_panic(),
-            Self::FailsAtFirst if run.before < 2 => Err(Failure::unavailable("down", "it", "refused")),
+            Self::FailsAtFirst if before < 2 => Err(Failure::unavailable("down", "it", "refused")),
             Self::FailsForGood => Err(Failure::unavailable("down", "it", "refused")),
-            Self::MeetsAnOutage if run.before < 5 => Err(Failure::outage("down", "it", "refused")),
+            Self::MeetsAnOutage if before < 5 => Err(Failure::outage("down", "it", "refused")),
             _ => Ok(()),
         }
     }
@@ -108,21 +108,32 @@ fn quiet_panic() -> ! {
 const STAGES: [(&str, &str, &str); 3] =
     [("one", "requests", "mid"), ("two", "mid", "late"), ("three", "late", "out")];
 
+/// The retry topics of a stage that is not ordered, with their delays in seconds.
+fn retries(key: &str) -> Vec<(&'static str, u64)> {
+    match key {
+        "one" => vec![("retry.one.1s", 1), ("retry.one.5s", 5)],
+        "two" => vec![("retry.two.1s", 1), ("retry.two.5s", 5)],
+        _ => vec![("retry.three.1s", 1), ("retry.three.5s", 5)],
+    }
+}
+
 struct Chain {
     seed: u64,
     world: World,
     turns: Turns,
     wrong: Arc<Mutex<Vec<String>>>,
+    /// How often each stage ran each record, over all its members: a world that failed twice does so once.
+    runs: Arc<Mutex<BTreeMap<(&'static str, String), u32>>>,
     members: BTreeMap<&'static str, Member>,
-    /// Up to where the commits of each stage were checked.
+    /// Up to where the commits of each topic were checked.
     checked: BTreeMap<&'static str, usize>,
 }
 
 impl Chain {
     fn new(seed: u64) -> Self {
         let (world, turns, wrong) = (World::new(), Turns::default(), Arc::default());
-        let mut chain =
-            Self { seed, world, turns, wrong, members: BTreeMap::new(), checked: BTreeMap::new() };
+        let (runs, members, checked) = (Arc::default(), BTreeMap::new(), BTreeMap::new());
+        let mut chain = Self { seed, world, turns, wrong, runs, members, checked };
         STAGES.iter().for_each(|(key, ..)| chain.join(key));
         chain
     }
@@ -144,15 +155,21 @@ impl Chain {
     fn spec(&self, key: &'static str) -> Spec {
         let (_, from, to) = STAGES[STAGES.iter().position(|stage| stage.0 == key).unwrap()];
         let (seed, turns, wrong) = (self.seed, self.turns.clone(), Arc::clone(&self.wrong));
-        let ordered = self.is_ordered(key);
+        let (ordered, runs) = (self.is_ordered(key), Arc::clone(&self.runs));
         let run = script(move |run: Run| {
-            let (turns, wrong) = (turns.clone(), Arc::clone(&wrong));
+            let (turns, wrong, runs) = (turns.clone(), Arc::clone(&wrong), Arc::clone(&runs));
             async move {
                 let turn = ordered.then(|| turns.begin(&run));
                 let turn = turn.map(|turn| turn.map_err(|fault| wrong.lock().unwrap().push(fault)));
                 let mut time = dice(seed.wrapping_add(1), key, &run.body);
                 pass(if time.below(8) == 0 { time.below(1_000) } else { time.below(50) }).await;
-                Fate::of(seed, key, &run.body).now(&run)?;
+                let before = {
+                    let mut runs = runs.lock().unwrap();
+                    let runs = runs.entry((key, run.body.clone())).or_default();
+                    *runs += 1;
+                    *runs - 1
+                };
+                Fate::of(seed, key, &run.body).now(before)?;
                 drop(turn);
                 Ok(vec![on(&run)])
             }
@@ -165,7 +182,12 @@ impl Chain {
         let waits = [50, 200, 800].map(Duration::from_millis).into();
         let patience = Patience { waits, outage: Duration::from_millis(200) };
         let limits = Limits { ordered, window, drain, ..Limits::new(in_flight) };
-        Spec { key, from: vec![from], to, limits, patience, ..Spec::new(run) }
+        let retries = self.retries(key);
+        Spec { key, from: vec![from], to, retries, limits, patience, ..Spec::new(run) }
+    }
+
+    fn retries(&self, key: &str) -> Vec<(&'static str, u64)> {
+        if self.is_ordered(key) { Vec::new() } else { retries(key) }
     }
 
     async fn befall(&mut self, dice: &mut Dice) {
@@ -174,6 +196,9 @@ impl Chain {
             // What is finished beyond a record that still waited for its turn comes again.
             self.turns.repeat();
         }
+        let retries = self.retries(key);
+        let aside = usize::try_from(dice.below(4)).unwrap();
+        let topic = retries.get(aside).map_or(topic, |(topic, _)| topic);
         match dice.below(8) {
             0..4 => self.members[key].rebalance(topic),
             4 => {
@@ -206,20 +231,29 @@ impl Chain {
     /// Every record before a committed offset has its messages, at any moment.
     fn check_commits(&mut self) -> Result<(), String> {
         for (key, from, to) in STAGES {
-            let committed = usize::try_from(self.world.log.committed(key, &from.into())).unwrap();
-            let checked = self.checked.insert(key, committed).unwrap_or(0);
-            if committed < checked {
-                return Err(format!("{key} went back from {checked} to {committed}"));
-            }
-            let new = &self.world.log.read(from)[checked..committed];
-            if new.is_empty() {
-                continue;
-            }
-            let (out, endings) = (self.world.texts(to), self.endings());
-            for text in new.iter().map(text) {
-                let ended = endings.iter().any(|(id, stage, _)| *id == text && stage == key);
-                if !ended && !out.contains(&text) {
-                    return Err(format!("{key} committed {committed} with {text} unfinished"));
+            let retries = self.retries(key);
+            let inputs = std::iter::once(from).chain(retries.iter().map(|(topic, _)| *topic));
+            for input in inputs {
+                let committed = self.world.log.committed(key, &input.into());
+                let committed = usize::try_from(committed).unwrap();
+                let checked = self.checked.insert(input, committed).unwrap_or(0);
+                if committed < checked {
+                    return Err(format!("{key} went back from {checked} to {committed} on {input}"));
+                }
+                let new = &self.world.log.read(input)[checked..committed];
+                if new.is_empty() {
+                    continue;
+                }
+                let mut out = self.world.texts(to);
+                for (topic, _) in retries.iter().filter(|(topic, _)| *topic != input) {
+                    out.extend(self.world.texts(topic));
+                }
+                let endings = self.endings();
+                for text in new.iter().map(text) {
+                    let ended = endings.iter().any(|(id, stage, _)| *id == text && stage == key);
+                    if !ended && !out.contains(&text) {
+                        return Err(format!("{key} committed {committed} on {input} with {text} unfinished"));
+                    }
                 }
             }
         }

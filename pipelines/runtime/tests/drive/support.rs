@@ -1,11 +1,12 @@
 //! A log in memory with stages whose operators do as a test says.
 
 use forebay_operator::{Addressed, Clock, Context, Failure, Opened, Port, Quiet, Step};
+use forebay_plan::Channel;
 use forebay_runtime::{
     drive::{DriveError, Limits, SendError, Sink, drive},
     host::memory::{MemoryLog, MemorySource, Sentinel, Stored},
-    message::Outgoing,
-    stage::{CommonTopics, Parts, Patience, Stage},
+    message::{Input, Outgoing},
+    stage::{CommonTopics, Parts, Patience, RetryTopic, Stage},
 };
 use forebay_schemas::{
     DecodeError, Ending, Headers, Hop, Identity, Record, Request, RequestId, dead_letter::header as dead,
@@ -116,6 +117,10 @@ pub struct Spec {
     pub key: &'static str,
     pub from: Vec<&'static str>,
     pub to: &'static str,
+    /// The retry topics, which it reads too, with their delays in seconds; none are needed.
+    pub retries: Vec<(&'static str, u64)>,
+    /// Whether it reads `overflow`, and its queue is fair.
+    pub fair: bool,
     pub is_job: bool,
     pub visits_max: Option<u32>,
     pub limits: Limits,
@@ -129,6 +134,8 @@ impl Spec {
             key: "step",
             from: vec!["requests"],
             to: "out",
+            retries: Vec::new(),
+            fair: false,
             is_job: true,
             visits_max: None,
             limits: Limits::new(64),
@@ -205,7 +212,10 @@ impl World {
             key: spec.key.into(),
             step: Arc::new(step),
             routes: BTreeMap::from([("out".to_owned(), spec.to.into())]),
-            from_clients: ["requests".into()].into(),
+            from_clients: ["requests".into(), "requests-backfill".into()].into(),
+            backfill: BTreeMap::from([("out".into(), "out-backfill".into())]),
+            retries: spec.retries.iter().map(retry_topic).collect(),
+            overflow: spec.fair.then(|| "overflow".into()),
             visits_max: spec.visits_max,
             common: CommonTopics {
                 endings: "endings".into(),
@@ -218,8 +228,7 @@ impl World {
             patience: spec.patience.clone(),
             meter: telemetry().step(spec.key, "scripted"),
         }));
-        let from: Vec<Arc<str>> = spec.from.iter().map(|topic| (*topic).into()).collect();
-        let (source, sentinels) = MemorySource::join(&self.log, spec.key, &from);
+        let (source, sentinels) = MemorySource::join(&self.log, spec.key, &inputs(spec));
         let shutdown = CancellationToken::new();
         let task = tokio::spawn(drive(stage, source, sink, spec.limits, shutdown.clone()));
         Member { sentinels, shutdown, task }
@@ -281,6 +290,19 @@ pub fn header(message: &Stored, name: &str) -> String {
 fn telemetry() -> &'static Telemetry {
     static TELEMETRY: OnceLock<Telemetry> = OnceLock::new();
     TELEMETRY.get_or_init(|| Telemetry::start(Settings::new("test", "0")).unwrap())
+}
+
+fn retry_topic((topic, seconds): &(&'static str, u64)) -> RetryTopic {
+    RetryTopic { topic: (*topic).into(), delay: Duration::from_secs(*seconds) }
+}
+
+fn inputs(spec: &Spec) -> Vec<Input> {
+    let channel = |topic: &str| if topic.ends_with("-backfill") { Channel::Backfill } else { Channel::Live };
+    let from = spec.from.iter().map(|topic| (*topic, channel(topic)));
+    let retries = spec.retries.iter().map(|(topic, _)| (*topic, Channel::Retry));
+    let overflow = spec.fair.then_some(("overflow", Channel::Overflow));
+    let all = from.chain(retries).chain(overflow);
+    all.map(|(topic, channel)| Input { topic: topic.into(), channel }).collect()
 }
 
 /// Advances virtual time.

@@ -18,10 +18,11 @@ use crate::{
     budget::Budget,
     drive::{Event, Source},
     fence::Fence,
-    message::{Incoming, Partition},
+    message::{Incoming, Input, Partition},
     once::Once,
 };
 use bytes::Bytes;
+use forebay_plan::Channel;
 use forebay_schemas::Headers as OwnHeaders;
 use forebay_telemetry::{BEAT_AGE_MAX, Health, StepMeter};
 use futures::future::BoxFuture;
@@ -43,9 +44,10 @@ use std::{
     time::{Duration, Instant},
 };
 use tokio::sync::mpsc;
-use tracing::{error, warn};
+use tracing::{debug, error, warn};
 
-/// How much may wait between the reading thread and the operator.
+/// How much may wait between the reading thread and the operator, on each channel: a backfill that waits must not keep
+/// requests from being read that somebody waits for.
 #[derive(Clone, Copy, Debug)]
 pub struct ReadBounds {
     /// Records.
@@ -55,9 +57,9 @@ pub struct ReadBounds {
 }
 
 impl ReadBounds {
-    /// The usual bounds for a step with so many records in its operator at a time.
-    pub fn new(in_flight: usize) -> Self {
-        Self { records: (4 * in_flight).max(2048), bytes: 16 << 20 }
+    /// So many records, and the usual bytes.
+    pub fn new(records: usize) -> Self {
+        Self { records, bytes: 16 << 20 }
     }
 }
 
@@ -77,6 +79,12 @@ pub struct Reading {
 
 /// How long the thread sleeps in a poll that brings nothing: the bound on how late it notices a command.
 const POLL: Duration = Duration::from_millis(20);
+
+/// How many records are handed over at once at most.
+const BATCH: usize = 256;
+
+/// How long it may take until a partition is read from another offset.
+const SEEK_MAX: Duration = Duration::from_secs(1);
 
 /// How often an error that lasts is said aloud.
 const COMPLAIN_EVERY: Duration = Duration::from_secs(10);
@@ -103,31 +111,45 @@ pub struct KafkaSource {
 enum Command {
     Pause(Partition),
     Resume(Partition),
+    Rewind(Partition, i64),
     Release,
     Close,
 }
 
-/// What was read and is not dispatched yet.
+/// What was read and is not dispatched yet, by channel.
 #[derive(Default)]
-struct Waiting {
+struct Waiting([Counts; 4]);
+
+#[derive(Default)]
+struct Counts {
     records: AtomicUsize,
     bytes: AtomicUsize,
 }
 
+/// In the order of [`Waiting`].
+const CHANNELS: [Channel; 4] = [Channel::Live, Channel::Backfill, Channel::Retry, Channel::Overflow];
+
+impl Waiting {
+    fn of(&self, channel: Channel) -> &Counts {
+        let [live, backfill, retry, overflow] = &self.0;
+        match channel {
+            Channel::Live => live,
+            Channel::Backfill => backfill,
+            Channel::Retry => retry,
+            Channel::Overflow => overflow,
+        }
+    }
+}
+
 impl KafkaSource {
-    /// Joins the group. `topics` are full names.
-    pub fn join(
-        kafka: &Kafka,
-        group: &str,
-        topics: &[Arc<str>],
-        with: Reading,
-    ) -> Result<Self, SettingsError> {
+    /// Joins the group.
+    pub fn join(kafka: &Kafka, group: &str, inputs: &[Input], with: Reading) -> Result<Self, SettingsError> {
         let Reading { bounds, budget, meter, health, once } = with;
         let member = Member::new(meter.clone());
         let config = kafka.group_config(group);
         let consumer: BaseConsumer<Member> =
             config.create_with_context(member).map_err(SettingsError::Client)?;
-        let names: Vec<&str> = topics.iter().map(|name| &**name).collect();
+        let names: Vec<&str> = inputs.iter().map(|input| &*input.topic).collect();
         consumer.subscribe(&names).map_err(SettingsError::Client)?;
         let consumer = Arc::new(consumer);
         let handle = Arc::downgrade(&consumer);
@@ -149,9 +171,12 @@ impl KafkaSource {
             waiting: Arc::clone(&waiting),
             bounds,
             budget,
-            topics: topics.to_vec(),
+            topics: inputs.iter().map(|input| Arc::clone(&input.topic)).collect(),
+            inputs: inputs.to_vec(),
             paused: BTreeSet::new(),
-            holding: false,
+            rewinds: Vec::new(),
+            holding: BTreeSet::new(),
+            batch: Vec::new(),
             revoked: VecDeque::new(),
             expected: HashMap::new(),
             closing: false,
@@ -193,9 +218,10 @@ impl Source for KafkaSource {
         Some(self.told(event))
     }
 
-    fn dispatched(&mut self, bytes: usize) {
-        self.waiting.records.fetch_sub(1, Ordering::Relaxed);
-        self.waiting.bytes.fetch_sub(bytes, Ordering::Relaxed);
+    fn dispatched(&mut self, channel: Channel, bytes: usize) {
+        let waiting = self.waiting.of(channel);
+        waiting.records.fetch_sub(1, Ordering::Relaxed);
+        waiting.bytes.fetch_sub(bytes, Ordering::Relaxed);
     }
 
     fn store(&mut self, progress: &[(Partition, i64)]) {
@@ -227,6 +253,10 @@ impl Source for KafkaSource {
 
     fn resume(&mut self, partition: &Partition) {
         self.command(Command::Resume(partition.clone()));
+    }
+
+    fn rewind(&mut self, partition: &Partition, offset: i64) {
+        self.command(Command::Rewind(partition.clone(), offset));
     }
 
     fn release(&mut self) {
@@ -378,10 +408,15 @@ struct Reader {
     bounds: ReadBounds,
     budget: Arc<Budget>,
     topics: Vec<Arc<str>>,
-    /// Partitions whose window is full.
+    inputs: Vec<Input>,
+    /// Partitions whose window is full, or whose next record is not due yet.
     paused: BTreeSet<Partition>,
-    /// Whether everything is paused, because too much waits.
-    holding: bool,
+    /// Partitions that are to be read from another offset on.
+    rewinds: Vec<(Partition, i64)>,
+    /// Channels that are not read, because too much of them waits.
+    holding: BTreeSet<Channel>,
+    /// What was read and is not handed over yet.
+    batch: Vec<Incoming>,
     /// Partitions that are being drained, oldest first.
     revoked: VecDeque<TopicPartitionList>,
     /// Where reading a partition should begin, until it has.
@@ -406,6 +441,7 @@ impl Reader {
                 self.obey(command);
             }
             self.follow_rebalances();
+            self.rewind();
             self.hold_or_go_on();
             if self.closing && self.revoked.is_empty() && self.owns_nothing() {
                 break Event::Ended;
@@ -414,7 +450,7 @@ impl Reader {
                 // The loop is gone: nobody will ever drain. Leave at once, so that others take over.
                 break Event::Ended;
             }
-            if let Some(fault) = self.poll(POLL) {
+            if let Some(fault) = self.read() {
                 break Event::Failed(fault);
             }
         };
@@ -440,10 +476,11 @@ impl Reader {
             }
             Command::Resume(partition) => {
                 self.paused.remove(&partition);
-                if !self.holding {
+                if !self.holding.contains(&self.channel(&partition)) {
                     self.set_paused(std::slice::from_ref(&partition), false);
                 }
             }
+            Command::Rewind(partition, offset) => self.rewinds.push((partition, offset)),
             Command::Release => {
                 let Some(partitions) = self.revoked.pop_front() else { return };
                 // librdkafka finishes an unassign only when all commits before it are answered.
@@ -514,9 +551,8 @@ impl Reader {
                 }
             }
         }
-        if self.holding {
-            self.set_paused(&owned, true);
-        }
+        let held = owned.iter().filter(|one| self.holding.contains(&self.channel(one)));
+        self.set_paused(&held.cloned().collect::<Vec<_>>(), true);
         let _ = self.events.send(Event::Assigned(owned));
     }
 
@@ -550,6 +586,7 @@ impl Reader {
         let gone = self.partitions(&partitions);
         for partition in &gone {
             self.paused.remove(partition);
+            self.rewinds.retain(|(rewound, _)| rewound != partition);
             self.expected.remove(partition);
             self.consumer.context().meter.revoked(&partition.topic, partition.number);
         }
@@ -557,23 +594,62 @@ impl Reader {
         let _ = self.events.send(Event::Revoked { partitions: gone, lost });
     }
 
-    /// Stops reading while too much waits, and goes on when half of it is gone.
+    /// Stops reading a channel while too much of it waits, and goes on when half of it is gone.
     fn hold_or_go_on(&mut self) {
-        let (records, bytes) =
-            (self.waiting.records.load(Ordering::Relaxed), self.waiting.bytes.load(Ordering::Relaxed));
-        if !self.holding {
-            if records >= self.bounds.records || bytes >= self.bounds.bytes || self.budget.is_spent() {
-                self.holding = true;
-                self.set_paused(&self.owned(), true);
+        for channel in CHANNELS {
+            let waiting = self.waiting.of(channel);
+            let (records, bytes) =
+                (waiting.records.load(Ordering::Relaxed), waiting.bytes.load(Ordering::Relaxed));
+            let full = records >= self.bounds.records || bytes >= self.bounds.bytes || self.budget.is_spent();
+            let roomy = records <= self.bounds.records / 2
+                && bytes <= self.bounds.bytes / 2
+                && self.budget.is_roomy();
+            let holding = self.holding.contains(&channel);
+            if !holding && full {
+                self.holding.insert(channel);
+                self.set_paused(&self.owned_of(channel), true);
+            } else if holding && roomy {
+                self.holding.remove(&channel);
+                let owned = self.owned_of(channel).into_iter();
+                let reading: Vec<_> = owned.filter(|one| !self.paused.contains(one)).collect();
+                self.set_paused(&reading, false);
             }
-        } else if records <= self.bounds.records / 2
-            && bytes <= self.bounds.bytes / 2
-            && self.budget.is_roomy()
-        {
-            self.holding = false;
-            let reading: Vec<_> = self.owned().into_iter().filter(|one| !self.paused.contains(one)).collect();
-            self.set_paused(&reading, false);
         }
+    }
+
+    /// Reads partitions from other offsets on, as soon as librdkafka lets us.
+    fn rewind(&mut self) {
+        for (partition, offset) in std::mem::take(&mut self.rewinds) {
+            let seek =
+                self.consumer.seek(&partition.topic, partition.number, Offset::Offset(offset), SEEK_MAX);
+            match seek {
+                Ok(()) => {
+                    let _ = self.events.send(Event::Rewound(partition));
+                }
+                // It is being assigned or taken away; what goes is forgotten with the revocation.
+                Err(fault) => {
+                    debug!(%partition, offset, error = %fault, "could not seek yet; will try again");
+                    self.rewinds.push((partition, offset));
+                }
+            }
+        }
+    }
+
+    /// All messages that are here, handed over together; waits a little where there is none.
+    fn read(&mut self) -> Option<String> {
+        let mut fault = self.poll(POLL);
+        while fault.is_none() && !self.batch.is_empty() && self.batch.len() < BATCH {
+            let before = self.batch.len();
+            fault = self.poll(Duration::ZERO);
+            if self.batch.len() == before {
+                break;
+            }
+        }
+        if !self.batch.is_empty() {
+            // Where the loop is gone, records stay unfinished, and their next owner reads them.
+            let _ = self.events.send(Event::Records(std::mem::take(&mut self.batch)));
+        }
+        fault
     }
 
     /// One message, if any comes; the fault where the consumer cannot go on.
@@ -581,7 +657,7 @@ impl Reader {
         // A second handle, since a message borrows the consumer.
         let consumer = Arc::clone(&self.consumer);
         match consumer.poll(wait)? {
-            Ok(message) => self.hand_over(&message),
+            Ok(message) => self.take_in(&message),
             Err(KafkaError::PartitionEOF(_)) => {}
             Err(KafkaError::MessageConsumptionFatal(code)) => {
                 return Some(format!("the consumer met a fatal error: {code}"));
@@ -591,26 +667,27 @@ impl Reader {
         None
     }
 
-    fn hand_over(&mut self, message: &BorrowedMessage<'_>) {
+    fn take_in(&mut self, message: &BorrowedMessage<'_>) {
         let partition =
             Partition { topic: shared_name(&self.topics, message.topic()), number: message.partition() };
         if let Some(expected) = self.expected.remove(&partition) {
             self.check_for_loss(&partition, expected, message.offset());
         }
         let bytes = Incoming::bytes(message.key(), message.payload());
-        let incoming = Incoming {
+        let channel = self.channel(&partition);
+        self.batch.push(Incoming {
             partition,
+            channel,
             offset: message.offset(),
             timestamp_ms: message.timestamp().to_millis().unwrap_or(0),
             key: message.key().map(Bytes::copy_from_slice),
             value: message.payload().map(Bytes::copy_from_slice),
             headers: headers(message),
             held: self.budget.take(bytes),
-        };
-        self.waiting.records.fetch_add(1, Ordering::Relaxed);
-        self.waiting.bytes.fetch_add(bytes, Ordering::Relaxed);
-        // Where the loop is gone, the record stays unfinished, and its next owner reads it.
-        let _ = self.events.send(Event::Record(incoming));
+        });
+        let waiting = self.waiting.of(channel);
+        waiting.records.fetch_add(1, Ordering::Relaxed);
+        waiting.bytes.fetch_add(bytes, Ordering::Relaxed);
     }
 
     /// Records that Kafka forgot before we read them are a loss, and are said aloud.
@@ -639,6 +716,15 @@ impl Reader {
         self.consumer.assignment().map(|assignment| self.partitions(&assignment)).unwrap_or_default()
     }
 
+    fn owned_of(&self, channel: Channel) -> Vec<Partition> {
+        self.owned().into_iter().filter(|partition| self.channel(partition) == channel).collect()
+    }
+
+    fn channel(&self, partition: &Partition) -> Channel {
+        let input = self.inputs.iter().find(|input| input.topic == partition.topic);
+        input.map_or(Channel::Live, |input| input.channel)
+    }
+
     fn owns_nothing(&self) -> bool {
         self.consumer.assignment().is_ok_and(|assignment| assignment.count() == 0)
     }
@@ -652,6 +738,9 @@ impl Reader {
     }
 
     fn set_paused(&self, partitions: &[Partition], paused: bool) {
+        if partitions.is_empty() {
+            return;
+        }
         let mut list = TopicPartitionList::new();
         for partition in partitions {
             list.add_partition(&partition.topic, partition.number);

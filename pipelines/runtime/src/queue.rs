@@ -1,0 +1,309 @@
+//! In which order records that wait are given to the operator.
+//!
+//! Two lanes: of ten records, eight are of requests that somebody waits for, two of the backfill; where one lane is
+//! empty, the other has all. Within a lane, where the step's queue is fair, tenants take turns by deficit round robin
+//! (Shreedhar and Varghese, 1995) on estimated tokens; else who came first is served first.
+//!
+//! Sans-IO, and invariant: what was put in comes out once, and nobody with records waits for ever.
+
+use crate::message::{Incoming, Partition};
+use bytes::Bytes;
+use forebay_plan::Channel;
+use forebay_schemas::{Lane, header};
+use std::collections::{HashMap, HashSet, VecDeque};
+
+/// Of so many records in a row one is of the backfill lane, where both lanes have some.
+const BACKFILL_TURN: u32 = 5;
+
+/// Estimated tokens that a tenant may send each time that it is its turn.
+const QUANTUM: usize = 4_096;
+
+/// Bytes of text to a token, roughly.
+const TOKEN_BYTES: usize = 4;
+
+/// A record that waits for the operator.
+#[derive(Debug)]
+pub struct Waiting {
+    /// The record.
+    pub incoming: Incoming,
+    /// Whether its key's turn is its own already.
+    pub has_turn: bool,
+}
+
+/// Records that wait for the operator.
+#[derive(Debug)]
+pub struct Queue {
+    fair: bool,
+    /// Those whose key's turn it is: they hold up what lies behind them.
+    first: VecDeque<Waiting>,
+    live: Backlogs,
+    backfill: Backlogs,
+    turn: u32,
+}
+
+impl Queue {
+    /// An empty queue.
+    pub fn new(fair: bool) -> Self {
+        Self {
+            fair,
+            first: VecDeque::new(),
+            live: Backlogs::default(),
+            backfill: Backlogs::default(),
+            turn: 0,
+        }
+    }
+
+    /// Puts a record in.
+    pub fn push(&mut self, waiting: Waiting) {
+        if waiting.has_turn {
+            return self.first.push_back(waiting);
+        }
+        let tenant = if self.fair { tenant(&waiting.incoming) } else { Bytes::new() };
+        match lane(&waiting.incoming) {
+            Lane::Interactive => self.live.push(tenant, waiting),
+            Lane::Backfill => self.backfill.push(tenant, waiting),
+        }
+    }
+
+    /// The record whose turn it is.
+    pub fn pop(&mut self) -> Option<Waiting> {
+        if let Some(first) = self.first.pop_front() {
+            return Some(first);
+        }
+        if self.live.is_empty() || self.backfill.is_empty() {
+            return self.live.pop().or_else(|| self.backfill.pop());
+        }
+        self.turn = (self.turn + 1) % BACKFILL_TURN;
+        if self.turn == 0 { self.backfill.pop() } else { self.live.pop() }
+    }
+
+    /// Takes out the records of these partitions.
+    pub fn take_out(&mut self, gone: &HashSet<Partition>) -> Vec<Waiting> {
+        let mut out = Vec::new();
+        let (kept, taken) = std::mem::take(&mut self.first)
+            .into_iter()
+            .partition(|waiting| !gone.contains(&waiting.incoming.partition));
+        self.first = kept;
+        out.extend::<VecDeque<_>>(taken);
+        self.live.take_out(gone, &mut out);
+        self.backfill.take_out(gone, &mut out);
+        out
+    }
+
+    /// Whether nothing waits.
+    pub fn is_empty(&self) -> bool {
+        self.first.is_empty() && self.live.is_empty() && self.backfill.is_empty()
+    }
+
+    /// How many records wait, and their bytes.
+    pub fn size(&self) -> (usize, usize) {
+        let first: usize = self.first.iter().map(|waiting| waiting.incoming.held.bytes()).sum();
+        let (live, backfill) = (&self.live, &self.backfill);
+        (self.first.len() + live.records + backfill.records, first + live.bytes + backfill.bytes)
+    }
+
+    /// Whether a tenant that somebody waits for has more in the queue than its share of `records_max`: half of it
+    /// while it is alone, less where others wait too. Half stays for those who are not seen yet.
+    pub fn is_over_share(&self, incoming: &Incoming, records_max: usize) -> bool {
+        if !self.fair || lane(incoming) == Lane::Backfill {
+            return false;
+        }
+        let tenant = tenant(incoming);
+        let waiting = self.live.tenants.get(&tenant).map_or(0, |backlog| backlog.records.len());
+        let others = self.live.turns.len() - usize::from(waiting > 0);
+        waiting >= (records_max / (2 + others)).max(1)
+    }
+}
+
+/// The lane that a record is in.
+fn lane(incoming: &Incoming) -> Lane {
+    let marked =
+        || value(incoming, header::LANE).is_some_and(|lane| *lane == *Lane::Backfill.as_str().as_bytes());
+    match incoming.channel {
+        Channel::Live => Lane::Interactive,
+        Channel::Backfill => Lane::Backfill,
+        Channel::Retry | Channel::Overflow if marked() => Lane::Backfill,
+        Channel::Retry | Channel::Overflow => Lane::Interactive,
+    }
+}
+
+fn tenant(incoming: &Incoming) -> Bytes {
+    value(incoming, header::TENANT).cloned().unwrap_or_default()
+}
+
+fn value<'i>(incoming: &'i Incoming, header: &str) -> Option<&'i Bytes> {
+    incoming.headers.iter().find(|(name, _)| name == header).and_then(|(_, value)| value.as_ref())
+}
+
+/// The backlogs of one lane. Invariant: a tenant stands in `turns` once, while it has records.
+#[derive(Debug, Default)]
+struct Backlogs {
+    tenants: HashMap<Bytes, Backlog>,
+    turns: VecDeque<Bytes>,
+    records: usize,
+    bytes: usize,
+}
+
+#[derive(Debug, Default)]
+struct Backlog {
+    records: VecDeque<Waiting>,
+    /// Estimated tokens that it may still send in this turn.
+    deficit: usize,
+}
+
+impl Backlogs {
+    fn is_empty(&self) -> bool {
+        self.records == 0
+    }
+
+    fn push(&mut self, tenant: Bytes, waiting: Waiting) {
+        self.records += 1;
+        self.bytes += waiting.incoming.held.bytes();
+        let backlog = self.tenants.entry(tenant.clone()).or_default();
+        if backlog.records.is_empty() {
+            self.turns.push_back(tenant);
+        }
+        backlog.records.push_back(waiting);
+    }
+
+    fn pop(&mut self) -> Option<Waiting> {
+        loop {
+            let tenant = self.turns.front()?;
+            let Some(backlog) = self.tenants.get_mut(tenant) else {
+                self.turns.pop_front();
+                continue;
+            };
+            let cost = backlog.records.front().map_or(0, tokens);
+            // Alone, nobody is waited for.
+            if backlog.deficit < cost && self.turns.len() > 1 {
+                backlog.deficit += QUANTUM;
+                self.turns.rotate_left(1);
+                continue;
+            }
+            backlog.deficit = backlog.deficit.saturating_sub(cost);
+            let popped = backlog.records.pop_front();
+            if backlog.records.is_empty() {
+                self.tenants.remove(&self.turns.pop_front()?);
+            }
+            let popped = popped?;
+            self.records -= 1;
+            self.bytes -= popped.incoming.held.bytes();
+            return Some(popped);
+        }
+    }
+
+    fn take_out(&mut self, gone: &HashSet<Partition>, out: &mut Vec<Waiting>) {
+        for backlog in self.tenants.values_mut() {
+            let (kept, taken) = std::mem::take(&mut backlog.records)
+                .into_iter()
+                .partition::<VecDeque<_>, _>(|waiting| !gone.contains(&waiting.incoming.partition));
+            backlog.records = kept;
+            self.records -= taken.len();
+            self.bytes -= taken.iter().map(|waiting| waiting.incoming.held.bytes()).sum::<usize>();
+            out.extend(taken);
+        }
+        self.tenants.retain(|_, backlog| !backlog.records.is_empty());
+        self.turns.retain(|tenant| self.tenants.contains_key(tenant));
+    }
+}
+
+fn tokens(waiting: &Waiting) -> usize {
+    waiting.incoming.held.bytes().div_ceil(TOKEN_BYTES)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::budget::Budget;
+    use proptest::prelude::*;
+    use std::{collections::BTreeMap, sync::Arc};
+
+    fn record(tenant: &str, channel: Channel, offset: i64, bytes: usize) -> Waiting {
+        let partition = Partition { topic: "prompts".into(), number: i32::from(tenant.len() > 5) };
+        let headers = vec![(header::TENANT.to_owned(), Some(Bytes::copy_from_slice(tenant.as_bytes())))];
+        let held = Budget::new(usize::MAX).take(bytes);
+        let (key, value) = (None, None);
+        let incoming = Incoming { partition, channel, offset, timestamp_ms: 0, key, value, headers, held };
+        Waiting { incoming, has_turn: false }
+    }
+
+    fn drain(queue: &mut Queue) -> Vec<Incoming> {
+        std::iter::from_fn(|| queue.pop()).map(|waiting| waiting.incoming).collect()
+    }
+
+    #[test]
+    fn of_ten_records_eight_are_somebodys_and_none_waits_while_there_is_room() {
+        let mut queue = Queue::new(false);
+        for offset in 0..20 {
+            queue.push(record("a", Channel::Backfill, offset, 10));
+            queue.push(record("a", Channel::Live, offset, 10));
+        }
+        let order = drain(&mut queue);
+        let backfill =
+            |records: &[Incoming]| records.iter().filter(|one| one.channel == Channel::Backfill).count();
+        assert_eq!(backfill(&order[..10]), 2);
+        assert_eq!(backfill(&order[..20]), 4);
+        assert_eq!(order.len(), 40);
+    }
+
+    #[test]
+    fn a_flood_does_not_make_another_tenant_wait() {
+        let mut queue = Queue::new(true);
+        (0..1_000).for_each(|offset| queue.push(record("flood", Channel::Live, offset, 4_000)));
+        (0..10).for_each(|offset| queue.push(record("small", Channel::Live, offset, 4_000)));
+        let order = drain(&mut queue);
+        let small = |waiting: &Incoming| tenant(waiting) == "small";
+        let last = order.iter().rposition(small).unwrap();
+        assert!(last < 30, "its ten were over after {last}");
+        assert_eq!(order.len(), 1_010);
+    }
+
+    #[test]
+    fn half_of_the_queue_is_for_those_who_are_not_seen_yet() {
+        let mut queue = Queue::new(true);
+        (0..49).for_each(|offset| queue.push(record("flood", Channel::Live, offset, 1)));
+        let (flood, other) = (record("flood", Channel::Live, 0, 1), record("b", Channel::Live, 0, 1));
+        assert!(!queue.is_over_share(&flood.incoming, 100));
+        queue.push(record("flood", Channel::Live, 49, 1));
+        assert!(queue.is_over_share(&flood.incoming, 100));
+        assert!(!queue.is_over_share(&other.incoming, 100));
+    }
+
+    proptest! {
+        /// However it is filled and emptied: each record comes out once, and those of a tenant in their order.
+        #[test]
+        fn what_was_put_in_comes_out_once_and_in_its_tenants_order(
+            fair: bool,
+            steps in proptest::collection::vec((0usize..4, 1usize..40_000, any::<bool>(), any::<bool>()), 1..300),
+            taken: bool,
+        ) {
+            let tenants = ["a", "b", "c", "long name"];
+            let mut queue = Queue::new(fair);
+            let mut next = BTreeMap::<_, i64>::new();
+            let mut out = Vec::new();
+            for (who, bytes, backfill, pops) in steps {
+                let channel = if backfill { Channel::Backfill } else { Channel::Live };
+                let offset = next.entry((tenants[who], channel)).or_default();
+                queue.push(record(tenants[who], channel, *offset, bytes));
+                *offset += 1;
+                if pops {
+                    out.extend(queue.pop());
+                }
+            }
+            let gone = HashSet::from([Partition { topic: Arc::from("prompts"), number: 1 }]);
+            let taken = if taken { queue.take_out(&gone) } else { Vec::new() };
+            prop_assert!(taken.iter().all(|waiting| gone.contains(&waiting.incoming.partition)));
+            out.extend(std::iter::from_fn(|| queue.pop()));
+            prop_assert_eq!(queue.size(), (0, 0));
+            let mut seen = BTreeMap::<_, i64>::new();
+            for waiting in out.iter().chain(&taken) {
+                let key = (tenant(&waiting.incoming), waiting.incoming.channel);
+                let expected = seen.entry(key).or_default();
+                prop_assert_eq!(waiting.incoming.offset, *expected);
+                *expected += 1;
+            }
+            let total: i64 = next.values().sum();
+            prop_assert_eq!(i64::try_from(out.len() + taken.len()).unwrap(), total);
+        }
+    }
+}

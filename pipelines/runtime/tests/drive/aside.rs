@@ -1,0 +1,207 @@
+//! What a stage sets aside: on retry topics what met a world that failed, on the overflow topic a tenant's flood.
+
+use crate::support::{NOW_MS, Run, Script, Spec, World, header, on, pass, script, text};
+use forebay_operator::{Addressed, Failure};
+use forebay_runtime::drive::Limits;
+use forebay_schemas::{Envelope, Headers, Origin, RequestId, Retry, Tenant, header as envelope};
+use std::sync::Arc;
+
+const RETRIES: [(&str, u64); 3] = [("retry.10s", 10), ("retry.1m", 60), ("retry.10m", 600)];
+
+fn spec(script: Arc<Script>) -> Spec {
+    Spec { retries: RETRIES.into(), ..Spec::new(script) }
+}
+
+/// Fails so many times, where the record's name begins with `bad`.
+fn bad(times: u32) -> Arc<Script> {
+    script(move |run: Run| async move {
+        match run.body.starts_with("bad") && run.before < times {
+            true => Err(Failure::unavailable("down", "the model", "refused")),
+            false => Ok(vec![on(&run)]),
+        }
+    })
+}
+
+fn retry(world: &World, topic: &str) -> Vec<Retry> {
+    world.log.read(topic).iter().map(|message| Retry::read(&message.headers).unwrap().unwrap()).collect()
+}
+
+/// Seconds from the beginning of the world to each message of a topic.
+fn seconds(world: &World, topic: &str) -> Vec<i64> {
+    world.log.read(topic).iter().map(|message| (message.timestamp_ms - NOW_MS) / 1_000).collect()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_record_passes_all_retry_topics_and_is_given_up_behind_the_last() {
+    let world = World::new();
+    let member = world.join(&spec(bad(9)));
+    world.write("requests", Some("k"), "bad");
+    world.settled().await;
+    member.stop().await.unwrap();
+    assert!(world.told().ends_with("; failed down"), "{}", world.told());
+    for (topic, at) in [("retry.10s", 0), ("retry.1m", 10), ("retry.10m", 70), ("endings", 670)] {
+        assert_eq!(seconds(&world, topic), [at], "{topic}");
+    }
+    let last = retry(&world, "retry.10m").remove(0);
+    assert_eq!((last.tries, last.round, last.since_ms), (3, 3, NOW_MS));
+    assert_eq!((last.source.to_string(), last.key.unwrap()), (format!("requests/0/0@{NOW_MS}"), "k".into()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_waits_to_be_tried_again_is_in_nobodys_way() {
+    let world = World::new();
+    let member = world.join(&Spec { limits: Limits::new(1), ..spec(bad(2)) });
+    for number in 0..100 {
+        world.write(
+            "requests",
+            None,
+            &if number % 10 == 0 { format!("bad{number}") } else { format!("good{number}") },
+        );
+    }
+    pass(1_000).await;
+    assert_eq!(world.texts("out").len(), 90, "the good ones have passed");
+    assert_eq!(world.committed("requests"), 100);
+    assert_eq!(world.committed("retry.10s"), 0);
+    // Whoever comes later waits as long, and no longer.
+    pass(4_000).await;
+    world.write("requests", None, "bad later");
+    pass(5_500).await;
+    assert_eq!(world.committed("retry.10s"), 10, "due first, tried first");
+    world.settled().await;
+    assert_eq!(seconds(&world, "out")[90..], [[70; 10].as_slice(), &[75]].concat());
+    member.stop().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_member_that_takes_a_retry_topic_over_waits_for_what_is_due() {
+    let world = World::new();
+    let spec = spec(bad(1));
+    let first = world.join(&spec);
+    world.write("requests", None, "bad");
+    pass(5_000).await;
+    first.rebalance("retry.10s");
+    pass(1_000).await;
+    first.kill().await;
+    let second = world.join(&spec);
+    world.settled().await;
+    // The record is new to the second member's operator, which fails it once more.
+    assert_eq!(seconds(&world, "retry.1m"), [10]);
+    assert_eq!(seconds(&world, "out"), [70]);
+    second.stop().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_deadline_that_comes_before_a_retry_is_due_is_waited_for_in_place() {
+    let world = World::new();
+    let member = world.join(&spec(bad(3)));
+    world.write("requests", None, "bad1 5000");
+    world.settled().await;
+    assert_eq!(world.told(), "expired deadline");
+    assert_eq!(world.log.read("endings")[0].timestamp_ms - NOW_MS, 5_000);
+    assert!(world.log.read("retry.10s").is_empty());
+    // Sooner where later would be too late: twice 10 s, and then in place.
+    world.write("requests", None, "bad2 25000");
+    world.settled().await;
+    assert_eq!(world.log.read("retry.10s").len(), 2);
+    assert!(world.log.read("retry.1m").is_empty());
+    assert_eq!(world.texts("out"), ["bad2 25000"]);
+    member.stop().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_outage_is_waited_for_in_place_and_costs_no_try() {
+    let outage = script(|run: Run| async move {
+        match run.before {
+            0..=50 => Err(Failure::outage("down", "the model", "refused")),
+            51 => Err(Failure::unavailable("down", "the model", "refused")),
+            _ => Ok(vec![on(&run)]),
+        }
+    });
+    let world = World::new();
+    let member = world.join(&spec(outage));
+    world.write("requests", None, "a");
+    world.settled().await;
+    assert_eq!(retry(&world, "retry.10s")[0].tries, 1);
+    assert_eq!(world.texts("out"), ["a"]);
+    member.stop().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_that_writes_retry_headers_changes_nothing() {
+    let world = World::new();
+    let member = world.join(&spec(bad(0)));
+    let mut headers = Headers::new();
+    let source = "requests/0/0@0".parse().unwrap();
+    let due_ms = NOW_MS + 3_600_000;
+    Retry { due_ms, tries: 9, round: 9, since_ms: 0, source, key: None, redrives: 9 }.write(&mut headers);
+    world.write_bytes("requests", None, b"a", headers);
+    world.settled().await;
+    assert_eq!(seconds(&world, "out"), [0]);
+    member.stop().await.unwrap();
+}
+
+/// A record as a host wrote it.
+fn of(world: &World, topic: &str, tenant: &str, body: &str) {
+    let id = RequestId::try_from(body.to_owned()).unwrap();
+    let tenant = Tenant::try_from(tenant.to_owned()).unwrap();
+    let headers = Envelope::entering(id, tenant, Origin::default(), NOW_MS, Headers::new()).write();
+    world.write_bytes(topic, Some(body), body.as_bytes(), headers);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_of_the_backfill_stays_in_its_lane_and_takes_two_of_ten_places() {
+    let slow = script(|run: Run| async move {
+        pass(100).await;
+        Ok::<Vec<Addressed>, Failure>(vec![on(&run)])
+    });
+    let world = World::new();
+    let from = vec!["requests", "requests-backfill"];
+    for number in 0..100 {
+        world.write("requests-backfill", None, &format!("b{number}"));
+    }
+    let member = world.join(&Spec { from, limits: Limits::new(10), ..Spec::new(slow) });
+    pass(150).await;
+    let before = world.texts("out-backfill").len();
+    for number in 0..100 {
+        world.write("requests", None, &format!("a{number}"));
+    }
+    pass(1_000).await;
+    let (live, backfill) = (world.texts("out").len(), world.texts("out-backfill").len() - before);
+    assert!(live >= 70 && backfill <= 30, "{live} and {backfill}");
+    world.settled().await;
+    assert_eq!((world.texts("out").len(), world.texts("out-backfill").len()), (100, 100));
+    let lane = header(&world.log.read("out-backfill")[0], envelope::LANE);
+    assert_eq!((lane.as_str(), header(&world.log.read("out")[0], envelope::LANE).as_str()), ("backfill", ""));
+    member.stop().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn behind_one_tenants_flood_anothers_ten_are_served_soon() {
+    let slow = script(|run: Run| async move {
+        pass(10).await;
+        Ok::<Vec<Addressed>, Failure>(vec![on(&run)])
+    });
+    let world = World::new();
+    (0..20_000).for_each(|number| of(&world, "prompts", "flood", &format!("f{number}")));
+    (0..10).for_each(|number| of(&world, "prompts", "small", &format!("s{number}")));
+    let spec = Spec { from: vec!["prompts"], fair: true, limits: Limits::new(4), ..Spec::new(slow) };
+    let member = world.join(&spec);
+    world.settled().await;
+    let out = world.log.read("out");
+    let last = out.iter().rposition(|message| text(message).starts_with('s')).unwrap();
+    assert!(last < 100, "its ten were over after {last} of {}", out.len());
+    assert_eq!(out.len(), 20_010);
+    assert!(world.log.read("overflow").len() > 10_000);
+    member.stop().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_tenant_alone_within_its_share_sets_nothing_aside() {
+    let world = World::new();
+    let pass_on = script(|run| async move { Ok(vec![on(&run)]) });
+    let member = world.join(&Spec { from: vec!["prompts"], fair: true, ..Spec::new(pass_on) });
+    (0..500).for_each(|number| of(&world, "prompts", "a", &format!("f{number}")));
+    world.settled().await;
+    assert_eq!((world.texts("out").len(), world.log.read("overflow").len()), (500, 0));
+    member.stop().await.unwrap();
+}
