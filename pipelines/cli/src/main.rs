@@ -3,7 +3,7 @@
 //! Standard output holds what was asked for and nothing else; all that is said besides goes to standard error.
 //!
 //! Exit codes: 0 done; 1 could not be done; 2 the command line, the configuration or a pipeline is wrong;
-//! 130 stopped by a second Ctrl-C.
+//! 70 stood still and is to be started anew; 130 stopped by a second Ctrl-C.
 
 mod args;
 mod build;
@@ -16,6 +16,7 @@ mod embedded;
 mod offsets;
 mod shipped;
 mod shutdown;
+mod watchdog;
 
 use args::{Args, Command};
 use clap::Parser as _;

@@ -222,8 +222,10 @@ struct Done {
     epoch: u64,
     offset: i64,
     key: Option<Bytes>,
-    /// Bytes that the source still counts as waiting.
+    /// Bytes that the source still counts as waiting, of a record that was only set aside.
     waited: Option<(Channel, usize)>,
+    /// From its start until its messages were acknowledged.
+    took: Duration,
     result: Result<(), SendError>,
 }
 
@@ -245,6 +247,8 @@ struct Loop<S> {
     turns: HashMap<Bytes, VecDeque<Incoming>>,
     room: Arc<Semaphore>,
     tasks: JoinSet<Done>,
+    /// How long a record takes, as an exponentially weighted mean of about the last fifty.
+    mean: Option<Duration>,
     leaving: VecDeque<Leaving>,
 }
 
@@ -269,6 +273,7 @@ pub async fn drive<S: Source>(
         turns: HashMap::new(),
         room,
         tasks: JoinSet::new(),
+        mean: None,
         leaving: VecDeque::new(),
     };
     state.run(shutdown).await
@@ -433,18 +438,20 @@ impl<S: Source> Loop<S> {
         let ours = Ours { fence: self.source.fence(), gone: owned.gone.clone() };
         let (stage, sink) = (Arc::clone(&self.stage), Arc::clone(&self.sink));
         self.tasks.spawn(async move {
-            let incoming = Arc::new(incoming);
+            let (incoming, started) = (Arc::new(incoming), Instant::now());
             let result = go(stage, sink, Arc::clone(&incoming), ours).await;
+            let took = started.elapsed();
             let (partition, offset, key) =
                 (incoming.partition.clone(), incoming.offset, incoming.key.clone());
-            Done { partition, epoch, offset, key, waited, result }
+            Done { partition, epoch, offset, key, waited, took, result }
         });
     }
 
     fn finish(&mut self, done: Done) -> Result<(), DriveError> {
-        let Done { partition, epoch, offset, key, waited, result } = done;
-        if let Some((channel, bytes)) = waited {
-            self.source.dispatched(channel, bytes);
+        let Done { partition, epoch, offset, key, waited, took, result } = done;
+        match waited {
+            Some((channel, bytes)) => self.source.dispatched(channel, bytes),
+            None => self.mean = Some(self.mean.map_or(took, |mean| mean.mul_f64(0.98) + took.mul_f64(0.02))),
         }
         self.next_turn(key.as_ref());
         let finished = match result {
@@ -553,6 +560,9 @@ impl<S: Source> Loop<S> {
         meter.in_flight(self.limits.in_flight - self.room.available_permits());
         let (records, bytes) = self.queue.size();
         meter.buffered(records, bytes);
+        if let Some(mean) = self.mean {
+            meter.seconds_of_work_queued(seconds_of_work(meter.lag_of_all(), mean, self.limits.in_flight));
+        }
         meter.paused(self.owned.values().filter(|owned| owned.is_paused()).count());
     }
 
@@ -614,6 +624,12 @@ impl Ours {
     }
 }
 
+/// How long so many records take, where so many are under way at a time and each takes that long (Little's law).
+fn seconds_of_work(records: i64, mean: Duration, in_flight: usize) -> f64 {
+    let number = |n: usize| f64::from(u32::try_from(n).unwrap_or(u32::MAX));
+    number(usize::try_from(records).unwrap_or(0)) * mean.as_secs_f64() / number(in_flight.max(1))
+}
+
 /// When a record is to be tried that a host set aside. On a topic of clients the header would be theirs.
 fn due_ms(incoming: &Incoming) -> Option<i64> {
     match incoming.channel {
@@ -626,5 +642,16 @@ async fn until(moment: Option<Instant>) {
     match moment {
         Some(moment) => tokio::time::sleep_until(moment).await,
         None => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn work_is_what_waits_times_what_each_takes_over_all_places() {
+        let seconds = seconds_of_work(1_000, Duration::from_millis(500), 50);
+        assert!((seconds - 10.0).abs() < 1e-9, "{seconds}");
     }
 }

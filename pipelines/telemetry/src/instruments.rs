@@ -221,7 +221,8 @@ pub(crate) const WORK_QUEUED: Declared = Declared {
     name: "forebay.step.work_queued",
     kind: Kind::Gauge,
     unit: "s",
-    meaning: "How long the records that wait would take at the measured rate: what to scale on.",
+    meaning: "How long the records that this process has not finished would take it: their number, times the mean time \
+              of one, over the places that it has. What to scale and to admit on.",
     ..LINE
 };
 pub(crate) const CACHE_LOOKUPS: Declared = Declared {

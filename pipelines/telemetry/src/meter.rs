@@ -379,6 +379,12 @@ impl StepMeter {
         self.step.positions.note(topic, partition, |position| position.lag = Some(lag.max(0)));
     }
 
+    /// How many records of all partitions that this process reads are not committed, as far as is known.
+    pub fn lag_of_all(&self) -> i64 {
+        let topics = self.step.positions.topics.lock().unwrap_or_else(PoisonError::into_inner);
+        topics.values().flat_map(BTreeMap::values).filter_map(|position| position.lag).sum()
+    }
+
     /// A partition would be read again from here.
     pub fn committed(&self, topic: &str, partition: i32, offset: i64) {
         self.step.positions.note(topic, partition, |position| position.committed = Some(offset));

@@ -8,6 +8,7 @@ use crate::{
     console::{say, wrong},
     embedded::{Cluster, Embedded, cluster},
     shutdown,
+    watchdog::Watchdog,
 };
 use anyhow::Context as _;
 use forebay_broker::Broker;
@@ -68,6 +69,7 @@ pub struct Up {
     pub shutdown: CancellationToken,
     broker: Option<Broker>,
     telemetry: Telemetry,
+    _watchdog: Watchdog,
     /// Given when everything has ended and the admin port may go.
     gone: CancellationToken,
     serving: tokio::task::JoinHandle<std::io::Result<()>>,
@@ -87,6 +89,7 @@ impl Up {
         let admin = listener.local_addr()?;
         let telemetry = telemetry(&config, stage)?;
         let health = Health::new();
+        let _watchdog = Watchdog::start(health.clone())?;
         let gone = CancellationToken::new();
         let serving = tokio::spawn(admin::serve(
             listener,
@@ -121,7 +124,19 @@ impl Up {
             stopping.1.cancelled().await;
             stopping.0.stopping();
         });
-        Ok(Self { config, plan, kafka, running, admin, shutdown, broker, telemetry, gone, serving })
+        Ok(Self {
+            config,
+            plan,
+            kafka,
+            running,
+            admin,
+            shutdown,
+            broker,
+            telemetry,
+            _watchdog,
+            gone,
+            serving,
+        })
     }
 
     /// Says where things are.

@@ -6,6 +6,7 @@ mod sink;
 mod source;
 mod table;
 pub mod topics;
+mod watch;
 
 pub use client::{Kafka, KafkaSettings, LogContext, SettingsError, UnreachableError, may_be_secret};
 pub use sink::KafkaSink;

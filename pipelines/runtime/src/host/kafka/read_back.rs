@@ -42,8 +42,13 @@ pub enum ReadBackError {
     TooLong,
 }
 
-/// Lets `once` remember the last messages of these partition numbers. Blocks.
-pub(super) fn read_back(kafka: &Kafka, once: &Once, numbers: &BTreeSet<i32>) -> Result<(), ReadBackError> {
+/// Lets `once` remember the last messages of these partition numbers. Blocks, and says meanwhile that it is alive.
+pub(super) fn read_back(
+    kafka: &Kafka,
+    once: &Once,
+    numbers: &BTreeSet<i32>,
+    alive: impl Fn(),
+) -> Result<(), ReadBackError> {
     let failed = |topic: &str| {
         let topic = topic.to_owned();
         move |source| ReadBackError::Kafka { topic, source }
@@ -57,6 +62,7 @@ pub(super) fn read_back(kafka: &Kafka, once: &Once, numbers: &BTreeSet<i32>) -> 
     let remembered = i64::try_from(REMEMBERED_MAX).unwrap_or(i64::MAX);
     for topic in once.topics() {
         for &number in numbers {
+            alive();
             let (low, end) = reader.fetch_watermarks(topic, number, ANSWER_MAX).map_err(failed(topic))?;
             let from = low.max(end - remembered);
             if from < end {
@@ -74,6 +80,7 @@ pub(super) fn read_back(kafka: &Kafka, once: &Once, numbers: &BTreeSet<i32>) -> 
         if Instant::now() > until {
             return Err(ReadBackError::TooLong);
         }
+        alive();
         match reader.poll(Duration::from_millis(100)) {
             Some(Ok(message)) => {
                 let (topic, number) = (message.topic(), message.partition());

@@ -13,6 +13,7 @@
 use super::{
     client::{Kafka, SettingsError, log, say, shared_name},
     read_back::read_back,
+    watch::{Look, Watch, looks},
 };
 use crate::{
     budget::Budget,
@@ -104,8 +105,17 @@ pub struct KafkaSource {
     waiting: Arc<Waiting>,
     meter: StepMeter,
     fence: Arc<Fence>,
+    health: Health,
+    /// The name under which the life of the loop is known.
+    heart: String,
     /// Whether the thread has said that it ends.
     ended: bool,
+}
+
+impl Drop for KafkaSource {
+    fn drop(&mut self) {
+        self.health.retire(&self.heart);
+    }
 }
 
 enum Command {
@@ -158,7 +168,10 @@ impl KafkaSource {
         let waiting = Arc::new(Waiting::default());
         let fence = Arc::new(fence(&config));
         let heart = format!("consumer {group}");
-        health.expect_beat(&heart, BEAT_AGE_MAX);
+        let of_loop = format!("loop {group}");
+        for heart in [&heart, &of_loop] {
+            health.expect_beat(heart, BEAT_AGE_MAX);
+        }
         health.set_ready(&heart, Err("no assignment yet".to_owned()));
         let reader = Reader {
             consumer,
@@ -166,7 +179,7 @@ impl KafkaSource {
             events: events_in,
             commands: commands_out,
             fence: Arc::clone(&fence),
-            health,
+            health: health.clone(),
             heart,
             waiting: Arc::clone(&waiting),
             bounds,
@@ -177,6 +190,7 @@ impl KafkaSource {
             rewinds: Vec::new(),
             holding: BTreeSet::new(),
             batch: Vec::new(),
+            watch: Watch::default(),
             revoked: VecDeque::new(),
             expected: HashMap::new(),
             closing: false,
@@ -186,7 +200,17 @@ impl KafkaSource {
         thread
             .spawn(move || reader.run())
             .map_err(|fault| SettingsError::Client(KafkaError::ClientCreation(fault.to_string())))?;
-        Ok(Self { consumer: handle, events, commands, waiting, meter, fence, ended: false })
+        Ok(Self {
+            consumer: handle,
+            events,
+            commands,
+            waiting,
+            meter,
+            fence,
+            health,
+            heart: of_loop,
+            ended: false,
+        })
     }
 
     /// Notes whether this is the last that the thread tells.
@@ -242,6 +266,8 @@ impl Source for KafkaSource {
     }
 
     fn commit(&mut self) {
+        // The loop comes here several times a second, whatever else it does.
+        self.health.beat(&self.heart);
         if let Some(consumer) = self.consumer.upgrade() {
             commit(&consumer);
         }
@@ -316,6 +342,8 @@ struct Member {
     joined: AtomicBool,
     /// Set when nobody drains any more: then partitions are given up at once.
     closed: AtomicBool,
+    /// What was last seen of the partitions, until the thread looks at it.
+    seen: Mutex<Vec<Look>>,
     /// When a refused commit was last said aloud.
     complained: Mutex<Option<Instant>>,
     meter: StepMeter,
@@ -327,6 +355,7 @@ impl Member {
             rebalances: Mutex::default(),
             joined: AtomicBool::new(false),
             closed: AtomicBool::new(false),
+            seen: Mutex::default(),
             complained: Mutex::default(),
             meter,
         }
@@ -346,6 +375,7 @@ impl ClientContext for Member {
         say(&fault, reason);
     }
     fn stats(&self, statistics: Statistics) {
+        *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = looks(&statistics);
         for (topic, of_topic) in &statistics.topics {
             for (number, partition) in &of_topic.partitions {
                 // −1 means not known: the partition is not ours, or nothing was fetched yet.
@@ -417,6 +447,8 @@ struct Reader {
     holding: BTreeSet<Channel>,
     /// What was read and is not handed over yet.
     batch: Vec<Incoming>,
+    /// Finds what stands still in silence.
+    watch: Watch,
     /// Partitions that are being drained, oldest first.
     revoked: VecDeque<TopicPartitionList>,
     /// Where reading a partition should begin, until it has.
@@ -443,6 +475,10 @@ impl Reader {
             self.follow_rebalances();
             self.rewind();
             self.hold_or_go_on();
+            if let Some(stall) = self.stall() {
+                self.health.broken(&self.heart, &stall);
+                break Event::Failed(stall);
+            }
             if self.closing && self.revoked.is_empty() && self.owns_nothing() {
                 break Event::Ended;
             }
@@ -562,7 +598,7 @@ impl Reader {
         let numbers = partitions.elements().iter().map(|element| element.partition()).collect();
         let until = Instant::now() + READ_BACK_MAX;
         loop {
-            match read_back(&kafka, &once, &numbers) {
+            match read_back(&kafka, &once, &numbers, || self.health.beat(&self.heart)) {
                 Ok(()) => return Ok(()),
                 Err(fault) => {
                     let cause = std::error::Error::source(&fault);
@@ -633,6 +669,28 @@ impl Reader {
                 }
             }
         }
+    }
+
+    /// Why nothing more is to be expected of a partition, where that is so.
+    fn stall(&mut self) -> Option<String> {
+        let seen =
+            std::mem::take(&mut *self.consumer.context().seen.lock().unwrap_or_else(PoisonError::into_inner));
+        // Nothing is fetched while a rebalance waits for its answer.
+        if seen.is_empty() || !self.revoked.is_empty() || self.closing {
+            return None;
+        }
+        let owned: BTreeSet<_> = self.owned().into_iter().collect();
+        let reading = |partition: &Partition| {
+            owned.contains(partition)
+                && !self.paused.contains(partition)
+                && !self.holding.contains(&self.channel(partition))
+        };
+        let looks = seen.into_iter().map(|look| {
+            let topic = shared_name(&self.topics, &look.topic);
+            (Partition { topic, number: look.number }, look)
+        });
+        let looks = looks.filter(|(partition, _)| reading(partition)).collect();
+        self.watch.look(Instant::now(), looks)
     }
 
     /// All messages that are here, handed over together; waits a little where there is none.
