@@ -56,12 +56,13 @@ fn every_step_of_a_request_is_counted() {
     }
     client.write("requests", [New::value("garbage")]);
     results.at_least(4, LIMIT);
-    for (stage, ok, undecodable) in [
-        ("look_up", 3.0, 1.0),
-        ("retrieve", 3.0, 0.0),
-        ("infer", 3.0, 0.0),
-        ("validate", 3.0, 0.0),
-        ("publish", 4.0, 0.0),
+    // Of twelve partitions each: what it reads, its backfill lane, three retry topics, and what overflows.
+    for (stage, ok, undecodable, partitions) in [
+        ("look_up", 3.0, 1.0, 60.0),
+        ("retrieve", 3.0, 0.0, 60.0),
+        ("infer", 3.0, 0.0, 72.0),
+        ("validate", 3.0, 0.0, 60.0),
+        ("publish", 4.0, 0.0, 48.0),
     ] {
         // A record is counted a moment after what became of it is seen.
         let label = format!("stage=\"{stage}\"");
@@ -78,7 +79,7 @@ fn every_step_of_a_request_is_counted() {
         });
         let metrics = metrics(&up);
         assert!(sum(&metrics, "forebay_step_duration_seconds_count", &[&label]) >= ok);
-        assert_eq!(sum(&metrics, "forebay_step_assigned_partitions", &[&label]), 12.0);
+        assert_eq!(sum(&metrics, "forebay_step_assigned_partitions", &[&label]), partitions);
     }
     let metrics = metrics(&up);
     assert_eq!(sum(&metrics, "forebay_step_received_records_total", &["topic=\"requests\""]), 4.0);
@@ -131,9 +132,9 @@ fn a_stage_of_its_own_has_an_admin_port_of_its_own() {
     assert!(!parts.iter().any(|part| part.contains("infer")), "{parts:?}");
     let of = |up: &Up| sum(&metrics(up), "forebay_step_assigned_partitions", &["stage=\"publish\""]);
     // They share the partitions of the one group.
-    wait_for("half of the partitions", LIMIT, || (of(&run) == 6.0 && of(&up) == 6.0).then_some(()));
+    wait_for("half of the partitions", LIMIT, || (of(&run) == 24.0 && of(&up) == 24.0).then_some(()));
     run.drain();
-    wait_for("all partitions", LIMIT, || (of(&up) == 12.0).then_some(()));
+    wait_for("all partitions", LIMIT, || (of(&up) == 48.0).then_some(()));
     up.drain();
 }
 

@@ -5,24 +5,32 @@
 //! In odd seeds the first stage is ordered: records of one key pass it one after the other, none is passed over, and
 //! the last is the last. A stage that is not ordered sets aside what met a world that failed.
 //!
+//! A member crashes at any await point of its loop, and the next one runs on a machine whose clock goes wrong.
+//!
 //! A seed that fails is printed, and goes to [`FAILED`] together with the repair.
 
 use crate::{
     order::Turns,
     support::{Member, NOW_MS, Run, Spec, World, ending, header, on, pass, script, text},
 };
-use forebay_operator::Failure;
+use forebay_operator::{Clock, Failure};
 use forebay_runtime::{drive::Limits, stage::Patience};
 use forebay_schemas::header as envelope;
 use std::{
     collections::BTreeMap,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 use tokio::time::{Instant, timeout_at};
 
-/// Seeds of a run; `FOREBAY_SEEDS` says otherwise.
-const SEEDS: u64 = 500;
+/// Seeds of a run, and of a quick one; `FOREBAY_SEEDS` says otherwise.
+const SEEDS: [u64; 2] = [5_000, 500];
+
+/// How far the clocks of two machines may lie apart, in milliseconds.
+const SKEW_MS: u64 = 60_000;
 
 /// Seeds that once failed.
 const FAILED: &[u64] = &[];
@@ -108,6 +116,11 @@ fn quiet_panic() -> ! {
 const STAGES: [(&str, &str, &str); 3] =
     [("one", "requests", "mid"), ("two", "mid", "late"), ("three", "late", "out")];
 
+/// By how much the clock of the next machine goes wrong.
+fn skew(dice: &mut Dice) -> i64 {
+    i64::try_from(dice.below(2 * SKEW_MS)).unwrap() - i64::try_from(SKEW_MS).unwrap()
+}
+
 /// The retry topics of a stage that is not ordered, with their delays in seconds.
 fn retries(key: &str) -> Vec<(&'static str, u64)> {
     match key {
@@ -119,6 +132,7 @@ fn retries(key: &str) -> Vec<(&'static str, u64)> {
 
 struct Chain {
     seed: u64,
+    began: Instant,
     world: World,
     turns: Turns,
     wrong: Arc<Mutex<Vec<String>>>,
@@ -133,8 +147,8 @@ impl Chain {
     fn new(seed: u64) -> Self {
         let (world, turns, wrong) = (World::new(), Turns::default(), Arc::default());
         let (runs, members, checked) = (Arc::default(), BTreeMap::new(), BTreeMap::new());
-        let mut chain = Self { seed, world, turns, wrong, runs, members, checked };
-        STAGES.iter().for_each(|(key, ..)| chain.join(key));
+        let mut chain = Self { seed, began: Instant::now(), world, turns, wrong, runs, members, checked };
+        STAGES.iter().for_each(|(key, ..)| chain.join(key, 0));
         chain
     }
 
@@ -147,8 +161,10 @@ impl Chain {
         self.turns.may_repeat()
     }
 
-    fn join(&mut self, key: &'static str) {
-        let member = self.world.join(&self.spec(key));
+    /// A member on a machine whose clock goes wrong by so much.
+    fn join(&mut self, key: &'static str, skew_ms: i64) {
+        let clock = Clock::Virtual { start_ms: NOW_MS + skew_ms, since: self.began };
+        let member = World { clock, ..self.world.clone() }.join(&self.spec(key));
         self.members.insert(key, member);
     }
 
@@ -205,14 +221,18 @@ impl Chain {
                 self.members[key].lose(topic);
                 self.turns.repeat();
             }
-            5 => {
-                self.members.remove(key).unwrap().kill().await;
+            5 | 6 => {
+                let member = self.members.remove(key).unwrap();
+                match dice.below(4) {
+                    0 => member.kill().await,
+                    _ => member.crash_after(u32::try_from(dice.below(64)).unwrap()).await,
+                }
                 self.turns.repeat();
-                self.join(key);
+                self.join(key, skew(dice));
             }
             _ => {
                 self.members.remove(key).unwrap().stop().await.unwrap();
-                self.join(key);
+                self.join(key, skew(dice));
             }
         }
     }
@@ -332,8 +352,24 @@ async fn simulate(seed: u64) -> Result<(), String> {
 
 #[test]
 fn whatever_happens_every_record_ends_as_it_must() {
-    let seeds = std::env::var("FOREBAY_SEEDS").ok().and_then(|seeds| seeds.parse().ok()).unwrap_or(SEEDS);
-    let failed: Vec<String> = FAILED.iter().copied().chain(0..seeds).filter_map(failure).take(5).collect();
+    let usual = SEEDS[usize::from(std::env::var_os("FOREBAY_TEST_QUICK").is_some())];
+    let seeds = std::env::var("FOREBAY_SEEDS").ok().and_then(|seeds| seeds.parse().ok()).unwrap_or(usual);
+    let next = AtomicU64::new(0);
+    let failed = Mutex::new(FAILED.iter().copied().filter_map(failure).collect::<Vec<_>>());
+    std::thread::scope(|scope| {
+        for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
+            scope.spawn(|| {
+                while failed.lock().unwrap().len() < 5 {
+                    let seed = next.fetch_add(1, Ordering::SeqCst);
+                    if seed >= seeds {
+                        return;
+                    }
+                    failed.lock().unwrap().extend(failure(seed));
+                }
+            });
+        }
+    });
+    let failed = failed.into_inner().unwrap();
     assert!(failed.is_empty(), "{failed:#?}");
 }
 

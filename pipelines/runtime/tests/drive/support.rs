@@ -15,7 +15,12 @@ use forebay_telemetry::{Settings, Telemetry};
 use futures::future::BoxFuture;
 use std::{
     collections::BTreeMap,
-    sync::{Arc, Mutex, OnceLock},
+    pin::Pin,
+    sync::{
+        Arc, Mutex, OnceLock,
+        atomic::{AtomicU32, Ordering},
+    },
+    task::{self, Poll},
     time::Duration,
 };
 use tokio::{sync::mpsc, task::JoinHandle, time::timeout};
@@ -145,8 +150,30 @@ impl Spec {
     }
 }
 
+/// A member that a test may let crash at any await point of its loop: after it was polled so often.
+struct Fragile<F> {
+    loop_: Pin<Box<F>>,
+    polls_left: Arc<AtomicU32>,
+}
+
+impl<F: Future<Output = Result<(), DriveError>>> Future for Fragile<F> {
+    type Output = Result<(), DriveError>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut task::Context<'_>) -> Poll<Self::Output> {
+        let left = self.polls_left.load(Ordering::SeqCst);
+        if left == 0 {
+            return Poll::Ready(Ok(()));
+        }
+        if left != u32::MAX {
+            self.polls_left.store(left - 1, Ordering::SeqCst);
+        }
+        self.loop_.as_mut().poll(cx)
+    }
+}
+
 /// A member at work.
 pub struct Member {
+    polls_left: Arc<AtomicU32>,
     sentinels: mpsc::UnboundedSender<Sentinel>,
     shutdown: CancellationToken,
     task: JoinHandle<Result<(), DriveError>>,
@@ -170,6 +197,15 @@ impl Member {
     pub async fn kill(self) {
         self.task.abort();
         let _ = self.task.await;
+    }
+    /// SIGKILL after its loop was polled so often; at once where it does nothing more.
+    pub async fn crash_after(self, polls: u32) {
+        self.polls_left.store(polls, Ordering::SeqCst);
+        let mut task = self.task;
+        if timeout(Duration::from_millis(300), &mut task).await.is_err() {
+            task.abort();
+            let _ = task.await;
+        }
     }
     /// Waits for an end that nobody asked for.
     pub async fn ended(self) -> Result<(), DriveError> {
@@ -230,8 +266,10 @@ impl World {
         }));
         let (source, sentinels) = MemorySource::join(&self.log, spec.key, &inputs(spec));
         let shutdown = CancellationToken::new();
-        let task = tokio::spawn(drive(stage, source, sink, spec.limits, shutdown.clone()));
-        Member { sentinels, shutdown, task }
+        let polls_left = Arc::new(AtomicU32::new(u32::MAX));
+        let loop_ = Box::pin(drive(stage, source, sink, spec.limits, shutdown.clone()));
+        let task = tokio::spawn(Fragile { loop_, polls_left: Arc::clone(&polls_left) });
+        Member { polls_left, sentinels, shutdown, task }
     }
 
     /// Waits until every group has committed all that was written.
