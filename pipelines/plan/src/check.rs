@@ -134,7 +134,7 @@ impl Check<'_> {
         self.settings(step);
     }
 
-    /// Tenants take turns only where the host knows whose a record is before it opens it.
+    /// Tenants take turns only where records are somebody's, and may come out of order.
     fn queue(&mut self, step: &Step, description: &Description) {
         if step.queue.value == Queueing::Fifo {
             return;
@@ -148,20 +148,6 @@ impl Check<'_> {
             let message =
                 format!("step {key:?} cannot have a fair queue: what is set aside comes out of order");
             self.faults.add(step.queue.place, message);
-        }
-        let from_clients = |name: &str| {
-            self.topics.iter().find(|topic| topic.name == name).is_some_and(|topic| topic.from_clients)
-        };
-        if let Some(name) = step.from.iter().find(|name| from_clients(&name.value)) {
-            let message = format!(
-                "step {key:?} cannot have a fair queue: clients write {:?}, and whose a record is stands in its text",
-                name.value
-            );
-            self.faults.add_with_hint(
-                step.queue.place,
-                message,
-                "a later step can, such as the one that infers",
-            );
         }
     }
 

@@ -26,6 +26,8 @@ const TOKEN_BYTES: usize = 4;
 pub struct Waiting {
     /// The record.
     pub incoming: Incoming,
+    /// Whose it is, where tenants take turns; else nobody's.
+    pub tenant: Bytes,
     /// Whether its key's turn is its own already.
     pub has_turn: bool,
 }
@@ -33,7 +35,6 @@ pub struct Waiting {
 /// Records that wait for the operator.
 #[derive(Debug)]
 pub struct Queue {
-    fair: bool,
     /// Those whose key's turn it is: they hold up what lies behind them.
     first: VecDeque<Waiting>,
     live: Backlogs,
@@ -43,14 +44,8 @@ pub struct Queue {
 
 impl Queue {
     /// An empty queue.
-    pub fn new(fair: bool) -> Self {
-        Self {
-            fair,
-            first: VecDeque::new(),
-            live: Backlogs::default(),
-            backfill: Backlogs::default(),
-            turn: 0,
-        }
+    pub fn new() -> Self {
+        Self { first: VecDeque::new(), live: Backlogs::default(), backfill: Backlogs::default(), turn: 0 }
     }
 
     /// Puts a record in.
@@ -58,10 +53,9 @@ impl Queue {
         if waiting.has_turn {
             return self.first.push_back(waiting);
         }
-        let tenant = if self.fair { tenant(&waiting.incoming) } else { Bytes::new() };
         match lane(&waiting.incoming) {
-            Lane::Interactive => self.live.push(tenant, waiting),
-            Lane::Backfill => self.backfill.push(tenant, waiting),
+            Lane::Interactive => self.live.push(waiting),
+            Lane::Backfill => self.backfill.push(waiting),
         }
     }
 
@@ -102,14 +96,10 @@ impl Queue {
         (self.first.len() + live.records + backfill.records, first + live.bytes + backfill.bytes)
     }
 
-    /// Whether a tenant that somebody waits for has more in the queue than its share of `records_max`: half of it
-    /// while it is alone, less where others wait too. Half stays for those who are not seen yet.
-    pub fn is_over_share(&self, incoming: &Incoming, records_max: usize) -> bool {
-        if !self.fair || lane(incoming) == Lane::Backfill {
-            return false;
-        }
-        let tenant = tenant(incoming);
-        let waiting = self.live.tenants.get(&tenant).map_or(0, |backlog| backlog.records.len());
+    /// Whether a tenant has more in the live lane than its share of `records_max`: half of it while it is alone, less
+    /// where others wait too. Half stays for those who are not seen yet.
+    pub fn is_over_share(&self, tenant: &Bytes, records_max: usize) -> bool {
+        let waiting = self.live.tenants.get(tenant).map_or(0, |backlog| backlog.records.len());
         let others = self.live.turns.len() - usize::from(waiting > 0);
         waiting >= (records_max / (2 + others)).max(1)
     }
@@ -125,10 +115,6 @@ fn lane(incoming: &Incoming) -> Lane {
         Channel::Retry | Channel::Overflow if marked() => Lane::Backfill,
         Channel::Retry | Channel::Overflow => Lane::Interactive,
     }
-}
-
-fn tenant(incoming: &Incoming) -> Bytes {
-    value(incoming, header::TENANT).cloned().unwrap_or_default()
 }
 
 fn value<'i>(incoming: &'i Incoming, header: &str) -> Option<&'i Bytes> {
@@ -156,12 +142,12 @@ impl Backlogs {
         self.records == 0
     }
 
-    fn push(&mut self, tenant: Bytes, waiting: Waiting) {
+    fn push(&mut self, waiting: Waiting) {
         self.records += 1;
         self.bytes += waiting.incoming.held.bytes();
-        let backlog = self.tenants.entry(tenant.clone()).or_default();
+        let backlog = self.tenants.entry(waiting.tenant.clone()).or_default();
         if backlog.records.is_empty() {
-            self.turns.push_back(tenant);
+            self.turns.push_back(waiting.tenant.clone());
         }
         backlog.records.push_back(waiting);
     }
@@ -220,27 +206,28 @@ mod tests {
 
     fn record(tenant: &str, channel: Channel, offset: i64, bytes: usize) -> Waiting {
         let partition = Partition { topic: "prompts".into(), number: i32::from(tenant.len() > 5) };
-        let headers = vec![(header::TENANT.to_owned(), Some(Bytes::copy_from_slice(tenant.as_bytes())))];
+        let headers = Vec::new();
         let held = Budget::new(usize::MAX).take(bytes);
         let (key, value) = (None, None);
         let incoming = Incoming { partition, channel, offset, timestamp_ms: 0, key, value, headers, held };
-        Waiting { incoming, has_turn: false }
+        Waiting { incoming, tenant: Bytes::copy_from_slice(tenant.as_bytes()), has_turn: false }
     }
 
-    fn drain(queue: &mut Queue) -> Vec<Incoming> {
-        std::iter::from_fn(|| queue.pop()).map(|waiting| waiting.incoming).collect()
+    fn drain(queue: &mut Queue) -> Vec<Waiting> {
+        std::iter::from_fn(|| queue.pop()).collect()
     }
 
     #[test]
     fn of_ten_records_eight_are_somebodys_and_none_waits_while_there_is_room() {
-        let mut queue = Queue::new(false);
+        let mut queue = Queue::new();
         for offset in 0..20 {
             queue.push(record("a", Channel::Backfill, offset, 10));
             queue.push(record("a", Channel::Live, offset, 10));
         }
         let order = drain(&mut queue);
-        let backfill =
-            |records: &[Incoming]| records.iter().filter(|one| one.channel == Channel::Backfill).count();
+        let backfill = |records: &[Waiting]| {
+            records.iter().filter(|one| one.incoming.channel == Channel::Backfill).count()
+        };
         assert_eq!(backfill(&order[..10]), 2);
         assert_eq!(backfill(&order[..20]), 4);
         assert_eq!(order.len(), 40);
@@ -248,11 +235,11 @@ mod tests {
 
     #[test]
     fn a_flood_does_not_make_another_tenant_wait() {
-        let mut queue = Queue::new(true);
+        let mut queue = Queue::new();
         (0..1_000).for_each(|offset| queue.push(record("flood", Channel::Live, offset, 4_000)));
         (0..10).for_each(|offset| queue.push(record("small", Channel::Live, offset, 4_000)));
         let order = drain(&mut queue);
-        let small = |waiting: &Incoming| tenant(waiting) == "small";
+        let small = |waiting: &Waiting| waiting.tenant == "small";
         let last = order.iter().rposition(small).unwrap();
         assert!(last < 30, "its ten were over after {last}");
         assert_eq!(order.len(), 1_010);
@@ -260,25 +247,24 @@ mod tests {
 
     #[test]
     fn half_of_the_queue_is_for_those_who_are_not_seen_yet() {
-        let mut queue = Queue::new(true);
+        let mut queue = Queue::new();
         (0..49).for_each(|offset| queue.push(record("flood", Channel::Live, offset, 1)));
-        let (flood, other) = (record("flood", Channel::Live, 0, 1), record("b", Channel::Live, 0, 1));
-        assert!(!queue.is_over_share(&flood.incoming, 100));
+        let (flood, other) = (Bytes::from("flood"), Bytes::from("b"));
+        assert!(!queue.is_over_share(&flood, 100));
         queue.push(record("flood", Channel::Live, 49, 1));
-        assert!(queue.is_over_share(&flood.incoming, 100));
-        assert!(!queue.is_over_share(&other.incoming, 100));
+        assert!(queue.is_over_share(&flood, 100));
+        assert!(!queue.is_over_share(&other, 100));
     }
 
     proptest! {
         /// However it is filled and emptied: each record comes out once, and those of a tenant in their order.
         #[test]
         fn what_was_put_in_comes_out_once_and_in_its_tenants_order(
-            fair: bool,
             steps in proptest::collection::vec((0usize..4, 1usize..40_000, any::<bool>(), any::<bool>()), 1..300),
             taken: bool,
         ) {
             let tenants = ["a", "b", "c", "long name"];
-            let mut queue = Queue::new(fair);
+            let mut queue = Queue::new();
             let mut next = BTreeMap::<_, i64>::new();
             let mut out = Vec::new();
             for (who, bytes, backfill, pops) in steps {
@@ -297,7 +283,7 @@ mod tests {
             prop_assert_eq!(queue.size(), (0, 0));
             let mut seen = BTreeMap::<_, i64>::new();
             for waiting in out.iter().chain(&taken) {
-                let key = (tenant(&waiting.incoming), waiting.incoming.channel);
+                let key = (waiting.tenant.clone(), waiting.incoming.channel);
                 let expected = seen.entry(key).or_default();
                 prop_assert_eq!(waiting.incoming.offset, *expected);
                 *expected += 1;

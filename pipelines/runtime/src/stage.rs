@@ -17,10 +17,11 @@ use forebay_operator::{Addressed, Clock, Context, Delivery, Failure, Host, Opene
 use forebay_plan::Channel;
 use forebay_schemas::{
     Attempt, DeadLetter, Ending, Envelope, Fault, Headers, Lane, NanoUsd, Origin, Record, Request, RequestId,
-    Retry, Source, Status, dead_letter::header as dead,
+    Retry, Source, Status, Tenant, dead_letter::header as dead, header,
 };
 use forebay_telemetry::{Outcome, StepMeter};
 use futures::FutureExt;
+use serde::Deserialize;
 use std::{
     collections::{BTreeMap, BTreeSet},
     error::Error,
@@ -169,11 +170,37 @@ impl Stage {
         self.parts.clock.now_ms()
     }
 
-    /// A record as it goes to the overflow topic: just as it is.
-    pub fn set_aside(&self, incoming: &Incoming) -> Vec<Outgoing> {
+    /// Whose a record is, where tenants take turns; else nobody's. What a client wrote is looked at and not opened: whoever
+    /// writes what is no request counts as nobody.
+    pub fn tenant(&self, incoming: &Incoming) -> Bytes {
+        #[derive(Deserialize)]
+        struct Whose {
+            tenant: Option<String>,
+        }
+        if self.parts.overflow.is_none() {
+            return Bytes::new();
+        }
+        if !self.enters(incoming) {
+            let tenant = incoming.headers.iter().find(|(name, _)| name == header::TENANT);
+            return tenant.and_then(|(_, tenant)| tenant.clone()).unwrap_or_default();
+        }
+        let whose = incoming.value.as_deref().and_then(|value| serde_json::from_slice::<Whose>(value).ok());
+        let tenant = whose.map(|whose| whose.tenant.unwrap_or_else(|| Tenant::default().as_str().to_owned()));
+        tenant.map(Bytes::from).unwrap_or_default()
+    }
+
+    /// A record as it goes to the overflow topic, where no client writes: with its envelope. `None` where it cannot be read.
+    pub fn set_aside(&self, incoming: &Incoming) -> Option<Outgoing> {
+        let topic = self.parts.overflow.as_ref()?;
+        if !self.enters(incoming) {
+            self.parts.meter.set_aside("overflow");
+            return Some(copy(incoming, topic, incoming.headers.clone()));
+        }
+        let opened = self.open(incoming).ok()?;
+        let envelope = self.envelope(incoming, &*opened).ok()?;
         self.parts.meter.set_aside("overflow");
-        let topic = self.parts.overflow.iter();
-        topic.map(|topic| copy(incoming, topic, incoming.headers.clone())).collect()
+        let key = Some(envelope.id.as_str().as_bytes().to_vec());
+        Some(Outgoing { key, ..copy(incoming, topic, envelope.write()) })
     }
 
     /// What is counted.
@@ -500,7 +527,7 @@ impl Stage {
         let origin =
             Origin { topic: partition.topic.to_string(), partition: partition.number, offset: *offset, key };
         let headers = incoming.headers.clone();
-        Envelope::entering(id, forebay_schemas::Tenant::default(), origin, *timestamp_ms, headers)
+        Envelope::entering(id, Tenant::default(), origin, *timestamp_ms, headers)
     }
 
     fn warn_of(&self, fields: &[String], incoming: &Incoming) {

@@ -379,10 +379,11 @@ impl StepMeter {
         self.step.positions.note(topic, partition, |position| position.lag = Some(lag.max(0)));
     }
 
-    /// How many records of all partitions that this process reads are not committed, as far as is known.
-    pub fn lag_of_all(&self) -> i64 {
+    /// How many records of all partitions that this process reads of these topics are not committed, as far as is known.
+    pub fn lag_of_all(&self, counts: impl Fn(&str) -> bool) -> i64 {
         let topics = self.step.positions.topics.lock().unwrap_or_else(PoisonError::into_inner);
-        topics.values().flat_map(BTreeMap::values).filter_map(|position| position.lag).sum()
+        let counted = topics.iter().filter(|(topic, _)| counts(topic)).flat_map(|(_, topic)| topic.values());
+        counted.filter_map(|position| position.lag).sum()
     }
 
     /// A partition would be read again from here.

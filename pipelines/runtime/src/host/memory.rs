@@ -129,6 +129,11 @@ impl MemoryLog {
         self.state().topics.get(topic)?.get(usize::try_from(offset).ok()?).cloned()
     }
 
+    /// The offset behind the last message of a topic.
+    pub fn end(&self, topic: &str) -> i64 {
+        self.state().end(topic)
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -307,6 +312,11 @@ impl Source for MemorySource {
 
     fn dispatched(&mut self, channel: Channel, _: usize) {
         *self.waiting.entry(channel).or_default() -= 1;
+    }
+
+    fn lag(&self) -> i64 {
+        let left = self.positions.iter().filter(|(partition, _)| !self.paused.contains(partition));
+        left.map(|(partition, position)| self.log.end(&partition.topic) - position).sum()
     }
 
     fn store(&mut self, progress: &[(Partition, i64)]) {

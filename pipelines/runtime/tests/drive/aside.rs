@@ -189,7 +189,8 @@ async fn behind_one_tenants_flood_anothers_ten_are_served_soon() {
     world.settled().await;
     let out = world.log.read("out");
     let last = out.iter().rposition(|message| text(message).starts_with('s')).unwrap();
-    assert!(last < 100, "its ten were over after {last} of {}", out.len());
+    // A quarter of a second passes until the length of the queue is known.
+    assert!(last < 200, "its ten were over after {last} of {}", out.len());
     assert_eq!(out.len(), 20_010);
     assert!(world.log.read("overflow").len() > 10_000);
     member.stop().await.unwrap();

@@ -151,7 +151,8 @@ impl Kafka {
         default("queued.min.messages", "1000");
         default("queued.max.messages.kbytes", "16384");
         default("fetch.wait.max.ms", "100");
-        default("statistics.interval.ms", "5000");
+        // A flood is noticed by its lag, which these tell.
+        default("statistics.interval.ms", "2000");
         if !kip_848 {
             default("session.timeout.ms", "10000");
             default("heartbeat.interval.ms", "3000");

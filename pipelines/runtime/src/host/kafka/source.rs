@@ -103,6 +103,7 @@ pub struct KafkaSource {
     events: mpsc::UnboundedReceiver<Event>,
     commands: sync_mpsc::Sender<Command>,
     waiting: Arc<Waiting>,
+    inputs: Vec<Input>,
     meter: StepMeter,
     fence: Arc<Fence>,
     health: Health,
@@ -205,6 +206,7 @@ impl KafkaSource {
             events,
             commands,
             waiting,
+            inputs: inputs.to_vec(),
             meter,
             fence,
             health,
@@ -246,6 +248,12 @@ impl Source for KafkaSource {
         let waiting = self.waiting.of(channel);
         waiting.records.fetch_sub(1, Ordering::Relaxed);
         waiting.bytes.fetch_sub(bytes, Ordering::Relaxed);
+    }
+
+    fn lag(&self) -> i64 {
+        self.meter.lag_of_all(|topic| {
+            self.inputs.iter().any(|input| *input.topic == *topic && input.channel != Channel::Retry)
+        })
     }
 
     fn store(&mut self, progress: &[(Partition, i64)]) {
