@@ -58,10 +58,10 @@ fn every_step_of_a_request_is_counted() {
     results.at_least(4, LIMIT);
     // Of twelve partitions each: what it reads, its backfill lane, three retry topics, and what overflows.
     for (stage, ok, undecodable, partitions) in [
-        ("look_up", 3.0, 1.0, 60.0),
-        ("retrieve", 3.0, 0.0, 60.0),
+        ("look_up", 3.0, 1.0, 72.0),
+        ("retrieve", 3.0, 0.0, 72.0),
         ("infer", 3.0, 0.0, 72.0),
-        ("validate", 3.0, 0.0, 60.0),
+        ("validate", 3.0, 0.0, 72.0),
         ("publish", 4.0, 0.0, 48.0),
     ] {
         // A record is counted a moment after what became of it is seen.

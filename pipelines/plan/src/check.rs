@@ -51,7 +51,11 @@ fn planned(step: &Step, description: &Description) -> PlannedStep {
         in_flight: step.in_flight.unwrap_or(IN_FLIGHT_DEFAULT),
         visits_max: step.visits_max,
         order: step.order,
-        queue: step.queue.value,
+        queue: match &step.queue {
+            Some(queue) => queue.value,
+            None if description.is_job && step.order == Order::Any => Queueing::Fair,
+            None => Queueing::Fifo,
+        },
         is_job: description.is_job,
         settings: step.settings.value.clone(),
     }
@@ -136,18 +140,17 @@ impl Check<'_> {
 
     /// Tenants take turns only where records are somebody's, and may come out of order.
     fn queue(&mut self, step: &Step, description: &Description) {
-        if step.queue.value == Queueing::Fifo {
-            return;
-        }
+        let fair = |queue: &&Placed<Queueing>| queue.value == Queueing::Fair;
+        let Some(queue) = step.queue.as_ref().filter(fair) else { return };
         let key = &step.key.value;
         if !description.is_job {
             let message = format!("step {key:?} cannot have a fair queue: its records are nobody's requests");
-            self.faults.add(step.queue.place, message);
+            self.faults.add(queue.place, message);
         }
         if step.order == Order::Key {
             let message =
                 format!("step {key:?} cannot have a fair queue: what is set aside comes out of order");
-            self.faults.add(step.queue.place, message);
+            self.faults.add(queue.place, message);
         }
     }
 

@@ -92,8 +92,8 @@ fn traits(step: &PlannedStep) -> Vec<String> {
     if step.order == Order::Key {
         traits.push("in order of each key".to_owned());
     }
-    if step.queue == Queueing::Fair {
-        traits.push("tenants in turn".to_owned());
+    if step.is_job && step.queue == Queueing::Fifo {
+        traits.push("first come, first served".to_owned());
     }
     if let Some(visits) = step.visits_max {
         traits.push(format!("at most {visits} visits"));

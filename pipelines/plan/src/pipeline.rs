@@ -80,8 +80,8 @@ pub struct Step {
     pub visits_max: Option<u32>,
     /// In which order records are done.
     pub order: Order,
-    /// How the step deals with a queue that is longer than it can work off.
-    pub queue: Placed<Queueing>,
+    /// How the step deals with a queue that is longer than it can work off, where it says.
+    pub queue: Option<Placed<Queueing>>,
     /// The operator's settings.
     pub settings: Settings,
     /// What of it could not be read, so that its absence is no fault of its author.
@@ -259,9 +259,10 @@ fn step(key: Placed<String>, node: &Node, faults: &mut Faults) -> Option<Step> {
         .unwrap_or_default();
     let queueings = [("fifo", Queueing::Fifo), ("fair", Queueing::Fair)];
     let queue_node = fields.optional("queue");
-    let queue = queue_node.and_then(|node| fields::word("\"queue\"", node, &queueings, faults));
-    let queue =
-        Placed { value: queue.unwrap_or_default(), place: queue_node.map_or(key.place, |node| node.place) };
+    let queue = queue_node.and_then(|node| {
+        let value = fields::word("\"queue\"", node, &queueings, faults)?;
+        Some(Placed { value, place: node.place })
+    });
     let told = faults.len();
     let settings = settings(fields.optional("settings"), key.place, faults);
     unread.settings = faults.len() > told;

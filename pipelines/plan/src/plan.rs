@@ -27,9 +27,9 @@ pub enum Order {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Queueing {
     /// First come, first served.
-    #[default]
     Fifo,
-    /// Tenants take turns, and what a tenant has beyond its share of the queue waits in `overflow.{step}`.
+    /// Tenants take turns, and what a tenant has beyond its share of a long queue waits in `overflow.{step}`.
+    #[default]
     Fair,
 }
 
@@ -86,7 +86,8 @@ pub struct PlannedStep {
     pub visits_max: Option<u32>,
     /// In which order records are finished.
     pub order: Order,
-    /// How it deals with a queue that is longer than it can work off.
+    /// How it deals with a queue that is longer than it can work off. Where order matters, or records are nobody's,
+    /// always first come, first served.
     pub queue: Queueing,
     /// Whether its input is the work of a request, which must end in a result.
     pub is_job: bool,

@@ -82,9 +82,9 @@ struct StepForm {
     /// `key` finishes records of one key one after the other; `any`, which is usual, as they come to an end.
     #[schemars(default)]
     order: OrderForm,
-    /// `fair` lets tenants take turns, and sets aside on `overflow.{step}` what one of them has beyond its share of the
-    /// queue; `fifo`, which is usual, serves first what came first.
-    #[schemars(default)]
+    /// `fair` lets tenants take turns, and sets aside on `overflow.{step}` what one of them has beyond its share of a long
+    /// queue: usual where records are requests and `order` is `any`. `fifo` serves first what came first.
+    #[schemars(default, skip_serializing_if = "unstated")]
     queue: QueueForm,
     /// The operator's settings.
     #[schemars(default, skip_serializing_if = "unstated")]
@@ -104,8 +104,8 @@ enum OrderForm {
 #[derive(Default, JsonSchema, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 enum QueueForm {
-    #[default]
     Fifo,
+    #[default]
     Fair,
 }
 

@@ -34,7 +34,7 @@ use tokio::{
     time::{Instant, MissedTickBehavior},
 };
 use tokio_util::sync::{CancellationToken, DropGuard};
-use tracing::{debug, error, info, warn};
+use tracing::{error, info, warn};
 
 /// Where a stage's records come from.
 pub trait Source: Send {
@@ -378,24 +378,32 @@ impl<S: Source> Loop<S> {
         if !owned.tracker.begin(incoming.offset) {
             return self.source.dispatched(channel, bytes);
         }
-        if !owned.full && owned.tracker.span() > self.limits.window {
+        let becomes_full = !owned.full && owned.tracker.span() > self.limits.window;
+        if becomes_full {
             owned.full = true;
             self.source.pause(&incoming.partition);
         }
         self.stage.meter().received(&incoming.partition.topic, bytes);
-        let tenant = self.stage.tenant(&incoming);
+        let (tenant, partition) = (self.stage.tenant(&incoming), incoming.partition.clone());
         let long = self.work_queued >= LONG_QUEUE && channel == Channel::Live;
         if long && self.queue.is_over_share(&tenant, self.limits.waiting) {
-            match self.stage.set_aside(&incoming) {
-                Some(aside) => return self.set_aside(incoming, aside),
-                None => debug!(place = %incoming.place(), "a record that cannot be read is not set aside"),
+            self.set_aside(incoming, tenant);
+        } else {
+            self.queue.push(Waiting { incoming, tenant, has_turn: false });
+        }
+        // A flood that waits would hide what lies beyond the window.
+        if becomes_full && long {
+            for Waiting { incoming, tenant, .. } in self.queue.take_flood(&partition, self.limits.waiting) {
+                self.set_aside(incoming, tenant);
             }
         }
-        self.queue.push(Waiting { incoming, tenant, has_turn: false });
     }
 
-    /// Moves a record to the overflow topic. It counts as waiting until it is there.
-    fn set_aside(&mut self, incoming: Incoming, aside: Outgoing) {
+    /// Moves a record to the overflow topic, where there is one. It counts as waiting until it is there.
+    fn set_aside(&mut self, incoming: Incoming, tenant: Bytes) {
+        let Some(aside) = self.stage.set_aside(&incoming) else {
+            return self.queue.push(Waiting { incoming, tenant, has_turn: false });
+        };
         let waited = Some((incoming.channel, incoming.held.bytes()));
         self.spawn(incoming, waited, |_, sink, _, ours| async move {
             ours.still().await?;

@@ -79,8 +79,26 @@ impl Queue {
             .partition(|waiting| !gone.contains(&waiting.incoming.partition));
         self.first = kept;
         out.extend::<VecDeque<_>>(taken);
-        self.live.take_out(gone, &mut out);
-        self.backfill.take_out(gone, &mut out);
+        for backlogs in [&mut self.live, &mut self.backfill] {
+            backlogs.take_out(&mut out, |waiting| gone.contains(&waiting.incoming.partition));
+        }
+        out
+    }
+
+    /// Takes out the live records of this partition whose tenants have more than their share of `records_max`.
+    pub fn take_flood(&mut self, partition: &Partition, records_max: usize) -> Vec<Waiting> {
+        let over: HashSet<Bytes> = self
+            .live
+            .turns
+            .iter()
+            .filter(|tenant| self.is_over_share(tenant, records_max))
+            .cloned()
+            .collect();
+        let mut out = Vec::new();
+        self.live.take_out(&mut out, |waiting| {
+            let Waiting { incoming, tenant, .. } = waiting;
+            incoming.partition == *partition && incoming.channel == Channel::Live && over.contains(tenant)
+        });
         out
     }
 
@@ -178,11 +196,11 @@ impl Backlogs {
         }
     }
 
-    fn take_out(&mut self, gone: &HashSet<Partition>, out: &mut Vec<Waiting>) {
+    fn take_out(&mut self, out: &mut Vec<Waiting>, wanted: impl Fn(&Waiting) -> bool) {
         for backlog in self.tenants.values_mut() {
             let (kept, taken) = std::mem::take(&mut backlog.records)
                 .into_iter()
-                .partition::<VecDeque<_>, _>(|waiting| !gone.contains(&waiting.incoming.partition));
+                .partition::<VecDeque<_>, _>(|waiting| !wanted(waiting));
             backlog.records = kept;
             self.records -= taken.len();
             self.bytes -= taken.iter().map(|waiting| waiting.incoming.held.bytes()).sum::<usize>();
@@ -243,6 +261,19 @@ mod tests {
         let last = order.iter().rposition(small).unwrap();
         assert!(last < 30, "its ten were over after {last}");
         assert_eq!(order.len(), 1_010);
+    }
+
+    #[test]
+    fn a_flood_is_taken_out_where_it_holds_a_partition_up() {
+        let mut queue = Queue::new();
+        (0..60).for_each(|offset| queue.push(record("flood", Channel::Live, offset, 1)));
+        (0..3).for_each(|offset| queue.push(record("flood", Channel::Overflow, offset, 1)));
+        (0..5).for_each(|offset| queue.push(record("small", Channel::Live, offset, 1)));
+        let partition = Partition { topic: "prompts".into(), number: 0 };
+        assert_eq!(queue.take_flood(&partition, 1_000).len(), 0, "within its share");
+        let flood = queue.take_flood(&partition, 100);
+        assert!(flood.len() == 60 && flood.iter().all(|waiting| waiting.tenant == "flood"));
+        assert_eq!((queue.size().0, queue.take_flood(&partition, 100).len()), (8, 0));
     }
 
     #[test]

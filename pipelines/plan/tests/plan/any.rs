@@ -89,7 +89,7 @@ fn an_anchor_may_be_used_again() {
     let wrong = shared.replacen("    in_flight: 64", "    tables: *passages", 1);
     let faults = plan("f.yaml", &wrong, &Operators).unwrap_err().to_string();
     // Where it was written, since nothing stands where it is used.
-    assert!(faults.contains("f.yaml:24:24: infer looks nothing up in a table of Chunks"), "{faults}");
+    assert!(faults.contains("f.yaml:23:24: infer looks nothing up in a table of Chunks"), "{faults}");
 }
 
 #[test]

@@ -31,6 +31,7 @@ fn a_step_reads_its_lanes_and_what_its_host_set_aside() {
         inputs("infer"),
         [&["prompts", "prompts-backfill"][..], &retries, &["overflow.infer"]].concat()
     );
+    assert_eq!(inputs("validate").last().unwrap(), "overflow.validate");
     assert_eq!(inputs("fill"), ["endings", "retry.fill.10s", "retry.fill.1m", "retry.fill.10m"]);
     assert_eq!(inputs("index"), ["documents"], "order would be lost");
     let names: Vec<String> = plan.topics().into_iter().map(|topic| topic.name).collect();
