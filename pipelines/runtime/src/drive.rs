@@ -383,7 +383,7 @@ impl<S: Source> Loop<S> {
             owned.full = true;
             self.source.pause(&incoming.partition);
         }
-        self.stage.meter().received(&incoming.partition.topic, bytes);
+        self.stage.meter().received(&incoming.partition.topic, incoming.len());
         let (tenant, partition) = (self.stage.tenant(&incoming), incoming.partition.clone());
         let long = self.work_queued >= LONG_QUEUE && channel == Channel::Live;
         if long && self.queue.is_over_share(&tenant, self.limits.waiting) {

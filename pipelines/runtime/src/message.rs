@@ -57,11 +57,23 @@ impl Incoming {
         format!("{}/{}", self.partition, self.offset)
     }
 
-    /// An estimate of the memory that a message takes.
+    /// The bytes of its key and value.
+    pub fn len(&self) -> usize {
+        self.key.as_ref().map_or(0, Bytes::len) + self.value.as_ref().map_or(0, Bytes::len)
+    }
+
+    /// Whether it has neither key nor value.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// An estimate of the memory that a message takes until it is finished.
     pub fn bytes(key: Option<&[u8]>, value: Option<&[u8]>) -> usize {
         // Headers and the struct itself; a message of no bytes is not free.
         const OVERHEAD: usize = 512;
-        OVERHEAD + key.map_or(0, <[u8]>::len) + value.map_or(0, <[u8]>::len)
+        // As it was read, decoded, encoded for the next step, and once more in the producer's queue.
+        const COPIES: usize = 4;
+        OVERHEAD + COPIES * (key.map_or(0, <[u8]>::len) + value.map_or(0, <[u8]>::len))
     }
 }
 

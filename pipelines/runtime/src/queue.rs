@@ -18,8 +18,8 @@ const BACKFILL_TURN: u32 = 5;
 /// Estimated tokens that a tenant may send each time that it is its turn.
 const QUANTUM: usize = 4_096;
 
-/// Bytes of text to a token, roughly.
-const TOKEN_BYTES: usize = 4;
+/// Bytes of memory to a token, roughly: four of text, held four times.
+const TOKEN_BYTES: usize = 16;
 
 /// A record that waits for the operator.
 #[derive(Debug)]

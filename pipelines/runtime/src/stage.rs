@@ -457,7 +457,7 @@ impl Stage {
                 if bare {
                     message.headers.retain(|(name, _)| name.starts_with(dead::OURS) && name != dead::KEY);
                 }
-                let omitted = format!("omitted, {} bytes at {}", incoming.held.bytes(), incoming.place());
+                let omitted = format!("omitted, {} bytes at {}", incoming.len(), incoming.place());
                 message.headers.push((dead::BODY.to_owned(), Some(Bytes::from(omitted))));
             } else {
                 *message = self.ending(&envelope, Status::Failed, None, fault_of(&death));

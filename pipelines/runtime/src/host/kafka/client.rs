@@ -149,7 +149,9 @@ impl Kafka {
         default("max.poll.interval.ms", "60000");
         // Small prefetch: what librdkafka holds counts against no budget of ours.
         default("queued.min.messages", "1000");
-        default("queued.max.messages.kbytes", "16384");
+        default("queued.max.messages.kbytes", "4096");
+        // Twice the largest message.
+        default("fetch.max.bytes", "8388608");
         default("fetch.wait.max.ms", "100");
         // A flood is noticed by its lag, which these tell.
         default("statistics.interval.ms", "2000");
