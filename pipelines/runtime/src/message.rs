@@ -3,7 +3,7 @@
 use crate::budget::Held;
 use bytes::Bytes;
 use forebay_plan::Channel;
-use forebay_schemas::Headers;
+use forebay_schemas::{Headers, Source};
 use std::{fmt, sync::Arc};
 
 /// A partition of a topic, under the topic's full name.
@@ -55,6 +55,17 @@ impl Incoming {
     /// `topic/partition/offset`, for a person.
     pub fn place(&self) -> String {
         format!("{}/{}", self.partition, self.offset)
+    }
+
+    /// Where it lies, and since when.
+    pub fn source(&self) -> Source {
+        let Self { partition, offset, timestamp_ms, .. } = self;
+        Source {
+            topic: partition.topic.to_string(),
+            partition: partition.number,
+            offset: *offset,
+            timestamp_ms: *timestamp_ms,
+        }
     }
 
     /// An estimate of the memory that a message takes.

@@ -246,6 +246,7 @@ impl World {
         let step = Scripted { is_job: spec.is_job, runs: Mutex::default(), script: Arc::clone(&spec.script) };
         let stage = Arc::new(Stage::new(Parts {
             key: spec.key.into(),
+            pipeline: "test".into(),
             step: Arc::new(step),
             routes: BTreeMap::from([("out".to_owned(), spec.to.into())]),
             from_clients: ["requests".into(), "requests-backfill".into()].into(),
