@@ -24,7 +24,10 @@ pub async fn run(args: DlqList, config: Config) -> anyhow::Result<ExitCode> {
     }
     let (kafka, topic) = open(&config).await?;
     let since_ms = letters::since_ms(args.filter.since, Clock::System);
-    let mut listed = Listed { limit: usize::try_from(args.limit)?, json: args.json, ..Listed::default() };
+    let limit = usize::try_from(args.limit)?;
+    // One moment for all: ages would not fall in order if each were taken when its letter is read.
+    let now_ms = Clock::System.now_ms();
+    let mut listed = Listed { limit, json: args.json, now_ms, ..Listed::default() };
     let name = topic.clone();
     let (listed, unreadable) = blocking(&kafka, move |reader| {
         let unreadable = letters::each(&reader, &name, since_ms, |letter| {
@@ -46,6 +49,7 @@ pub async fn run(args: DlqList, config: Config) -> anyhow::Result<ExitCode> {
 struct Listed {
     limit: usize,
     json: bool,
+    now_ms: i64,
     /// By time, then by place: equal times must not hide a letter.
     newest: BTreeMap<(i64, i32, i64), Row>,
     kinds: BTreeMap<(String, String), Kind>,
@@ -70,7 +74,11 @@ impl Listed {
         let kind = self.kinds.entry(kind).or_default();
         kind.letters += 1;
         kind.redriven += u64::from(letter.redriven.is_some());
-        let row = if self.json { Row::Json(to_json(letter)?.to_string()) } else { Row::Cells(cells(letter)) };
+        let row = if self.json {
+            Row::Json(to_json(letter)?.to_string())
+        } else {
+            Row::Cells(cells(letter, self.now_ms))
+        };
         self.newest.insert((letter.at_ms, letter.partition, letter.offset), row);
         if self.newest.len() > self.limit {
             self.newest.pop_first();
@@ -107,8 +115,7 @@ fn error(Letter { letter, .. }: &Letter) -> String {
     line(&format!("{}/{}", letter.class, letter.code))
 }
 
-fn cells(letter: &Letter) -> [String; 8] {
-    let now_ms = Clock::System.now_ms();
+fn cells(letter: &Letter, now_ms: i64) -> [String; 8] {
     [
         length(now_ms - letter.at_ms),
         line(&letter.key),

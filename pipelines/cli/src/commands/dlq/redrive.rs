@@ -17,12 +17,11 @@ use crate::{
 };
 use anyhow::Context as _;
 use forebay_operator::Clock;
-use forebay_plan::{Order, Plan, PlannedStep};
+use forebay_plan::{Plan, PlannedStep};
 use forebay_runtime::host::kafka::{Kafka, LogContext, headers};
 use forebay_schemas::{
     DeadLetter, Envelope, Headers, Origin, Retry, Source,
     dead_letter::{Redriven, original_key},
-    topics,
 };
 use rdkafka::{
     Message as _,
@@ -191,9 +190,9 @@ impl Judge {
         }
         envelope.generation = envelope.generation.saturating_add(1);
         envelope.again = envelope.again.saturating_add(u32::from(self.again));
-        let way = match step.order {
-            Order::Any => self.by_retry(&said, original.key, &envelope),
-            Order::Key => self.by_source(&said, original.key, &envelope, &step)?,
+        let way = match step.retries().into_iter().next() {
+            Some((retry, _)) => self.by_retry(&said, original.key, &envelope, &retry),
+            None => self.by_source(&said, original.key, &envelope, &step)?,
         };
         let redrives = said.redrives.saturating_add(1);
         let copy = |way| Copy { way, value: original.value, redrives, letter_partition: partition };
@@ -220,9 +219,14 @@ impl Judge {
     }
 
     /// To the step's own retry topic, where it is due at once. What lies there is trusted.
-    fn by_retry(&self, said: &DeadLetter, key: Option<Vec<u8>>, envelope: &Envelope) -> Result<Way, What> {
-        let [(delay, _), ..] = topics::RETRY_DELAYS;
-        let topic = format!("{}{}", self.prefix, topics::retry(&said.stage, delay));
+    fn by_retry(
+        &self,
+        said: &DeadLetter,
+        key: Option<Vec<u8>>,
+        envelope: &Envelope,
+        retry: &str,
+    ) -> Result<Way, What> {
+        let topic = format!("{}{retry}", self.prefix);
         if !self.topics.contains_key(&topic) {
             return Err(What::Refuse(format!("topic {topic} is not there; `forebay topics apply` makes it")));
         }
@@ -251,8 +255,8 @@ impl Judge {
         envelope: &Envelope,
         step: &PlannedStep,
     ) -> anyhow::Result<Result<Way, What>> {
-        let read =
-            said.topic.strip_prefix(&self.prefix).filter(|name| step.from.iter().any(|from| from == name));
+        let name = said.topic.strip_prefix(&self.prefix);
+        let read = name.filter(|name| step.inputs().iter().any(|input| input.topic == *name));
         let (Some(name), true) = (read, self.topics.contains_key(&said.topic)) else {
             return Ok(Err(What::Refuse(format!("step {} reads {} no more", step.key, said.topic))));
         };
