@@ -228,8 +228,8 @@ fn a_record_that_dies_again_is_one_dead_letter_that_tells_of_it() {
     let letters = site.letters("look_up", 1, 0);
     let (key, letter) = letters.first_key_value().unwrap();
     let id = letter["id"].as_str().unwrap();
-    for redrives in 1..=2 {
-        check(&site.dlq(&["redrive", "--error", "undecodable"]), 0, &["1 redriven"]);
+    for (redrives, more) in [(1, "--all"), (2, "--again")] {
+        check(&site.dlq(&["redrive", "--error", "undecodable", more]), 0, &["1 redriven"]);
         let again = site.letters("look_up", 1, redrives);
         assert_eq!(again.first_key_value().unwrap().0, key, "the same letter");
         assert_eq!((&again[key]["id"], &again[key]["generation"]), (&json!(id), &json!(redrives)));
@@ -237,6 +237,35 @@ fn a_record_that_dies_again_is_one_dead_letter_that_tells_of_it() {
         results(&mut told, &[id], redrives, "failed");
     }
     check(&site.dlq(&["show", id]), 0, &["2 bytes\nff00"]);
+    let mut copies = site.client.read("retry.look_up.10s");
+    for (copy, (redrives, again)) in copies.at_least(2, LIMIT).iter().zip([("1", None), ("2", Some("1"))]) {
+        assert_eq!((copy.key_text(), copy.value.as_deref()), (id.to_owned(), Some(&[0xff, 0x00][..])));
+        assert_eq!(copy.header("forebay-retry-redrives").as_deref(), Some(redrives));
+        assert_eq!(copy.header("forebay-generation").as_deref(), Some(redrives));
+        assert_eq!(copy.header("forebay-again").as_deref(), again, "asked for a new answer");
+        assert_eq!(copy.header("forebay-retry-key").as_deref(), Some("k"));
+    }
+    site.up.drain();
+}
+
+#[test]
+fn a_record_that_was_too_large_to_copy_is_redriven_from_where_it_lies() {
+    let site = Site::embedded();
+    site.mended.store(true, Ordering::SeqCst);
+    let mut told = site.client.read("results");
+    site.client.set_topic("questions", &[("max.message.bytes", "100000")]);
+    let request = New::from(json!({"id": "large", "prompt": "x ".repeat(100_000)})).header("x-mine", "kept");
+    site.client.write("requests", [request]);
+    results(&mut told, &["large"], 0, "failed");
+    let letters = site.letters("look_up", 1, 0);
+    let body = &letters.first_key_value().unwrap().1["body"];
+    assert!(body.as_str().unwrap().starts_with("omitted, "), "{body}");
+    check(&site.dlq(&["show", "large"]), 0, &["output_too_large", "omitted, ", "no value"]);
+    site.client.set_topic("questions", &[("max.message.bytes", "4194352")]);
+    check(&site.dlq(&["redrive", "large"]), 0, &["1 redriven"]);
+    results(&mut told, &["large"], 1, "answered");
+    let result = told.records().iter().find(|record| record.json()["generation"] == 1).unwrap();
+    assert_eq!(result.header("x-mine").as_deref(), Some("kept"));
     site.up.drain();
 }
 
