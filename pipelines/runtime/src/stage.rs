@@ -470,7 +470,11 @@ impl Stage {
     }
 
     fn open(&self, incoming: &Incoming) -> Result<Box<dyn Opened + '_>, Box<dyn Error + Send + Sync>> {
-        let key = incoming.key.as_deref().and_then(|key| std::str::from_utf8(key).ok());
+        // On a retry topic the key is the request's id: what the step read first may have been another, which names what
+        // a tombstone takes away.
+        let retry = self.set_aside_before(incoming);
+        let key = retry.as_ref().map_or(incoming.key.as_deref(), |retry| retry.key.as_deref());
+        let key = key.and_then(|key| std::str::from_utf8(key).ok());
         let open = || self.parts.step.open(key, incoming.value.as_deref());
         // Whatever the bytes are, they must not stop what lies behind them.
         match catch_unwind(AssertUnwindSafe(open)) {
@@ -506,6 +510,11 @@ impl Stage {
         let deadline = identity.deadline_ms.and_then(|left| i64::try_from(left).ok());
         envelope.deadline_at_ms = deadline.and_then(|left| incoming.timestamp_ms.checked_add(left));
         Ok(envelope)
+    }
+
+    /// What was noted when this record was set aside, as far as it can be read.
+    fn set_aside_before(&self, incoming: &Incoming) -> Option<Retry> {
+        Retry::read(&incoming.headers).ok().flatten().filter(|_| !self.enters(incoming))
     }
 
     /// Whether a record comes from a client, so that its headers are the client's.
@@ -672,7 +681,7 @@ impl Stage {
     fn dead_letter(&self, incoming: &Incoming, envelope: &Envelope, death: &Death<'_>) -> Outgoing {
         let Envelope { tenant, id, again, visit, .. } = envelope;
         let stage = &*self.parts.key;
-        let retry = Retry::read(&incoming.headers).ok().flatten().filter(|_| !self.enters(incoming));
+        let retry = self.set_aside_before(incoming);
         let first = retry.as_ref().map_or_else(|| incoming.source(), |retry| retry.source.clone());
         let letter = DeadLetter {
             schema: self.parts.step.input().to_owned(),
