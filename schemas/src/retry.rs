@@ -87,7 +87,7 @@ impl Retry {
     }
 }
 
-fn text<'h>(headers: &'h Headers, name: &str) -> Option<&'h str> {
+pub(crate) fn text<'h>(headers: &'h Headers, name: &str) -> Option<&'h str> {
     let (_, value) = headers.iter().find(|(key, _)| key == name)?;
     std::str::from_utf8(value.as_deref()?).ok()
 }

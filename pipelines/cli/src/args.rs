@@ -2,7 +2,10 @@
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use forebay_telemetry::logging;
-use std::path::PathBuf;
+use std::{
+    path::PathBuf,
+    time::{Duration, SystemTime},
+};
 
 /// A dataflow stream processor on Kafka for generative AI.
 ///
@@ -99,6 +102,9 @@ pub enum Command {
     Test(PipelineArg),
     /// Draws a pipeline.
     Explain(Explain),
+    /// Looks at records that no step could process, or gives them to their steps once more.
+    #[command(subcommand)]
+    Dlq(Dlq),
     /// Looks at the topics of a pipeline, or makes them.
     #[command(subcommand)]
     Topics(Topics),
@@ -188,6 +194,133 @@ pub struct Explain {
     pub mermaid: bool,
 }
 
+/// `forebay dlq`.
+#[derive(Debug, Subcommand)]
+pub enum Dlq {
+    /// Prints dead letters, the newest last, and how many there are of each kind.
+    List(DlqList),
+    /// Prints all that is known of a dead letter, and the record itself.
+    Show(DlqShow),
+    /// Gives dead letters to their steps once more, each once.
+    Redrive(DlqRedrive),
+}
+
+/// Which dead letters.
+#[derive(Clone, Debug, ClapArgs)]
+pub struct DlqFilter {
+    /// Those of this step.
+    #[arg(long, value_name = "STEP")]
+    pub stage: Option<String>,
+    /// Those of this class (undecodable, rejected, unavailable, panicked) or code (such as model_rejected).
+    #[arg(long, value_name = "CLASS|CODE")]
+    pub error: Option<String>,
+    /// Those of this tenant.
+    #[arg(long, value_name = "NAME")]
+    pub tenant: Option<String>,
+    /// Those written since then: a duration back from now (2h), or a time (2026-11-24T09:00:00Z).
+    #[arg(long, value_name = "2h|TIME")]
+    pub since: Option<Since>,
+    /// The pipeline of the steps: a file, or the name of one that Forebay ships.
+    #[arg(long, default_value = "answer", value_name = "PIPELINE")]
+    pub pipeline: String,
+}
+
+/// A time, or how long ago it was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Since {
+    /// So long before now.
+    Ago(Duration),
+    /// Then, in milliseconds since 1970.
+    At(i64),
+}
+
+impl std::str::FromStr for Since {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if let Ok(ago) = humantime::parse_duration(text) {
+            return Ok(Self::Ago(ago));
+        }
+        let wrong = || {
+            format!("{text:?} is neither a duration like 2h or 3days nor a time like 2026-11-24T09:00:00Z")
+        };
+        let at = humantime::parse_rfc3339_weak(text).map_err(|_| wrong())?;
+        let at = at.duration_since(SystemTime::UNIX_EPOCH).map_err(|_| wrong())?;
+        i64::try_from(at.as_millis()).map(Self::At).map_err(|_| wrong())
+    }
+}
+
+/// `forebay dlq list`.
+#[derive(Debug, ClapArgs)]
+#[command(after_help = "\
+Examples:
+  forebay dlq list                                       the newest hundred, and the sum of all
+  forebay dlq list --since 2h --error unavailable        what the model server's outage cost
+  forebay dlq list --stage infer --json | jq .message    the reasons alone")]
+pub struct DlqList {
+    #[command(flatten)]
+    pub filter: DlqFilter,
+    /// How many to print: the newest ones.
+    #[arg(long, default_value_t = 100, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub limit: u32,
+    /// Prints one JSON object for each, and nothing else.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `forebay dlq show`.
+#[derive(Debug, ClapArgs)]
+#[command(after_help = "\
+Examples:
+  forebay dlq show order-17                 by the id of the request
+  forebay dlq show infer/prompts/3/17       by the key that `list` prints: step, topic, partition, offset")]
+pub struct DlqShow {
+    /// The key of the dead letter, or the id of the request.
+    #[arg(value_name = "KEY|ID")]
+    pub letter: String,
+    /// Only those written since then.
+    #[arg(long, value_name = "2h|TIME")]
+    pub since: Option<Since>,
+    /// Prints JSON, one object for each dead letter.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `forebay dlq redrive`.
+#[derive(Debug, ClapArgs)]
+#[command(after_help = "\
+A redriven request ends in a second result, of the next generation, under its old id. A call that was paid for is not
+made again where its answer is recorded; --again makes it. Each dead letter is redriven once, also by two runs at
+once or after one that was killed: what was sent twice has one result.
+
+Examples:
+  forebay dlq redrive --stage infer --error unavailable --dry-run      what would be sent, and where
+  forebay dlq redrive --stage infer --error unavailable --limit 5      a few first
+  forebay dlq redrive --since 2h --reset-deadline                      though nobody waits any more
+  forebay dlq redrive infer/prompts/3/17                               this one")]
+pub struct DlqRedrive {
+    /// Keys of dead letters, or ids of requests.
+    #[arg(value_name = "KEY|ID")]
+    pub letters: Vec<String>,
+    #[command(flatten)]
+    pub filter: DlqFilter,
+    /// At most so many.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub limit: Option<u64>,
+    /// All dead letters of the pipeline.
+    #[arg(long)]
+    pub all: bool,
+    /// Only prints what would be sent.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Asks for new answers, though some are recorded: they are paid for again.
+    #[arg(long)]
+    pub again: bool,
+    /// Gives requests that have a deadline as long from now on as they had at first.
+    #[arg(long)]
+    pub reset_deadline: bool,
+}
+
 /// `forebay topics`.
 #[derive(Debug, Subcommand)]
 pub enum Topics {
@@ -214,4 +347,18 @@ pub enum Topics {
 pub enum ConfigCommand {
     /// Prints each setting, its value and where it came from; secrets are not shown.
     Print,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn since_is_a_duration_or_a_time() {
+        let since = |text: &str| text.parse::<Since>();
+        assert_eq!(since("2h"), Ok(Since::Ago(Duration::from_secs(7_200))));
+        assert_eq!(since("1970-01-01T00:00:01Z"), Ok(Since::At(1_000)));
+        assert_eq!(since("1970-01-01 00:00:01"), Ok(Since::At(1_000)));
+        assert!(since("yesterday").unwrap_err().contains("2h"));
+    }
 }

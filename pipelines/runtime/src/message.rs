@@ -3,7 +3,7 @@
 use crate::budget::Held;
 use bytes::Bytes;
 use forebay_plan::Channel;
-use forebay_schemas::Headers;
+use forebay_schemas::{Headers, Source};
 use std::{fmt, sync::Arc};
 
 /// A partition of a topic, under the topic's full name.
@@ -65,6 +65,17 @@ impl Incoming {
     /// Whether it has neither key nor value.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// Where it lies, and since when.
+    pub fn source(&self) -> Source {
+        let Self { partition, offset, timestamp_ms, .. } = self;
+        Source {
+            topic: partition.topic.to_string(),
+            partition: partition.number,
+            offset: *offset,
+            timestamp_ms: *timestamp_ms,
+        }
     }
 
     /// An estimate of the memory that a message takes until it is finished.

@@ -49,6 +49,7 @@ impl Site<'_> {
             .filter(|topic| topic.from_clients && inputs.iter().any(|input| input.topic == topic.name));
         let stage = Stage::new(Parts {
             key: planned.key.as_str().into(),
+            pipeline: self.plan.name.as_str().into(),
             step,
             routes: planned.to.iter().map(|(port, topic)| (port.clone(), self.name(topic))).collect(),
             from_clients: from_clients.map(|topic| self.name(&topic.name)).collect(),

@@ -16,8 +16,8 @@ use bytes::Bytes;
 use forebay_operator::{Addressed, Clock, Context, Delivery, Failure, Host, Opened, Step, StopSignal};
 use forebay_plan::Channel;
 use forebay_schemas::{
-    Attempt, DeadLetter, Ending, Envelope, Fault, Headers, Lane, NanoUsd, Origin, Record, Request, RequestId,
-    Retry, Source, Status, Tenant, dead_letter::header as dead, header,
+    Attempt, CallId, DeadLetter, Ending, Envelope, Fault, Headers, Lane, NanoUsd, Origin, Record, Request,
+    RequestId, Retry, Status, Tenant, dead_letter::header as dead, header,
 };
 use forebay_telemetry::{Outcome, StepMeter};
 use futures::FutureExt;
@@ -73,6 +73,8 @@ pub struct RetryTopic {
 pub struct Parts {
     /// The step's key in its pipeline.
     pub key: Arc<str>,
+    /// The pipeline's name.
+    pub pipeline: Arc<str>,
     /// The operator.
     pub step: Arc<dyn Step>,
     /// From port to full topic name.
@@ -132,6 +134,8 @@ struct Death<'a> {
     message: String,
     /// Tries of this reading.
     attempts: u32,
+    /// When the first of them failed, in milliseconds since 1970; just now where it does not say.
+    since_ms: Option<i64>,
 }
 
 impl Stage {
@@ -239,7 +243,7 @@ impl Stage {
             if envelope.visit > visits_max {
                 let message = format!("it came to step {} more than {visits_max} times", self.parts.key);
                 let (messages, outcome) =
-                    self.end(incoming, &envelope, &Failure::rejected("visits_spent", message), 1);
+                    self.end(incoming, &envelope, &Failure::rejected("visits_spent", message), 1, None);
                 return (messages, outcome);
             }
         }
@@ -269,6 +273,7 @@ impl Stage {
         let mut opened = Some(opened);
         let mut tries: u32 = 0;
         let mut panicked = false;
+        let mut since_ms = None;
         let began = Instant::now();
         let running = self.cancels.register(&envelope.tenant, &envelope.id);
         let failure = loop {
@@ -311,12 +316,14 @@ impl Stage {
                     };
                 }
                 Ok(Err(Failure::Unavailable { outage, what, code, source })) => {
+                    since_ms.get_or_insert_with(|| self.now_ms());
                     self.parts.meter.retried();
                     let wait = match self.next_try(&envelope, retry.as_ref(), tries) {
                         _ if outage && began.elapsed() < JOB_LIFE => self.parts.patience.outage,
                         Next::Wait(wait) => wait,
                         Next::SetAside(to) => {
-                            let again = self.retry(incoming, &envelope, retry, tries, to);
+                            let since_ms = since_ms.unwrap_or_else(|| self.now_ms());
+                            let again = self.retry(incoming, &envelope, retry, (tries, since_ms), to);
                             warn!(stage = %self.parts.key, code, %what, error = %chain(&*source), place = %incoming.place(),
                                 topic = %to.topic, "could not process a record; it is set aside to be tried again");
                             rows.push(again);
@@ -337,14 +344,15 @@ impl Stage {
                     let message = panic_message(&*panic);
                     error!(stage = %self.parts.key, place = %incoming.place(), panic = message, "an operator panicked");
                     if std::mem::replace(&mut panicked, true) {
-                        let death = Death { class: "panicked", code: "panicked", message, attempts: tries };
+                        let death =
+                            Death { class: "panicked", code: "panicked", message, attempts: tries, since_ms };
                         rows.extend(self.give_up(incoming, &envelope, &death));
                         return (rows, Outcome::Panicked);
                     }
                 }
             }
         };
-        let (ended, outcome) = self.end(incoming, &envelope, &failure, tries);
+        let (ended, outcome) = self.end(incoming, &envelope, &failure, tries, since_ms);
         rows.extend(ended);
         (rows, outcome)
     }
@@ -378,24 +386,18 @@ impl Stage {
         incoming: &Incoming,
         envelope: &Envelope,
         before: Option<Retry>,
-        tries: u32,
+        (tries, since_ms): (u32, i64),
         to: &RetryTopic,
     ) -> Outgoing {
         self.parts.meter.set_aside("retry");
         let now_ms = self.now_ms();
-        let Incoming { partition, offset, timestamp_ms, key, .. } = incoming;
         let mut retry = before.unwrap_or_else(|| Retry {
             due_ms: now_ms,
             tries: 0,
             round: 0,
-            since_ms: now_ms,
-            source: Source {
-                topic: partition.topic.to_string(),
-                partition: partition.number,
-                offset: *offset,
-                timestamp_ms: *timestamp_ms,
-            },
-            key: key.clone(),
+            since_ms,
+            source: incoming.source(),
+            key: incoming.key.clone(),
             redrives: 0,
         });
         retry.due_ms = now_ms.saturating_add(i64::try_from(to.delay.as_millis()).unwrap_or(i64::MAX));
@@ -414,6 +416,7 @@ impl Stage {
         envelope: &Envelope,
         failure: &Failure,
         tries: u32,
+        since_ms: Option<i64>,
     ) -> (Vec<Outgoing>, Outcome) {
         let (class, outcome) = match failure {
             Failure::Expired => {
@@ -427,7 +430,7 @@ impl Stage {
             Failure::Rejected { .. } => ("rejected", Outcome::Rejected),
             Failure::Unavailable { .. } => ("unavailable", Outcome::Unavailable),
         };
-        let death = Death { class, code: failure.code(), message: chain(failure), attempts: tries };
+        let death = Death { class, code: failure.code(), message: chain(failure), attempts: tries, since_ms };
         (self.give_up(incoming, envelope, &death), outcome)
     }
 
@@ -440,7 +443,8 @@ impl Stage {
             incoming.place()
         );
         error!(stage = %self.parts.key, place = %incoming.place(), topic, "a record grew larger than its topic takes");
-        let death = Death { class: "rejected", code: "output_too_large", message, attempts: 1 };
+        let death =
+            Death { class: "rejected", code: "output_too_large", message, attempts: 1, since_ms: None };
         let mut envelope = match self.open(incoming).and_then(|opened| self.envelope(incoming, &*opened)) {
             Ok(envelope) => envelope,
             Err(_) => self.derived_envelope(incoming),
@@ -455,9 +459,9 @@ impl Stage {
             if message.topic == self.parts.common.dead_letters {
                 message.value = None;
                 if bare {
-                    message.headers.retain(|(name, _)| name.starts_with(dead::OURS) && name != dead::KEY);
+                    message.headers.retain(|(name, _)| name != dead::KEY);
                 }
-                let omitted = format!("omitted, {} bytes at {}", incoming.len(), incoming.place());
+                let omitted = DeadLetter::omitted(incoming.len(), &incoming.source());
                 message.headers.push((dead::BODY.to_owned(), Some(Bytes::from(omitted))));
             } else {
                 *message = self.ending(&envelope, Status::Failed, None, fault_of(&death));
@@ -467,7 +471,11 @@ impl Stage {
     }
 
     fn open(&self, incoming: &Incoming) -> Result<Box<dyn Opened + '_>, Box<dyn Error + Send + Sync>> {
-        let key = incoming.key.as_deref().and_then(|key| std::str::from_utf8(key).ok());
+        // On a retry topic the key is the request's id: what the step read first may have been another, which names what
+        // a tombstone takes away.
+        let retry = self.set_aside_before(incoming);
+        let key = retry.as_ref().map_or(incoming.key.as_deref(), |retry| retry.key.as_deref());
+        let key = key.and_then(|key| std::str::from_utf8(key).ok());
         let open = || self.parts.step.open(key, incoming.value.as_deref());
         // Whatever the bytes are, they must not stop what lies behind them.
         match catch_unwind(AssertUnwindSafe(open)) {
@@ -503,6 +511,11 @@ impl Stage {
         let deadline = identity.deadline_ms.and_then(|left| i64::try_from(left).ok());
         envelope.deadline_at_ms = deadline.and_then(|left| incoming.timestamp_ms.checked_add(left));
         Ok(envelope)
+    }
+
+    /// What was noted when this record was set aside, as far as it can be read.
+    fn set_aside_before(&self, incoming: &Incoming) -> Option<Retry> {
+        Retry::read(&incoming.headers).ok().flatten().filter(|_| !self.enters(incoming))
     }
 
     /// Whether a record comes from a client, so that its headers are the client's.
@@ -570,7 +583,13 @@ impl Stage {
         let conflicts = |output: &Outgoing| once.judge(number, output) == Known::Conflicts;
         if outputs.iter().any(|output| once.covers(&output.topic) && conflicts(output)) {
             let message = "another request had this id before; give each request an id of its own".to_owned();
-            return Err(Death { class: "rejected", code: "id_conflict", message, attempts: 1 });
+            return Err(Death {
+                class: "rejected",
+                code: "id_conflict",
+                message,
+                attempts: 1,
+                since_ms: None,
+            });
         }
         let mut new = Vec::with_capacity(outputs.len());
         for output in outputs {
@@ -632,7 +651,13 @@ impl Stage {
 
     fn undecodable(&self, incoming: &Incoming, fault: &(dyn Error + 'static)) -> Vec<Outgoing> {
         warn!(stage = %self.parts.key, place = %incoming.place(), "could not read a record; it goes to dead letters");
-        let death = Death { class: "undecodable", code: "undecodable", message: chain(fault), attempts: 1 };
+        let death = Death {
+            class: "undecodable",
+            code: "undecodable",
+            message: chain(fault),
+            attempts: 1,
+            since_ms: None,
+        };
         self.give_up(incoming, &self.derived_envelope_of_job(incoming), &death)
     }
 
@@ -652,26 +677,47 @@ impl Stage {
         messages
     }
 
+    /// The record as a dead letter: its bytes, its envelope, and all that is known of its end. Of a record that was set
+    /// aside meanwhile, what its step read first counts, or each copy would be a letter of its own.
     fn dead_letter(&self, incoming: &Incoming, envelope: &Envelope, death: &Death<'_>) -> Outgoing {
-        let Incoming { partition, offset, timestamp_ms, .. } = incoming;
-        let mut headers = incoming.headers.clone();
-        headers.retain(|(name, _)| !name.starts_with(dead::OURS));
-        let mut put = |name: &str, value: String| headers.push((name.to_owned(), Some(Bytes::from(value))));
-        put(dead::STAGE, self.parts.key.to_string());
-        put(dead::SOURCE, format!("{partition}/{offset}@{timestamp_ms}"));
-        put(dead::ID, envelope.id.as_str().to_owned());
-        put(dead::TENANT, envelope.tenant.as_str().to_owned());
-        put(dead::CLASS, death.class.to_owned());
-        put(dead::CODE, death.code.to_owned());
-        put(dead::MESSAGE, DeadLetter::cut(&death.message).to_owned());
-        put(dead::ATTEMPTS, death.attempts.to_string());
-        if let Some(key) = &incoming.key {
-            headers.push((dead::KEY.to_owned(), Some(key.clone())));
-        }
-        let key = DeadLetter::key_of(&self.parts.key, &partition.topic, partition.number, *offset);
+        let Envelope { tenant, id, again, visit, .. } = envelope;
+        let stage = &*self.parts.key;
+        let retry = self.set_aside_before(incoming);
+        let first = retry.as_ref().map_or_else(|| incoming.source(), |retry| retry.source.clone());
+        let letter = DeadLetter {
+            schema: self.parts.step.input().to_owned(),
+            id: id.clone(),
+            tenant: tenant.clone(),
+            generation: envelope.generation,
+            stage: stage.to_owned(),
+            pipeline: self.parts.pipeline.to_string(),
+            topic: first.topic,
+            partition: first.partition,
+            offset: first.offset,
+            timestamp_ms: first.timestamp_ms,
+            class: death.class.to_owned(),
+            code: death.code.to_owned(),
+            message: death.message.clone(),
+            attempts: retry.as_ref().map_or(0, |retry| retry.tries).saturating_add(death.attempts),
+            since_ms: retry
+                .as_ref()
+                .map(|retry| retry.since_ms)
+                .or(death.since_ms)
+                .unwrap_or_else(|| self.now_ms()),
+            call_id: CallId::new(&self.parts.cluster, tenant, id, *again, stage, *visit, 0)
+                .as_str()
+                .to_owned(),
+            deadline_at_ms: envelope.deadline_at_ms,
+            paid_nano_usd: envelope.spend,
+            redrives: retry.as_ref().map_or(0, |retry| retry.redrives),
+            body: None,
+        };
+        let key = retry.map_or_else(|| incoming.key.clone(), |retry| retry.key);
+        let mut headers = envelope.write();
+        headers.extend(letter.write(key.as_ref()));
         Outgoing {
             topic: Arc::clone(&self.parts.common.dead_letters),
-            key: Some(key.into_bytes()),
+            key: Some(letter.message_key().into_bytes()),
             value: incoming.value.as_ref().map(|value| value.to_vec()),
             headers,
         }

@@ -305,7 +305,12 @@ fn cache_entry() -> CacheEntry {
 
 fn dead_letter() -> DeadLetter {
     DeadLetter {
+        schema: "Grounded".into(),
+        id: id("order-17"),
+        tenant: tenant("shop"),
+        generation: 1,
         stage: "infer".into(),
+        pipeline: "answer".into(),
         topic: "prompts".into(),
         partition: 3,
         offset: 4_294_967_296,
@@ -314,6 +319,12 @@ fn dead_letter() -> DeadLetter {
         code: "model_unavailable".into(),
         message: "could not reach 127.0.0.1:8000".into(),
         attempts: 4,
+        since_ms: 1_795_500_000_200,
+        call_id: "00112233445566778899aabbccddeeff".into(),
+        deadline_at_ms: Some(1_795_500_030_000),
+        paid_nano_usd: NanoUsd(48_000),
+        redrives: 1,
+        body: None,
     }
 }
 

@@ -4,6 +4,7 @@ mod ask;
 mod completions;
 mod config;
 mod demo;
+mod dlq;
 mod graph;
 mod ingest;
 mod topics;
@@ -23,6 +24,7 @@ pub async fn run(command: Command, config: Config) -> anyhow::Result<ExitCode> {
         Command::Check(pipeline) => graph::check(&pipeline)?,
         Command::Test(pipeline) => return graph::test(&pipeline).await,
         Command::Explain(explain) => graph::explain(&explain)?,
+        Command::Dlq(dlq) => return dlq::run(dlq, config).await,
         Command::Topics(topics) => topics::run(topics, config).await?,
         Command::Config(crate::args::ConfigCommand::Print) => config::print(&config),
         Command::Completions { shell } => completions::print(shell),

@@ -85,7 +85,8 @@ async fn alike(kafka: &Kafka, config: &Config) -> anyhow::Result<()> {
     )))
 }
 
-async fn there(kafka: &Kafka) -> anyhow::Result<BTreeMap<String, i32>> {
+/// Full name → number of partitions, of all topics of the cluster.
+pub async fn there(kafka: &Kafka) -> anyhow::Result<BTreeMap<String, i32>> {
     let kafka = kafka.clone();
     // Asking blocks.
     Ok(tokio::task::spawn_blocking(move || existing(&kafka, WAIT)).await.context("topics")??)

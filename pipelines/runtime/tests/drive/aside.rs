@@ -3,7 +3,9 @@
 use crate::support::{NOW_MS, Run, Script, Spec, World, header, on, pass, script, text};
 use forebay_operator::{Addressed, Failure};
 use forebay_runtime::drive::Limits;
-use forebay_schemas::{Envelope, Headers, Origin, RequestId, Retry, Tenant, header as envelope};
+use forebay_schemas::{
+    DeadLetter, Envelope, Headers, Origin, RequestId, Retry, Tenant, dead_letter, header as envelope,
+};
 use std::sync::Arc;
 
 const RETRIES: [(&str, u64); 3] = [("retry.10s", 10), ("retry.1m", 60), ("retry.10m", 600)];
@@ -45,6 +47,31 @@ async fn a_record_passes_all_retry_topics_and_is_given_up_behind_the_last() {
     let last = retry(&world, "retry.10m").remove(0);
     assert_eq!((last.tries, last.round, last.since_ms), (3, 3, NOW_MS));
     assert_eq!((last.source.to_string(), last.key.unwrap()), (format!("requests/0/0@{NOW_MS}"), "k".into()));
+    let dead = &world.log.read("dead-letters")[0].headers;
+    let letter = DeadLetter::read(dead).unwrap();
+    assert_eq!(
+        (letter.message_key(), letter.attempts, letter.since_ms),
+        ("step/requests/0/0".to_owned(), 4, NOW_MS)
+    );
+    assert_eq!(dead_letter::original_key(dead).unwrap(), "k");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_tombstone_that_is_tried_again_takes_away_the_same() {
+    let world = World::new();
+    let member = world.join(&Spec { from: vec!["inner"], ..spec(bad(1)) });
+    let envelope = Envelope::entering(
+        RequestId::try_from("id".to_owned()).unwrap(),
+        Tenant::default(),
+        Origin::default(),
+        NOW_MS,
+        Headers::new(),
+    );
+    world.log.append(&"inner".into(), Some("bad".into()), None, envelope.write());
+    world.settled().await;
+    member.stop().await.unwrap();
+    assert_eq!(world.log.read("retry.10s")[0].key.as_deref(), Some(&b"id"[..]));
+    assert_eq!(world.texts("out"), ["bad"], "its own key, and not the id that it waited under");
 }
 
 #[tokio::test(start_paused = true)]

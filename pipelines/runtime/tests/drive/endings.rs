@@ -3,7 +3,10 @@
 use crate::support::{NOW_MS, Run, Script, Spec, World, header, on, pass, script, text};
 use bytes::Bytes;
 use forebay_operator::{Addressed, Failure};
-use forebay_schemas::{RequestId, dead_letter, header as envelope};
+use forebay_schemas::{
+    CallId, DeadLetter, Envelope, Headers, NanoUsd, Origin, RequestId, Retry, Source, Tenant, dead_letter,
+    header as envelope,
+};
 use std::sync::Arc;
 
 /// Gives one record to a stage and says what it became.
@@ -124,7 +127,7 @@ async fn an_output_that_is_too_large_leaves_its_record_where_it_lies() {
     let world = check(grow, "a", "dead rejected output_too_large tries=1; failed output_too_large").await;
     let letter = &world.log.read("dead-letters")[0];
     assert_eq!(letter.value, None);
-    assert!(header(letter, dead_letter::header::BODY).ends_with("at requests/0/0"));
+    assert!(header(letter, dead_letter::header::BODY).ends_with(&format!("at requests/0/0@{NOW_MS}")));
 }
 
 #[tokio::test(start_paused = true)]
@@ -149,6 +152,76 @@ async fn bytes_that_are_no_record_are_kept_whole() {
     assert_eq!(header(letter, dead_letter::header::SOURCE), format!("requests/0/0@{NOW_MS}"));
     let id = RequestId::derived("memory", "requests", 0, 0, NOW_MS);
     assert_eq!(world.log.read("endings")[0].key.as_deref(), Some(id.as_str().as_bytes()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dead_letter_says_all_that_a_redrive_needs() {
+    let world = World::new();
+    let refuse = script(|_| async { Err(Failure::rejected("wrong", "it is wrong")) });
+    let member = world.join(&Spec::new(refuse));
+    let headers = vec![
+        ("mine".to_owned(), Some(Bytes::from_static(b"kept"))),
+        (envelope::TENANT.to_owned(), Some(Bytes::from_static(b"forged"))),
+    ];
+    world.write_bytes("requests", Some("key"), b"a 5000", headers);
+    world.settled().await;
+    member.stop().await.unwrap();
+    let stored = &world.log.read("dead-letters")[0];
+    let letter = DeadLetter::read(&stored.headers).unwrap();
+    let id = RequestId::try_from("a".to_owned()).unwrap();
+    let source = Source { topic: "requests".into(), partition: 0, offset: 0, timestamp_ms: NOW_MS };
+    let call = CallId::new("memory", &Tenant::default(), &id, 0, "step", 0, 0);
+    assert_eq!(stored.key.as_deref(), Some(letter.message_key().as_bytes()));
+    assert_eq!((&*letter.stage, &*letter.pipeline, &*letter.schema), ("step", "test", "Text"));
+    assert_eq!((letter.source(), &letter.id, letter.tenant), (source, &id, Tenant::default()));
+    assert_eq!((&*letter.class, &*letter.code, &*letter.message), ("rejected", "wrong", "it is wrong"));
+    assert_eq!((letter.attempts, letter.redrives, letter.generation), (1, 0, 0));
+    assert_eq!((letter.since_ms, letter.deadline_at_ms), (NOW_MS, Some(NOW_MS + 5_000)));
+    assert_eq!(letter.call_id, call.as_str());
+    let carried = Envelope::read(&stored.headers).unwrap().unwrap();
+    assert_eq!((carried.id, carried.tenant, carried.accepted_at_ms), (id, Tenant::default(), NOW_MS));
+    assert_eq!(carried.deadline_at_ms, Some(NOW_MS + 5_000));
+    assert_eq!(carried.client, [("mine".to_owned(), Some(Bytes::from_static(b"kept")))]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_record_that_was_set_aside_dies_as_what_its_step_read_first() {
+    let world = World::new();
+    let refuse = script(|_| async { Err(Failure::rejected("wrong", "it is wrong")) });
+    let from = vec!["requests", "retry.step.10s"];
+    let member = world.join(&Spec { from, ..Spec::new(refuse) });
+    let source = Source { topic: "inner".into(), partition: 3, offset: 7, timestamp_ms: 11 };
+    let retry = Retry {
+        due_ms: NOW_MS,
+        tries: 3,
+        round: 1,
+        since_ms: NOW_MS - 9_000,
+        source: source.clone(),
+        key: Some("first".into()),
+        redrives: 2,
+    };
+    let id = RequestId::try_from("a".to_owned()).unwrap();
+    let mut carried = Envelope::entering(id, Tenant::default(), Origin::default(), 5, Headers::new());
+    (carried.generation, carried.spend) = (2, NanoUsd(48));
+    let mut headers = carried.write();
+    retry.write(&mut headers);
+    world.write_bytes("retry.step.10s", Some("a"), b"a", headers.clone());
+    // From a client it is a claim like any other.
+    world.write_bytes("requests", Some("a"), b"b", headers);
+    world.settled().await;
+    member.stop().await.unwrap();
+    let letters = world.log.read("dead-letters");
+    let read = |key: &str| {
+        let found = letters.iter().find(|letter| letter.key.as_deref() == Some(key.as_bytes())).unwrap();
+        let key = dead_letter::original_key(&found.headers).unwrap();
+        (DeadLetter::read(&found.headers).unwrap(), key)
+    };
+    let (letter, key) = read("step/inner/3/7");
+    assert_eq!((letter.source(), &key[..]), (source, &b"first"[..]));
+    assert_eq!((letter.attempts, letter.since_ms, letter.redrives), (4, NOW_MS - 9_000, 2));
+    assert_eq!((letter.generation, letter.paid_nano_usd), (2, NanoUsd(48)));
+    let (claimed, _) = read("step/requests/0/0");
+    assert_eq!((claimed.attempts, claimed.redrives, claimed.generation), (1, 0, 0));
 }
 
 #[tokio::test(start_paused = true)]

@@ -76,17 +76,18 @@ impl Step for Scripted {
     fn ports(&self) -> &'static [Port] {
         &[Port { name: "out", record: "Text" }]
     }
-    fn open(&self, _: Option<&str>, body: Option<&[u8]>) -> Result<Box<dyn Opened + '_>, DecodeError> {
+    fn open(&self, key: Option<&str>, body: Option<&[u8]>) -> Result<Box<dyn Opened + '_>, DecodeError> {
         let body = body.map(|body| String::from_utf8(body.to_vec()));
-        match body {
-            Some(Ok(body)) if body.contains("unopenable") => panic!("no bytes like these"),
-            Some(Ok(body)) => Ok(Box::new(Read { step: self, body })),
+        match (key, body) {
+            (_, Some(Ok(body))) if body.contains("unopenable") => panic!("no bytes like these"),
+            (_, Some(Ok(body))) => Ok(Box::new(Read { step: self, body })),
+            (Some(key), None) => Ok(Box::new(Read { step: self, body: key.to_owned() })),
             _ => Err(DecodeError::Meaning { record: "Text", fault: "it is no text" }),
         }
     }
 }
 
-/// A text: an id, and where it has a second word, the milliseconds that it has until its deadline.
+/// A text, or of a tombstone its key: an id, and where it has a second word, the milliseconds that it has until its deadline.
 struct Read<'s> {
     step: &'s Scripted,
     body: String,
@@ -246,6 +247,7 @@ impl World {
         let step = Scripted { is_job: spec.is_job, runs: Mutex::default(), script: Arc::clone(&spec.script) };
         let stage = Arc::new(Stage::new(Parts {
             key: spec.key.into(),
+            pipeline: "test".into(),
             step: Arc::new(step),
             routes: BTreeMap::from([("out".to_owned(), spec.to.into())]),
             from_clients: ["requests".into(), "requests-backfill".into()].into(),

@@ -10,5 +10,5 @@ mod watch;
 
 pub use client::{Kafka, KafkaSettings, LogContext, SettingsError, UnreachableError, may_be_secret};
 pub use sink::KafkaSink;
-pub use source::{KafkaSource, ReadBounds, Reading};
+pub use source::{KafkaSource, ReadBounds, Reading, headers};
 pub use table::{TableError, TableReader};

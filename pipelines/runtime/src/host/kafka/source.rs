@@ -818,7 +818,8 @@ impl Reader {
     }
 }
 
-pub(super) fn headers(message: &BorrowedMessage<'_>) -> OwnHeaders {
+/// A message's headers, as our own.
+pub fn headers(message: &BorrowedMessage<'_>) -> OwnHeaders {
     let Some(headers) = message.headers() else { return OwnHeaders::new() };
     let own = |header: rdkafka::message::Header<'_, &[u8]>| {
         (header.key.to_owned(), header.value.map(Bytes::copy_from_slice))
