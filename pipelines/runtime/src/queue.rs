@@ -16,10 +16,13 @@ use std::collections::{HashMap, HashSet, VecDeque};
 const BACKFILL_TURN: u32 = 5;
 
 /// Estimated tokens that a tenant may send each time that it is its turn.
-const QUANTUM: usize = 4_096;
+const QUANTUM: usize = 1_024;
 
-/// Bytes of memory to a token, roughly: four of text, held four times.
-const TOKEN_BYTES: usize = 16;
+/// Bytes of text to a token, roughly.
+const TOKEN_BYTES: usize = 4;
+
+/// Tokens that an answer has, roughly: a short question is not free.
+const ANSWER_TOKENS: usize = 256;
 
 /// A record that waits for the operator.
 #[derive(Debug)]
@@ -212,7 +215,7 @@ impl Backlogs {
 }
 
 fn tokens(waiting: &Waiting) -> usize {
-    waiting.incoming.held.bytes().div_ceil(TOKEN_BYTES)
+    ANSWER_TOKENS + waiting.incoming.len() / TOKEN_BYTES
 }
 
 #[cfg(test)]
@@ -226,7 +229,7 @@ mod tests {
         let partition = Partition { topic: "prompts".into(), number: i32::from(tenant.len() > 5) };
         let headers = Vec::new();
         let held = Budget::new(usize::MAX).take(bytes);
-        let (key, value) = (None, None);
+        let (key, value) = (None, Some(vec![0; bytes].into()));
         let incoming = Incoming { partition, channel, offset, timestamp_ms: 0, key, value, headers, held };
         Waiting { incoming, tenant: Bytes::copy_from_slice(tenant.as_bytes()), has_turn: false }
     }
