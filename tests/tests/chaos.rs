@@ -1,4 +1,5 @@
-//! Stages on a real Kafka while their processes are killed, frozen and stopped at random.
+//! Stages on a real Kafka while their processes are killed, frozen and stopped at random; and all in one process, with the
+//! embedded broker, killed again and again.
 //!
 //! Each job step has two processes. A seed chooses who is hit, when and how: `kill -9`, SIGSTOP for longer or shorter than
 //! the session, SIGTERM. What is asked: every request has exactly one result and one row, whatever was hit. The residual
@@ -10,8 +11,8 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on says why by panicking")]
 
 use forebay_tests::{
-    Client, New, Record, Running, Signal,
-    product::{DRAIN, command, finish},
+    Client, New, Record, Running, Signal, free_port,
+    product::{DRAIN, Up, command, finish},
     services, wait_for,
 };
 use serde_json::json;
@@ -25,6 +26,9 @@ const LIMIT: Duration = Duration::from_secs(120);
 
 /// Hits of one run where nobody says otherwise.
 const HITS: usize = 30;
+
+/// Kills of one run of everything in one process.
+const KILLS: usize = 15;
 
 /// Messages that a frozen process may have had on its way.
 const ON_ITS_WAY_MAX: usize = 64;
@@ -142,6 +146,44 @@ fn every_request_has_one_result_whoever_is_killed() {
     for (_, process) in &mut processes {
         drain(process);
     }
+}
+
+#[test]
+fn every_request_has_one_result_however_often_the_whole_process_is_killed() {
+    let (kills, seed) = (setting("FOREBAY_CHAOS_KILLS", KILLS), setting("FOREBAY_CHAOS_SEED", 20_261_124));
+    println!("FOREBAY_CHAOS_SEED={seed} FOREBAY_CHAOS_KILLS={kills}");
+    let mut dice = Dice(u64::try_from(seed).unwrap() | 1);
+    let data = tempfile::tempdir().unwrap();
+    // The same port again, so that clients find the broker that is back.
+    let listen = format!("127.0.0.1:{}", free_port());
+    let start = || {
+        let arguments = ["up", "--listen", &listen, "--admin", "127.0.0.1:0"];
+        Up::wait("forebay up", &mut command(data.path(), &arguments))
+    };
+    let mut up = start();
+    let client = up.client();
+    let mut results = client.read("results");
+    let mut written = 0;
+    for _ in 0..kills {
+        let request = |number: usize| json!({"id": format!("r{number}"), "prompt": format!("What is {}?", number % 500)});
+        client.write("requests", (written..written + BETWEEN).map(request).map(New::from));
+        written += BETWEEN;
+        // Between any two lines: at once, or anywhere until all are through.
+        let until = Instant::now() + Duration::from_millis(u64::try_from(dice.below(1_500)).unwrap());
+        wait_for("the moment of the kill", LIMIT, || (Instant::now() > until).then_some(()));
+        up.kill();
+        up = start();
+    }
+    results.until("a result for each request", LIMIT, |records| {
+        (by_key(records).len() >= written).then_some(())
+    });
+    wait_for("no lag of publish", LIMIT, || (client.lag("answer.publish", "endings") == 0).then_some(()));
+    let doubled = |records: &[Record]| by_key(records).into_iter().filter(|(_, count)| *count > 1).count();
+    assert_eq!((doubled(results.to_the_end(LIMIT)), results.records().len()), (0, written));
+    let outcomes = client.read("outcomes").to_the_end(LIMIT).to_vec();
+    assert_eq!((doubled(&outcomes), outcomes.len()), (0, written));
+    assert!(results.records().iter().all(|record| record.json()["status"] == "answered"));
+    up.drain();
 }
 
 fn drain(process: &mut Running) {
