@@ -62,12 +62,13 @@ impl CallError {
 
     /// The same in the words of a host.
     pub fn into_failure(self, what: impl Into<String>) -> Failure {
-        let code = self.code;
-        match self.class {
+        let (code, asked) = (self.code, self.retry_after);
+        let failure = match self.class {
             Class::Rejected | Class::Cut => Failure::rejected(code, self.message),
             Class::Transient => Failure::unavailable(code, what, self),
             // A key that ran out fails every request alike: none of them may be dropped for it.
             Class::Outage | Class::Account => Failure::outage(code, what, self),
-        }
+        };
+        failure.retry_after(asked)
     }
 }

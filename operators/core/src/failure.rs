@@ -1,5 +1,7 @@
 //! Why a record could not be processed, in the words that a host acts on.
 
+use std::time::Duration;
+
 /// Any error, as the cause of a failure.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
@@ -16,6 +18,8 @@ pub enum Failure {
         /// Whether it cannot be reached at all. Waiting for that costs a record none of its tries: an outage must
         /// not turn a topic into dead letters.
         outage: bool,
+        /// How long it asked to be left alone.
+        retry_after: Option<Duration>,
         /// What happened.
         #[source]
         source: BoxError,
@@ -44,12 +48,20 @@ impl Failure {
 
     /// The world failed.
     pub fn unavailable(code: &'static str, what: impl Into<String>, source: impl Into<BoxError>) -> Self {
-        Self::Unavailable { what: what.into(), code, outage: false, source: source.into() }
+        Self::Unavailable { what: what.into(), code, outage: false, retry_after: None, source: source.into() }
     }
 
     /// The world cannot be reached.
     pub fn outage(code: &'static str, what: impl Into<String>, source: impl Into<BoxError>) -> Self {
-        Self::Unavailable { what: what.into(), code, outage: true, source: source.into() }
+        Self::Unavailable { what: what.into(), code, outage: true, retry_after: None, source: source.into() }
+    }
+
+    /// The same, where what is unavailable said how long it asks to be left alone.
+    pub fn retry_after(mut self, asked: Option<Duration>) -> Self {
+        if let Self::Unavailable { retry_after, .. } = &mut self {
+            *retry_after = asked;
+        }
+        self
     }
 
     /// The word of the closed vocabulary under which this is counted.

@@ -123,6 +123,9 @@ const ROWS_MAX: usize = 32;
 /// How long an outage is waited for at most: a request without a deadline must end too.
 const JOB_LIFE: Duration = Duration::from_secs(24 * 60 * 60);
 
+/// How long whoever asks to be left alone is left alone at most; then it is asked again.
+const LEFT_ALONE_MAX: Duration = Duration::from_secs(10 * 60);
+
 /// How many bytes of the key of the record that asked travel along. It comes back in the result, and must not be what
 /// makes that too large.
 const ORIGIN_KEY_BYTES_MAX: usize = 1024;
@@ -315,7 +318,7 @@ impl Stage {
                         }
                     };
                 }
-                Ok(Err(Failure::Unavailable { outage, what, code, source })) => {
+                Ok(Err(Failure::Unavailable { outage, retry_after, what, code, source })) => {
                     since_ms.get_or_insert_with(|| self.now_ms());
                     self.parts.meter.retried();
                     let wait = match self.next_try(&envelope, retry.as_ref(), tries) {
@@ -329,8 +332,11 @@ impl Stage {
                             rows.push(again);
                             return (rows, Outcome::SetAside);
                         }
-                        Next::GiveUp => break Failure::Unavailable { outage, what, code, source },
+                        Next::GiveUp => {
+                            break Failure::Unavailable { outage, retry_after, what, code, source };
+                        }
                     };
+                    let wait = wait.max(retry_after.unwrap_or_default().min(LEFT_ALONE_MAX));
                     warn!(stage = %self.parts.key, code, %what, error = %chain(&*source), place = %incoming.place(),
                         wait_ms = wait.as_millis(), "could not process a record; will try again");
                     if outage {

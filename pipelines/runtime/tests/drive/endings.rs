@@ -58,6 +58,16 @@ async fn a_second_panic_is_the_reason_of_a_dead_letter() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn who_asks_to_be_left_alone_is_left_alone() {
+    let asks = script(|run: Run| async move {
+        let minutes = Some(std::time::Duration::from_secs(180));
+        unavailable(&run, 1, true).map_err(|failure| failure.retry_after(minutes))
+    });
+    let world = check(asks, "a", "out a").await;
+    assert_eq!(passed(&world, "out"), 180_000);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_world_that_comes_back_is_waited_for() {
     let world = check(script(|run| async move { unavailable(&run, 3, false) }), "a", "out a").await;
     assert_eq!(passed(&world, "out"), 500 + 2_000 + 8_000);
