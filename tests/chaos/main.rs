@@ -6,7 +6,7 @@
 //! that is promised no better: what a process had already on its way to Kafka when it was frozen for longer than its
 //! session may come a second time, byte for byte; it is counted.
 //!
-//! By hand, for longer: `FOREBAY_CHAOS_HITS=200 FOREBAY_CHAOS_SEED=7 tests/run -- --test chaos --nocapture`.
+//! By hand, for longer: `FOREBAY_CHAOS_HITS=200 FOREBAY_CHAOS_SEED=7 FOREBAY_CHAOS_BETWEEN=500 tests/run -- --test chaos --nocapture`.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on says why by panicking")]
 
@@ -33,7 +33,7 @@ const KILLS: usize = 15;
 /// Messages that a frozen process may have had on its way.
 const ON_ITS_WAY_MAX: usize = 64;
 
-/// Requests that are written between two hits.
+/// Requests that are written between two hits where nobody says otherwise.
 const BETWEEN: usize = 100;
 
 const STAGES: &[(&str, &str)] = &[
@@ -84,16 +84,17 @@ fn every_request_has_one_result_whoever_is_killed() {
     let mut processes: Vec<(&str, Running)> =
         STAGES.iter().chain(STAGES).map(|(stage, _)| (*stage, start(stage))).collect();
     let mut results = client.read("results");
+    let between = setting("FOREBAY_CHAOS_BETWEEN", BETWEEN);
     let (mut written, mut frozen) = (0, 0);
     let write = |written: &mut usize| {
         let request = |number: usize| json!({"id": format!("r{number}"), "prompt": format!("What is {}?", number % 500)});
-        client.write("requests", (*written..*written + BETWEEN).map(request).map(New::from));
-        *written += BETWEEN;
+        client.write("requests", (*written..*written + between).map(request).map(New::from));
+        *written += between;
     };
     for _ in 0..hits {
         write(&mut written);
         // Somewhere on its way: a part of these has its result, and the rest does not.
-        let part = results.records().len() + dice.below(BETWEEN / 2) + 1;
+        let part = results.records().len() + dice.below(between / 2) + 1;
         // A hit process may hold all of these until its session is over: then the next is hit meanwhile.
         let until = Instant::now() + Duration::from_secs(2);
         wait_for("a part of the results, or its time", LIMIT, || {
