@@ -52,19 +52,23 @@ impl Model for Extractive {
         NAME
     }
 
+    fn reads_messages(&self) -> bool {
+        false
+    }
+
     fn name(&self) -> &str {
         NAME
     }
 
     fn complete<'a>(
         &'a self,
-        call: &'a Call,
+        call: &'a Call<'_>,
         listener: &'a dyn Listener,
     ) -> BoxFuture<'a, Result<Reply, CallError>> {
         Box::pin(async move {
             listener.started(None, NAME);
             let sent = Instant::now();
-            let (text, citations) = answer(&call.question, &call.passages);
+            let (text, citations) = answer(&call.question, call.passages);
             let read = call.passages.iter().map(|passage| tokens(&passage.text)).sum::<usize>();
             let count = |tokens| u64::try_from(tokens).unwrap_or(u64::MAX);
             let (prompt_tokens, completion_tokens) =
@@ -93,34 +97,52 @@ impl Model for Extractive {
 const READ_MAX: usize = 2000;
 
 /// What reading gave, by the chunk's id. Reading is most of the work of an answer, and the same passages come again and
-/// again; the text is compared, so that what is remembered can only ever save work.
+/// again; headings and text are compared, so that what is remembered can only ever save work.
 static READ: LazyLock<RwLock<HashMap<String, Arc<Read>>>> = LazyLock::new(RwLock::default);
 
-/// The sentences of a text, each with its stems.
+/// The sentences of a passage, each with its stems.
 struct Read {
+    heading: Vec<String>,
     text: String,
+    heading_stems: HashSet<String>,
     sentences: Vec<(Range<usize>, Kind, Vec<String>)>,
+    /// From a stem to the sentences that have it, each once.
+    holders: HashMap<String, Vec<usize>>,
 }
 
 impl Read {
     fn of(passage: &Passage) -> Arc<Self> {
         let known = READ.read().unwrap_or_else(PoisonError::into_inner).get(&passage.chunk).cloned();
-        if let Some(read) = known.filter(|read| read.text == passage.text) {
+        if let Some(read) = known.filter(|read| read.text == passage.text && read.heading == passage.heading)
+        {
             return read;
         }
-        let text = passage.text.clone();
-        let with_stems = |(range, kind): (Range<usize>, Kind)| {
-            let stems = words::stems(&text[range.clone()]);
-            (range, kind, stems)
-        };
-        let sentences = sentences::of(&text).into_iter().map(with_stems).collect();
-        let read = Arc::new(Self { text, sentences });
+        let read = Arc::new(Self::new(passage.heading.clone(), passage.text.clone()));
         let mut all = READ.write().unwrap_or_else(PoisonError::into_inner);
         if all.len() >= READ_MAX {
             all.clear();
         }
         all.insert(passage.chunk.clone(), read.clone());
         read
+    }
+
+    fn new(heading: Vec<String>, text: String) -> Self {
+        let with_stems = |(range, kind): (Range<usize>, Kind)| {
+            let stems = words::stems(&text[range.clone()]);
+            (range, kind, stems)
+        };
+        let sentences: Vec<_> = sentences::of(&text).into_iter().map(with_stems).collect();
+        let mut holders: HashMap<String, Vec<usize>> = HashMap::new();
+        for (place, (_, _, stems)) in sentences.iter().enumerate() {
+            for stem in stems {
+                let places = holders.entry(stem.clone()).or_default();
+                if places.last() != Some(&place) {
+                    places.push(place);
+                }
+            }
+        }
+        let heading_stems = heading.iter().flat_map(|heading| words::stems(heading)).collect();
+        Self { heading, text, heading_stems, sentences, holders }
     }
 }
 
@@ -188,7 +210,7 @@ fn answer(question: &str, passages: &[Passage]) -> (String, Vec<Citation>) {
     let asked = words::stems(question);
     let read: Vec<_> = passages.iter().map(Read::of).collect();
     let mut sentences = sentences(passages, &read);
-    score(&asked, &mut sentences);
+    score(&asked, &read, &mut sentences);
     let chosen = choose(&sentences);
     if chosen.is_empty() {
         return (NO_ANSWER.to_owned(), Vec::new());
@@ -210,40 +232,37 @@ fn sentences<'p>(passages: &'p [Passage], read: &'p [Arc<Read>]) -> Vec<Sentence
 }
 
 /// Scores each sentence by the part of the question that it shares, rare words counting more.
-fn score(asked: &[String], sentences: &mut [Sentence<'_>]) {
+fn score(asked: &[String], read: &[Arc<Read>], sentences: &mut [Sentence<'_>]) {
     let distinct: HashSet<&String> = asked.iter().collect();
     let mut distinct: Vec<_> = distinct.into_iter().collect();
     // Sums of floats depend on their order.
     distinct.sort();
-    let mut holders: HashMap<&String, f32> = HashMap::new();
-    for sentence in sentences.iter() {
-        for stem in distinct.iter().filter(|stem| sentence.stems.contains(stem)) {
-            *holders.entry(stem).or_default() += 1.0;
-        }
-    }
     let all = float(sentences.len());
-    // A word that no sentence has weighs most: a question about something else must not be answered.
-    let weights: Vec<f32> =
-        distinct.iter().map(|stem| (1.0 + all / holders.get(*stem).copied().unwrap_or(0.5)).ln()).collect();
-    let whole: f32 = weights.iter().sum();
-    if whole <= 0.0 {
-        return;
-    }
-    let (mut rank, mut heading) = (None, HashSet::new());
-    for sentence in sentences {
+    // What the words weigh that stand in each sentence, and those that stand in the headings above it only.
+    let (mut inside, mut above) = (vec![0.0; sentences.len()], vec![0.0; sentences.len()]);
+    let mut whole = 0.0;
+    for stem in distinct {
+        let holders = || read.iter().map(|read| read.holders.get(stem).map_or(&[][..], Vec::as_slice));
+        let count: usize = holders().map(<[_]>::len).sum();
+        // A word that no sentence has weighs most: a question about something else must not be answered.
+        let rarity = if count == 0 { 0.5 } else { float(count) };
+        let weight = (1.0 + all / rarity).ln();
+        whole += weight;
         // The sentences of a passage follow each other and have their headings in common.
-        if rank != Some(sentence.rank) {
-            let stems = sentence.passage.heading.iter().flat_map(|heading| words::stems(heading));
-            (rank, heading) = (Some(sentence.rank), stems.collect());
-        }
-        let (mut inside, mut above) = (0.0, 0.0);
-        for (stem, weight) in distinct.iter().zip(&weights) {
-            if sentence.stems.contains(stem) {
-                inside += weight;
-            } else if heading.contains(*stem) {
-                above += weight;
+        let mut first = 0;
+        for (read, holders) in read.iter().zip(holders()) {
+            let end = first + read.sentences.len();
+            for place in holders {
+                inside[first + place] += weight;
             }
+            if read.heading_stems.contains(stem) {
+                let has = |place: usize| holders.binary_search(&(place - first)).is_ok();
+                (first..end).filter(|place| !has(*place)).for_each(|place| above[place] += weight);
+            }
+            first = end;
         }
+    }
+    for (sentence, (inside, above)) in sentences.iter_mut().zip(inside.into_iter().zip(above)) {
         // Headings alone would let every sentence below a good heading answer.
         if inside == 0.0 {
             continue;

@@ -217,7 +217,7 @@ impl Envelope {
         tenant: Tenant,
         origin: Origin,
         accepted_at_ms: i64,
-        headers: Headers,
+        headers: impl IntoIterator<Item = (String, Option<Bytes>)>,
     ) -> Self {
         let mut envelope = Self {
             id,
@@ -276,7 +276,8 @@ impl Envelope {
             Some(value) => read_origin(value)?,
             None => (Origin::default(), 0),
         };
-        let mut envelope = Self::entering(id, tenant, origin, accepted_at_ms, headers.clone());
+        let theirs = headers.iter().filter(|(name, _)| !name.starts_with(header::OURS)).cloned();
+        let mut envelope = Self::entering(id, tenant, origin, accepted_at_ms, theirs);
         envelope.origin.key = text(header::ORIGIN_KEY)?.map(str::to_owned);
         envelope.deadline_at_ms = number(header::DEADLINE, text(header::DEADLINE)?)?;
         envelope.generation = number(header::GENERATION, text(header::GENERATION)?)?.unwrap_or(0);

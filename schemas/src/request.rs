@@ -2,8 +2,12 @@
 
 use crate::{DecodeError, Identity, Record, RequestId, Tenant, to_json};
 use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use serde::{
+    Deserialize, Deserializer, Serialize,
+    de::{Error as _, MapAccess, Visitor},
+};
 use serde_json::{Map, Value};
+use std::fmt;
 
 /// The deepest nesting of a request's JSON, the request itself being the first level.
 ///
@@ -120,7 +124,7 @@ pub struct Sampling {
 /// The record of `requests` and `questions`: `{"prompt": "…"}` or `{"messages": […]}`, and what else is wanted.
 ///
 /// It may be nested 64 levels deep.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, JsonSchema)]
 #[schemars(extend("oneOf" = [
     {"required": ["prompt"], "properties": {"prompt": {"type": "string", "pattern": "\\S"}}},
     {"required": ["messages"], "properties": {"messages": {"type": "array", "minItems": 1}}},
@@ -162,6 +166,67 @@ pub struct Request {
     /// Fields that no version of this record knows; they survive every hop.
     #[serde(flatten)]
     pub unknown: Map<String, Value>,
+}
+
+/// Reads a request field by field. Derived, it would first put every field of the two flattened parts aside, and it
+/// is read at every hop.
+macro_rules! read_by_field {
+    (own: $($own:ident),+; of_sampling: $($of_sampling:ident),+) => {
+        #[derive(Deserialize)]
+        #[serde(field_identifier)]
+        #[expect(non_camel_case_types, reason = "the names of the fields")]
+        enum Field { $($own,)+ $($of_sampling,)+ unknown(String) }
+
+        impl<'de> Visitor<'de> for Fields {
+            type Value = Request;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("struct Request")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Request, A::Error> {
+                $(let mut $own = None;)+
+                $(let mut $of_sampling = None;)+
+                let mut unknown = Map::new();
+                while let Some(field) = map.next_key()? {
+                    match field {
+                        $(Field::$own => once(&mut map, stringify!($own), &mut $own)?,)+
+                        $(Field::$of_sampling => once(&mut map, stringify!($of_sampling), &mut $of_sampling)?,)+
+                        Field::unknown(name) => _ = unknown.insert(name, map.next_value()?),
+                    }
+                }
+                let sampling = Sampling { $($of_sampling: $of_sampling.unwrap_or_default()),+ };
+                Ok(Request { $($own: $own.unwrap_or_default(),)+ sampling, unknown })
+            }
+        }
+    };
+}
+
+read_by_field! {
+    own: id, tenant, prompt, messages, model, conversation, deadline_ms, metadata, stream, cache;
+    of_sampling: temperature, top_p, max_tokens, max_completion_tokens, stop, seed, frequency_penalty,
+        presence_penalty, response_format, tools, tool_choice
+}
+
+struct Fields;
+
+/// Reads a field that may be there once.
+fn once<'de, A: MapAccess<'de>, T: Deserialize<'de>>(
+    map: &mut A,
+    name: &'static str,
+    field: &mut Option<T>,
+) -> Result<(), A::Error> {
+    if field.is_some() {
+        return Err(A::Error::duplicate_field(name));
+    }
+    *field = Some(map.next_value()?);
+    Ok(())
+}
+
+impl<'de> Deserialize<'de> for Request {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(Fields)
+    }
 }
 
 impl Request {

@@ -54,7 +54,7 @@ pub fn run(bare: Bare) {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("a runtime");
     let _broker = bare.broker.as_deref().map(|data| runtime.block_on(broker(data, bare.at, &bare.prefix)));
     let mut config = client(bare.at);
-    config.set("linger.ms", "0.5").set("acks", "all").set("enable.idempotence", "true");
+    config.set("linger.ms", "0").set("acks", "all").set("enable.idempotence", "true");
     config.set("queue.buffering.max.kbytes", "65536").set("partitioner", "murmur2_random");
     let producer: Writer = config.create_with_context(Acknowledgements).expect("a producer");
     let producer = Arc::new(producer);

@@ -8,12 +8,12 @@ use tokio::time::Instant;
 
 /// One question, with all that a model may need to answer it.
 #[derive(Clone, Debug)]
-pub struct Call {
+pub struct Call<'a> {
     /// What is asked, without history or sources.
     pub question: String,
     /// What may answer it, best first.
-    pub passages: Vec<Passage>,
-    /// The same as a conversation: for a model that reads text and not passages.
+    pub passages: &'a [Passage],
+    /// The same as a conversation: for a model that reads text and not passages; else empty.
     pub messages: Vec<Message>,
     /// The model that is wanted; the server's configured one when absent.
     pub model: Option<String>,
@@ -77,10 +77,15 @@ pub trait Model: Send + Sync + 'static {
     /// The model that answers where the call names none.
     fn name(&self) -> &str;
 
+    /// Whether it reads the call as a conversation. One that reads question and passages says no, and is spared it.
+    fn reads_messages(&self) -> bool {
+        true
+    }
+
     /// Answers.
     fn complete<'a>(
         &'a self,
-        call: &'a Call,
+        call: &'a Call<'_>,
         listener: &'a dyn Listener,
     ) -> BoxFuture<'a, Result<Reply, CallError>>;
 }

@@ -65,9 +65,13 @@ impl Model for Retry {
         self.inner.name()
     }
 
+    fn reads_messages(&self) -> bool {
+        self.inner.reads_messages()
+    }
+
     fn complete<'a>(
         &'a self,
-        call: &'a Call,
+        call: &'a Call<'_>,
         listener: &'a dyn Listener,
     ) -> BoxFuture<'a, Result<Reply, CallError>> {
         Box::pin(async move {
@@ -113,7 +117,7 @@ mod tests {
         }
         fn complete<'a>(
             &'a self,
-            _: &'a Call,
+            _: &'a Call<'_>,
             _: &'a dyn Listener,
         ) -> BoxFuture<'a, Result<Reply, CallError>> {
             Box::pin(async {
@@ -145,7 +149,7 @@ mod tests {
         let deadline = deadline_ms.map(|ms| Instant::now() + Duration::from_millis(ms));
         let call = Call {
             question: String::new(),
-            passages: Vec::new(),
+            passages: &[],
             messages: Vec::new(),
             model: None,
             sampling: Default::default(),

@@ -90,15 +90,19 @@ impl Infer {
         Ok(self.generated(reply, grounded))
     }
 
-    fn call(&self, Grounded { request, passages, .. }: &Grounded, cx: &Context) -> Call {
+    fn call<'a>(&self, Grounded { request, passages, .. }: &'a Grounded, cx: &Context) -> Call<'a> {
         let mut sampling = request.sampling.clone();
         if sampling.max_tokens.is_none() && sampling.max_completion_tokens.is_none() {
             sampling.max_tokens = Some(self.settings.max_tokens.get());
         }
         Call {
             question: request.question(),
-            messages: prompt::messages(request, passages, self.settings.instructions.as_deref()),
-            passages: passages.clone(),
+            messages: if self.model.reads_messages() {
+                prompt::messages(request, passages, self.settings.instructions.as_deref())
+            } else {
+                Vec::new()
+            },
+            passages,
             model: request.model.clone(),
             sampling,
             stream: cx.envelope().stream,

@@ -20,7 +20,7 @@ impl Model for Told {
     }
     fn complete<'a>(
         &'a self,
-        call: &'a Call,
+        call: &'a Call<'_>,
         listener: &'a dyn Listener,
     ) -> BoxFuture<'a, Result<Reply, CallError>> {
         Box::pin(async move {

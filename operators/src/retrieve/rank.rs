@@ -98,11 +98,14 @@ fn bm25(question: &[String], candidates: &mut [Candidate]) {
     let total: f32 = candidates.iter().map(|candidate| candidate.counted.length).sum();
     let mean = (total / ratio(candidates.len().max(1), 1)).max(1.0);
     for stem in asked {
-        let holds = |candidate: &&Candidate| candidate.counted.counts.contains_key(stem);
-        let holders = candidates.iter().filter(holds).count();
+        let count = |candidate: &Candidate| candidate.counted.counts.get(stem).copied().unwrap_or(0.0);
+        let counts: Vec<f32> = candidates.iter().map(count).collect();
+        let holders = counts.iter().filter(|count| **count > 0.0).count();
+        if holders == 0 {
+            continue;
+        }
         let rarity = (1.0 + (ratio(candidates.len() - holders, 1) + 0.5) / (ratio(holders, 1) + 0.5)).ln();
-        for candidate in candidates.iter_mut() {
-            let count = candidate.counted.counts.get(stem).copied().unwrap_or(0.0);
+        for (candidate, count) in candidates.iter_mut().zip(counts) {
             let length = candidate.counted.length / mean;
             let saturation = count + BM25_K1 * (1.0 - BM25_B + BM25_B * length);
             candidate.bm25 += rarity * count * (BM25_K1 + 1.0) / saturation;

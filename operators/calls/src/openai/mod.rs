@@ -103,7 +103,12 @@ impl OpenAi {
         Ok(Self { client, url, endpoint, model: model.into(), key, timeouts })
     }
 
-    async fn attempt(&self, call: &Call, model: &str, pieces: &mut Pieces<'_>) -> Result<Reply, CallError> {
+    async fn attempt(
+        &self,
+        call: &Call<'_>,
+        model: &str,
+        pieces: &mut Pieces<'_>,
+    ) -> Result<Reply, CallError> {
         let total = pieces.sent + self.timeouts.total;
         let total = call.deadline.map_or(total, |deadline| total.min(deadline));
         let answered = async {
@@ -132,7 +137,7 @@ impl OpenAi {
     }
 
     /// Sends, and gives back only a response that says success.
-    async fn send(&self, call: &Call, model: &str) -> Result<Response, CallError> {
+    async fn send(&self, call: &Call<'_>, model: &str) -> Result<Response, CallError> {
         let mut request = self.client.post(self.url.clone()).json(&wire::request(call, model));
         if let Some(key) = &self.key {
             request = request.bearer_auth(key.expose());
@@ -209,7 +214,7 @@ impl Model for OpenAi {
 
     fn complete<'a>(
         &'a self,
-        call: &'a Call,
+        call: &'a Call<'_>,
         listener: &'a dyn Listener,
     ) -> BoxFuture<'a, Result<Reply, CallError>> {
         Box::pin(async move {

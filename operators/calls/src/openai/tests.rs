@@ -43,11 +43,11 @@ impl Listener for Heard {
     }
 }
 
-fn call(stream: bool) -> Call {
+fn call(stream: bool) -> Call<'static> {
     let content = Some(Content::Text("why".to_owned()));
     Call {
         question: "why".to_owned(),
-        passages: Vec::new(),
+        passages: &[],
         messages: vec![Message { role: Role::User, content, rest: Map::new() }],
         model: None,
         sampling: Sampling { temperature: Some(0.5), ..Sampling::default() },

@@ -23,7 +23,7 @@ struct StreamOptions {
     include_usage: bool,
 }
 
-pub(super) fn request<'a>(call: &'a Call, model: &'a str) -> Request<'a> {
+pub(super) fn request<'a>(call: &'a Call<'a>, model: &'a str) -> Request<'a> {
     Request {
         model,
         messages: &call.messages,

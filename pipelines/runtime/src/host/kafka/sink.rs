@@ -2,19 +2,28 @@
 //!
 //! Invariant: a message is given up only where the topic can never take it. A broker that is away is waited for.
 
-use super::client::{Kafka, LogContext, SettingsError};
+use super::client::{Kafka, SettingsError, log, say};
 use crate::{
     drive::{SendError, Sink},
     message::Outgoing,
 };
 use futures::future::BoxFuture;
 use rdkafka::{
+    ClientContext,
+    config::RDKafkaLogLevel,
     error::KafkaError,
-    message::{Header, OwnedHeaders},
-    producer::{DeliveryFuture, FutureProducer, FutureRecord, Producer},
+    message::{DeliveryResult, Header, OwnedHeaders},
+    producer::{BaseRecord, Producer, ProducerContext, ThreadedProducer},
     types::RDKafkaErrorCode,
 };
-use std::time::Duration;
+use std::{
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
@@ -27,7 +36,7 @@ const QUEUE_FULL_WAIT: Duration = Duration::from_millis(5);
 /// The producer of a process.
 #[derive(Clone)]
 pub struct KafkaSink {
-    producer: FutureProducer<LogContext>,
+    producer: Arc<ThreadedProducer<Acknowledgements>>,
     /// Given when the process ends and nobody waits for a broker any more.
     closed: CancellationToken,
 }
@@ -36,14 +45,14 @@ impl KafkaSink {
     /// A producer; connects in the background.
     pub fn new(kafka: &Kafka, closed: CancellationToken) -> Result<Self, SettingsError> {
         let config = kafka.producer_config();
-        let producer = config.create_with_context(LogContext).map_err(SettingsError::Client)?;
-        Ok(Self { producer, closed })
+        let producer = config.create_with_context(Acknowledgements).map_err(SettingsError::Client)?;
+        Ok(Self { producer: Arc::new(producer), closed })
     }
 
     /// Writes a message that may be lost.
     pub fn send_best_effort(&self, message: &Outgoing) {
-        // Dropping the future does not take the message back.
-        let _ = self.enqueue(message);
+        // Nobody waits for this try; a producer whose queue is full, or that is closed, loses the message.
+        let _ = self.enqueue(message, 0, &Arc::new(Try::of(1)));
     }
 
     /// Waits until nothing is on its way, or for a bounded time.
@@ -53,38 +62,27 @@ impl KafkaSink {
         }
     }
 
-    fn enqueue(&self, message: &Outgoing) -> Result<DeliveryFuture, KafkaError> {
+    fn enqueue(&self, message: &Outgoing, place: usize, of: &Arc<Try>) -> Result<(), KafkaError> {
         let mut headers = OwnedHeaders::new_with_capacity(message.headers.len());
         for (name, value) in &message.headers {
             headers = headers.insert(Header { key: name, value: value.as_deref() });
         }
-        let mut record = FutureRecord::<[u8], [u8]>::to(&message.topic).headers(headers);
+        let sent = Box::new(Sent { of: Arc::clone(of), place });
+        let mut record = BaseRecord::<[u8], [u8], _>::with_opaque_to(&message.topic, sent).headers(headers);
         record.key = message.key.as_deref();
         record.payload = message.value.as_deref();
-        self.producer.send_result(record).map_err(|(fault, _)| fault)
+        self.producer.send(record).map_err(|(fault, _)| fault)
     }
 
-    /// Writes one message, however often that takes.
-    async fn write(&self, message: &Outgoing, mut first: Option<DeliveryFuture>) -> Result<(), SendError> {
-        loop {
-            let sent = match first.take() {
-                Some(sent) => Ok(sent),
-                None => self.enqueue(message),
-            };
-            let fault = match sent {
-                Ok(delivery) => match delivery.await {
-                    Ok(Ok(_)) => return Ok(()),
-                    Ok(Err((fault, _))) => fault,
-                    Err(_) => return Err(SendError::Closed),
-                },
-                Err(fault) => fault,
-            };
-            let wait = self.judge(message, &fault)?;
-            tokio::select! {
-                () = tokio::time::sleep(wait) => {}
-                () = self.closed.cancelled() => return Err(SendError::Closed),
+    /// Writes those messages of a list, and gives back what was not written: its place in the list, and why.
+    async fn try_to_write(&self, messages: &[Outgoing], places: &[usize]) -> Vec<(usize, KafkaError)> {
+        let on_their_way = Arc::new(Try::of(places.len()));
+        for &place in places {
+            if let Err(fault) = self.enqueue(&messages[place], place, &on_their_way) {
+                on_their_way.settle(place, Some(fault));
             }
         }
+        on_their_way.settled().await
     }
 
     /// How long to wait before trying again; an error where that is of no use.
@@ -111,12 +109,111 @@ impl KafkaSink {
 impl Sink for KafkaSink {
     fn send(&self, messages: Vec<Outgoing>) -> BoxFuture<'_, Result<(), SendError>> {
         Box::pin(async move {
-            // All are on their way before the first is waited for.
-            let sent: Vec<_> = messages.iter().map(|message| self.enqueue(message).ok()).collect();
-            for (message, delivery) in messages.iter().zip(sent) {
-                self.write(message, delivery).await?;
+            let mut places: Vec<_> = (0..messages.len()).collect();
+            let mut too_large = None;
+            loop {
+                let refused = self.try_to_write(&messages, &places).await;
+                let mut wait = None;
+                places.clear();
+                for (place, fault) in refused {
+                    match self.judge(&messages[place], &fault) {
+                        Ok(needed) => {
+                            wait = wait.max(Some(needed));
+                            places.push(place);
+                        }
+                        // Told when all others are written: the row about a call that was paid for is among them.
+                        Err(fault @ SendError::TooLarge { .. }) => _ = too_large.get_or_insert(fault),
+                        Err(fault) => return Err(fault),
+                    }
+                }
+                let Some(wait) = wait else { return too_large.map_or(Ok(()), Err) };
+                tokio::select! {
+                    () = tokio::time::sleep(wait) => {}
+                    () = self.closed.cancelled() => return Err(SendError::Closed),
+                }
             }
-            Ok(())
         })
+    }
+}
+
+/// One try to write some messages. Whoever waits for it is woken once, by the last answer: a wake-up of another thread
+/// costs more than all else that an acknowledgement does.
+struct Try {
+    /// Messages that are neither acknowledged nor refused.
+    unsettled: AtomicUsize,
+    refused: Mutex<Vec<(usize, KafkaError)>>,
+    done: Notify,
+}
+
+impl Try {
+    fn of(messages: usize) -> Self {
+        Self { unsettled: AtomicUsize::new(messages), refused: Mutex::default(), done: Notify::new() }
+    }
+
+    /// Notes what became of a message: `None` where it is acknowledged.
+    fn settle(&self, place: usize, fault: Option<KafkaError>) {
+        if let Some(fault) = fault {
+            self.refused.lock().unwrap_or_else(PoisonError::into_inner).push((place, fault));
+        }
+        if self.unsettled.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.done.notify_one();
+        }
+    }
+
+    /// Waits for the answer to every message, and gives those that were refused, in their order.
+    async fn settled(&self) -> Vec<(usize, KafkaError)> {
+        while self.unsettled.load(Ordering::Acquire) > 0 {
+            self.done.notified().await;
+        }
+        let mut refused = std::mem::take(&mut *self.refused.lock().unwrap_or_else(PoisonError::into_inner));
+        refused.sort_unstable_by_key(|(place, _)| *place);
+        refused
+    }
+}
+
+/// A message on its way.
+struct Sent {
+    of: Arc<Try>,
+    place: usize,
+}
+
+/// Hears from librdkafka what became of each message.
+struct Acknowledgements;
+
+impl ClientContext for Acknowledgements {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        log(level, facility, message);
+    }
+    fn error(&self, fault: KafkaError, reason: &str) {
+        say(&fault, reason);
+    }
+}
+
+impl ProducerContext for Acknowledgements {
+    type DeliveryOpaque = Box<Sent>;
+
+    fn delivery(&self, result: &DeliveryResult<'_>, sent: Box<Sent>) {
+        let fault = result.as_ref().err().map(|(fault, _)| fault.clone());
+        sent.of.settle(sent.place, fault);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures::FutureExt as _;
+
+    #[tokio::test]
+    async fn a_try_is_settled_by_the_last_answer_and_gives_back_what_was_refused_in_order() {
+        let full = || Some(KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull));
+        let of = Try::of(4);
+        of.settle(3, full());
+        of.settle(0, None);
+        of.settle(1, full());
+        assert!(of.settled().now_or_never().is_none());
+        of.settle(2, None);
+        let refused = of.settled().await;
+        assert_eq!(refused.iter().map(|(place, _)| *place).collect::<Vec<_>>(), [1, 3]);
+        assert!(Try::of(0).settled().await.is_empty());
     }
 }

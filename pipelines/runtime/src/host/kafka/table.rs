@@ -25,6 +25,9 @@ use tracing::{error, info, warn};
 const BATCH_RECORDS: usize = 1_000;
 const BATCH_BYTES: usize = 8 << 20;
 
+/// How long changes are gathered after others were applied: a commit of the store costs as much as many changes do.
+const APPLY_EVERY: Duration = Duration::from_millis(50);
+
 const WAIT: Duration = Duration::from_secs(10);
 
 /// How long to wait before asking for a partition's leader again.
@@ -99,6 +102,7 @@ impl TableReader {
             health,
             runtime: runtime.clone(),
             shutdown,
+            applied: Instant::now(),
         };
         let thread = std::thread::Builder::new().name(format!("table {topic}"));
         thread
@@ -214,10 +218,12 @@ struct Follower {
     health: Health,
     runtime: Handle,
     shutdown: CancellationToken,
+    /// When a batch was last applied.
+    applied: Instant,
 }
 
 impl Follower {
-    fn run(self) {
+    fn run(mut self) {
         let component = format!("table {}", self.topic);
         self.health.set_ready(&component, false);
         let mut behind = self.ends.clone();
@@ -231,6 +237,7 @@ impl Follower {
             let (changes, reached) = self.read();
             if !changes.is_empty() {
                 self.apply(changes);
+                self.applied = Instant::now();
             }
             let mut positions = self.positions.lock().unwrap_or_else(PoisonError::into_inner);
             positions.extend(reached);
@@ -267,8 +274,8 @@ impl Follower {
                             "a record of a table has no key that is UTF-8; it is passed over")
                         }
                     }
-                    // What is there already comes along; nothing is waited for.
-                    wait = Duration::ZERO;
+                    // What is there already comes along. More is waited for only where the table was just changed.
+                    wait = APPLY_EVERY.saturating_sub(self.applied.elapsed());
                 }
                 Some(Err(KafkaError::PartitionEOF(partition))) => {
                     // The last records may be gone (compaction, deletion): then no message ever reaches the end.
