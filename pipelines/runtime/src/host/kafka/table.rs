@@ -30,6 +30,9 @@ const APPLY_EVERY: Duration = Duration::from_millis(50);
 
 const WAIT: Duration = Duration::from_secs(10);
 
+/// How long it may take until all leaders are known: a busy broker makes hundreds of new partitions one after the other.
+const LEADERS_MAX: Duration = Duration::from_secs(60);
+
 /// How long to wait before asking for a partition's leader again.
 const LEADER_WAIT: Duration = Duration::from_millis(100);
 
@@ -134,7 +137,7 @@ fn bounds(
     topic: &Arc<str>,
     runtime: &Handle,
 ) -> Result<BTreeMap<i32, (i64, i64)>, TableError> {
-    let until = Instant::now() + WAIT;
+    let until = Instant::now() + LEADERS_MAX;
     loop {
         match try_bounds(consumer, topic) {
             Ok(bounds) => return Ok(bounds),
