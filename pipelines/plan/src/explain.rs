@@ -108,7 +108,7 @@ fn readers(plan: &Plan, topic: &str) -> String {
 
 fn kept(topic: &PlannedTopic) -> String {
     match topic.cleanup {
-        Cleanup::Compact => "compacted".to_owned(),
+        Cleanup::Compact | Cleanup::CompactAfter { .. } => "compacted".to_owned(),
         Cleanup::Delete { hours } if hours % 24 == 0 => format!("{} d", hours / 24),
         Cleanup::Delete { hours } => format!("{hours} h"),
     }
