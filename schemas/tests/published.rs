@@ -7,11 +7,7 @@
 
 use forebay_schemas::{
     Answer, Attempt, CacheEntry, Cancel, Chunks, Column, Completion, DeadLetter, Delta, Document, Ending,
-<<<<<<< HEAD
-    Grounded, Outcome, Record, Request, dead_letter, header, retry, topics,
-=======
-    Grounded, LedgerEntry, Outcome, Record, Request, dead_letter, header, topics,
->>>>>>> 1d197ec (Model the ledger of paid calls: a lease without compared clocks, under a simulation of two owners)
+    Grounded, LedgerEntry, Outcome, Record, Request, dead_letter, header, retry, topics,
 };
 use schemars::{JsonSchema, generate::SchemaSettings};
 use serde_json::{Map, Value, json};

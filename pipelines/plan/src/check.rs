@@ -6,7 +6,7 @@
 //! Invariant: no check stops another, except that a name which does not resolve is one fault and not a dozen.
 
 use crate::{
-    Catalogue, Description, Faults, IN_FLIGHT_DEFAULT, Order, Pipeline, Placed, Plan, PlannedStep,
+    Ambiguous, Catalogue, Description, Faults, IN_FLIGHT_DEFAULT, Order, Pipeline, Placed, Plan, PlannedStep,
     PlannedTopic, Queueing, Step, graph, nearest, plan::ENDED,
 };
 use forebay_schemas::topics::{self, Cleanup};
@@ -57,6 +57,7 @@ fn planned(step: &Step, description: &Description) -> PlannedStep {
             None => Queueing::Fifo,
         },
         is_job: description.is_job,
+        ledger: description.is_paid.then(Ambiguous::default),
         settings: step.settings.value.clone(),
     }
 }

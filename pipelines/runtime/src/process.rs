@@ -8,8 +8,10 @@ use crate::{
     cancels::{Cancels, CancelsTable},
     drive::{DriveError, drive},
     host::kafka::{
-        Kafka, KafkaSink, KafkaSource, ReadBounds, Reading, SettingsError, TableError, TableReader,
+        Kafka, KafkaLedger, KafkaSink, KafkaSource, ReadBounds, Reading, SettingsError, TableError,
+        TableReader,
     },
+    ledger::Log,
     message::Outgoing,
     site::{Site, full_name},
     stage::Patience,
@@ -40,6 +42,8 @@ pub struct Launch<'a> {
     pub steps: Vec<(&'a PlannedStep, Arc<dyn Step>)>,
     /// Topics without prefix, with the tables that follow them.
     pub tables: Vec<(String, Arc<dyn Table>)>,
+    /// Whether calls of the model cost something.
+    pub is_paid: bool,
     /// Bytes of records that may be unfinished at a time.
     pub memory_bytes_max: usize,
     /// What is counted.
@@ -106,7 +110,11 @@ impl Launch<'_> {
         };
         let mut stages = JoinSet::new();
         for (planned, step) in &self.steps {
-            let stage = site.stage(planned, Arc::clone(step));
+            let log: Option<Arc<dyn Log>> = match self.is_paid && planned.ledger.is_some() {
+                true => Some(Arc::new(KafkaLedger::new(self.kafka, sink.clone(), &site.group(planned))?)),
+                false => None,
+            };
+            let stage = site.stage(planned, Arc::clone(step), log);
             let limits = site.limits(planned);
             let reading = Reading {
                 bounds: ReadBounds::new(limits.waiting),

@@ -6,12 +6,16 @@
 use crate::{
     cancels::Cancels,
     drive::Limits,
+    ledger::{
+        self, LeaseClock, Ledgers, Log,
+        book::{AMBIGUOUS_MAX, Terms},
+    },
     message::Input,
     once::{Once, REMEMBERED_MAX},
     stage::{CommonTopics, Parts, Patience, RetryTopic, Stage},
 };
 use forebay_operator::{Clock, Host, Step};
-use forebay_plan::{Channel, Order, Plan, PlannedStep, PlannedTopic};
+use forebay_plan::{Ambiguous, Channel, Order, Plan, PlannedStep, PlannedTopic};
 use forebay_schemas::topics;
 use forebay_telemetry::Telemetry;
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
@@ -39,8 +43,8 @@ pub(crate) struct Site<'a> {
 }
 
 impl Site<'_> {
-    /// The stage of a step.
-    pub fn stage(&self, planned: &PlannedStep, step: Arc<dyn Step>) -> Arc<Stage> {
+    /// The stage of a step; its ledgers of paid calls, where it has any, are kept in `log`.
+    pub fn stage(&self, planned: &PlannedStep, step: Arc<dyn Step>, log: Option<Arc<dyn Log>>) -> Arc<Stage> {
         let meter = self.telemetry.step(&planned.key, step.operator()).in_group(&self.group(planned));
         let topics = self.plan.topics();
         let inputs = planned.inputs();
@@ -66,9 +70,25 @@ impl Site<'_> {
             clock: self.clock,
             host: Arc::clone(&self.host),
             patience: self.patience.clone(),
-            meter,
+            meter: meter.clone(),
         });
         let stage = stage.with_cancels(Arc::clone(&self.cancels));
+        let stage = match (planned.ledger, log) {
+            (Some(ambiguous), Some(log)) => stage.with_ledgers(Arc::new(Ledgers::new(ledger::Parts {
+                log,
+                topics: planned.ledgers().iter().map(|(of, to)| (self.name(of), self.name(to))).collect(),
+                ambiguous_max: match ambiguous {
+                    Ambiguous::Retry => AMBIGUOUS_MAX,
+                    Ambiguous::Park => 0,
+                },
+                config: blake3::hash(planned.settings.to_string().as_bytes()).to_hex()[..16].to_owned(),
+                terms: Terms::default(),
+                lease_clock: LeaseClock::Boot,
+                clock: self.clock,
+                meter,
+            }))),
+            _ => stage,
+        };
         let once = self.written_once(planned);
         Arc::new(if once.is_empty() { stage } else { stage.with_once(Arc::new(Once::new(once))) })
     }

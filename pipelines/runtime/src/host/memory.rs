@@ -4,7 +4,7 @@
 
 use crate::{
     budget::Budget,
-    drive::{Event, SendError, Sink, Source},
+    drive::{Event, Progress, SendError, Sink, Source},
     message::{Incoming, Input, Outgoing, Partition},
 };
 use bytes::Bytes;
@@ -45,6 +45,8 @@ pub struct MemoryLog {
 struct State {
     topics: BTreeMap<Arc<str>, Vec<Stored>>,
     committed: BTreeMap<(String, Arc<str>), i64>,
+    /// What stands beside the committed offset.
+    metadata: BTreeMap<(String, Arc<str>), String>,
 }
 
 impl State {
@@ -104,6 +106,16 @@ impl MemoryLog {
         let before = self.state().committed.insert((group.to_owned(), Arc::clone(topic)), offset);
         self.moved.send_replace(());
         before.unwrap_or(0) <= offset
+    }
+
+    /// What stands beside how far a group has come.
+    pub fn metadata(&self, group: &str, topic: &Arc<str>) -> String {
+        self.state().metadata.get(&(group.to_owned(), Arc::clone(topic))).cloned().unwrap_or_default()
+    }
+
+    fn commit_with(&self, group: &str, topic: &Arc<str>, offset: i64, metadata: String) -> bool {
+        self.state().metadata.insert((group.to_owned(), Arc::clone(topic)), metadata);
+        self.commit(group, topic, offset)
     }
 
     /// How many messages of each topic each group has not committed yet, where there are any; all as of one moment.
@@ -183,7 +195,7 @@ pub struct MemorySource {
     /// Oldest first.
     draining: VecDeque<Draining>,
     paused: BTreeSet<Partition>,
-    stored: BTreeMap<Partition, i64>,
+    stored: BTreeMap<Partition, (i64, String)>,
     events: VecDeque<Event>,
     sentinels: mpsc::UnboundedReceiver<Sentinel>,
     grew: watch::Receiver<()>,
@@ -319,17 +331,17 @@ impl Source for MemorySource {
         left.map(|(partition, position)| self.log.end(&partition.topic) - position).sum()
     }
 
-    fn store(&mut self, progress: &[(Partition, i64)]) {
-        for (partition, offset) in progress {
+    fn store(&mut self, progress: &[Progress]) {
+        for Progress { partition, offset, metadata } in progress {
             if self.is_ours(partition) {
-                self.stored.insert(partition.clone(), *offset);
+                self.stored.insert(partition.clone(), (*offset, metadata.clone()));
             }
         }
     }
 
     fn commit(&mut self) {
-        for (partition, offset) in std::mem::take(&mut self.stored) {
-            let forward = self.log.commit(&self.group, &partition.topic, offset);
+        for (partition, (offset, metadata)) in std::mem::take(&mut self.stored) {
+            let forward = self.log.commit_with(&self.group, &partition.topic, offset, metadata);
             debug_assert!(forward, "group {} went back in {partition}", self.group);
         }
     }

@@ -75,8 +75,6 @@ pub enum Verdict {
     Differs,
     /// It may have been paid for too often already.
     Ambiguous,
-    /// The record went to another topic already.
-    Moved,
     /// It may be sent, as the try of this number.
     Go(i32),
     /// The partition is ours no more.
@@ -115,8 +113,6 @@ struct Call {
     first: i64,
     tries: Vec<Try>,
     answer: Option<Answer>,
-    /// The offset of the record that went to another topic.
-    moved: Option<i64>,
     /// Whether this owner is making it, or about to.
     running: bool,
 }
@@ -167,11 +163,13 @@ pub struct Book {
     wanted_at: Option<u64>,
     owners: BTreeMap<Arc<str>, Seen>,
     calls: HashMap<CallId, Call>,
+    /// Records that went to another topic: by their offset, the entry that says so, and the topic.
+    moved: BTreeMap<i64, (i64, String)>,
     released: bool,
 }
 
 impl Book {
-    /// A book of this owner, who reads from `position` on. After more than `ambiguous_max` ambiguous tries a call is
+    /// A book of this owner, who reads from `position` on; see also [`begin_at`](Self::begin_at). After more than `ambiguous_max` ambiguous tries a call is
     /// not made again.
     pub fn new(me: &str, position: i64, ambiguous_max: usize, terms: Terms) -> Self {
         Self {
@@ -187,7 +185,15 @@ impl Book {
             wanted_at: None,
             owners: BTreeMap::new(),
             calls: HashMap::new(),
+            moved: BTreeMap::new(),
             released: false,
+        }
+    }
+
+    /// Reads from this offset on, where nothing is read yet.
+    pub fn begin_at(&mut self, position: i64) {
+        if self.read_at.is_none() {
+            self.position = position;
         }
     }
 
@@ -329,16 +335,13 @@ impl Book {
             }
             let first = self.mine.unwrap_or(self.position);
             let call =
-                Call { source_offset, first, tries: Vec::new(), answer: None, moved: None, running: true };
+                Call { source_offset, first, tries: Vec::new(), answer: None, running: true };
             self.calls.insert(id.clone(), call);
             return Verdict::Go(0);
         };
         if let Some(answer) = &call.answer {
             let differs = answer.input.as_deref().is_some_and(|known| known != input);
             return if differs { Verdict::Differs } else { Verdict::Answered(answer.value.clone()) };
-        }
-        if call.moved == Some(source_offset) {
-            return Verdict::Moved;
         }
         let mut open = call.tries.iter().filter(|one| one.closed.is_none());
         if !may_send || call.running || open.any(|one| self.may_be_under_way(one)) {
@@ -371,6 +374,32 @@ impl Book {
         tries.iter().filter_map(row).collect()
     }
 
+    /// Whether the record at this offset makes a call at this moment.
+    pub fn is_running(&self, source_offset: i64) -> bool {
+        self.calls.values().any(|call| call.running && call.source_offset == source_offset)
+    }
+
+    /// The calls that the record at this offset is known to have made; `None` before that can be told.
+    pub fn calls_of(&self, source_offset: i64) -> Option<Vec<CallId>> {
+        self.read_at?;
+        let made = self.calls.iter().filter(|(_, call)| call.source_offset == source_offset);
+        Some(
+            made.filter(|(_, call)| call.answer.is_some() || !call.tries.is_empty())
+                .map(|(id, _)| id.clone())
+                .collect(),
+        )
+    }
+
+    /// The topic that the record at this offset went to already, where it did.
+    pub fn moved_to(&self, source_offset: i64) -> Option<String> {
+        self.moved.get(&source_offset).map(|(_, to)| to.clone())
+    }
+
+    /// Whether others have heard of this owner.
+    pub fn has_written(&self) -> bool {
+        self.mine.is_some()
+    }
+
     /// This owner makes the call no more: it is closed, or was given up without a word.
     pub fn ended(&mut self, id: &CallId) {
         if let Some(call) = self.calls.get_mut(id) {
@@ -387,11 +416,13 @@ impl Book {
     /// whoever comes after must read.
     pub fn committed(&mut self, source_offset: i64) -> i64 {
         self.calls.retain(|_, call| call.running || call.source_offset >= source_offset);
+        self.moved = self.moved.split_off(&source_offset);
         self.forget_owners();
         let calls = self.calls.values().map(|call| call.first);
         let owners = self.owners.values().map(|seen| seen.offset);
         // My last entry says that I am alive.
-        calls.chain(owners).chain(self.mine).min().unwrap_or(self.position)
+        let moved = self.moved.values().map(|(offset, _)| *offset);
+        calls.chain(owners).chain(moved).chain(self.mine).min().unwrap_or(self.position)
     }
 
     fn lapses_at(&self, renewed_at: u64) -> u64 {
@@ -459,25 +490,23 @@ impl Book {
     }
 
     fn apply(&mut self, offset: i64, entry: LedgerEntry) {
+        if let (EntryKind::Moved, Some(source_offset), Some(to)) =
+            (entry.kind, entry.source_offset, &entry.to)
+        {
+            self.moved.entry(source_offset).or_insert_with(|| (offset, to.clone()));
+        }
         let (Some(id), owner) = (entry.call_id, Arc::from(entry.owner)) else { return };
         let call = self.calls.entry(id).or_insert(Call {
             source_offset: 0,
             first: offset,
             tries: Vec::new(),
             answer: None,
-            moved: None,
             running: false,
         });
         call.first = call.first.min(offset);
         call.source_offset = call.source_offset.max(entry.source_offset.unwrap_or(0));
         let closed = match entry.kind {
-            EntryKind::Moved => {
-                // Its tries are told of where it went.
-                call.tries.clear();
-                call.moved = entry.source_offset;
-                return;
-            }
-            EntryKind::Renewed | EntryKind::Released => return,
+            EntryKind::Moved | EntryKind::Renewed | EntryKind::Released => return,
             EntryKind::Started => None,
             EntryKind::Failed => Some(Closed::Failed),
             EntryKind::Done => {

@@ -1,5 +1,500 @@
 //! The ledger of paid calls: an answer that was paid for and recorded is never paid for again.
+//!
+//! Each input topic of a step that makes paid calls has a compacted topic beside it, with the same partitions. Around
+//! each try of a call stand `started` and `done` or `failed`, each acknowledged before what depends on it. Whoever
+//! takes a partition over reads what is unfinished there, answers from it, and makes a call again only where the one
+//! before failed or nobody can be making it any more; then it says so ([`book`] is the protocol).
+//!
+//! A call goes on when its partition is given up: its answer still comes into the ledger, for the next owner.
+//!
+//! Invariant: a call is sent only by an operator that holds the turn which [`Ledgers::of`] gave it.
 
 pub mod book;
 #[cfg(test)]
 mod simulation;
+
+use crate::{
+    drive::SendError,
+    fence,
+    message::{Incoming, Partition},
+};
+use book::{Book, Next, Terms, Verdict};
+use forebay_operator::{Clock, Failure, Found, Known, Ledger, Turn};
+use forebay_schemas::{Attempt, CallId, EntryKind, LedgerEntry, topics::DERIVED_MESSAGE_BYTES_MAX};
+use forebay_telemetry::StepMeter;
+use futures::future::BoxFuture;
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+use tokio::{sync::Notify, time::Instant};
+use tracing::{info, warn};
+
+/// The largest answer that is kept. What is larger is paid for, refused, and never asked for again.
+pub const ANSWER_BYTES_MAX: usize = DERIVED_MESSAGE_BYTES_MAX - 64 * 1024;
+
+/// How long to wait before a log that could not be read is read again.
+const RETRY_AFTER: Duration = Duration::from_millis(500);
+
+/// Where ledgers are kept.
+pub trait Log: Send + Sync + 'static {
+    /// Writes an entry at a partition of a ledger; gives its offset once all replicas have it. Waits for a log that is
+    /// away.
+    fn append(&self, at: &Partition, entry: &LedgerEntry) -> BoxFuture<'static, Result<i64, SendError>>;
+
+    /// Reads on from an offset, to the end of the partition or as much as is good at once.
+    fn read(&self, at: &Partition, from: i64) -> BoxFuture<'static, Result<Chunk, String>>;
+
+    /// What stands beside the committed offset of a partition of the input; empty where nothing does.
+    fn committed_metadata(&self, input: &Partition) -> BoxFuture<'static, Result<String, String>>;
+}
+
+/// What was read.
+#[derive(Debug)]
+pub struct Chunk {
+    /// Entries with their offsets.
+    pub entries: Vec<(i64, LedgerEntry)>,
+    /// The next offset to read.
+    pub next: i64,
+    /// Whether the partition ended there.
+    pub at_end: bool,
+}
+
+/// A clock for leases: it only has to go on, also while the machine is suspended.
+#[derive(Clone, Copy, Debug)]
+pub enum LeaseClock {
+    /// CLOCK_BOOTTIME.
+    Boot,
+    /// Runs with tokio's clock from this moment on, for tests.
+    Virtual(Instant),
+}
+
+impl LeaseClock {
+    fn now_ms(self) -> u64 {
+        match self {
+            Self::Boot => fence::now_ms(),
+            Self::Virtual(since) => u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX),
+        }
+    }
+}
+
+/// What the ledgers of a stage are made of.
+pub struct Parts {
+    /// Where they are kept.
+    pub log: Arc<dyn Log>,
+    /// From the full name of each input topic to that of its ledger.
+    pub topics: BTreeMap<Arc<str>, Arc<str>>,
+    /// How many ambiguous tries of a call are followed by another.
+    pub ambiguous_max: usize,
+    /// A hash of the step's settings, recorded with each call.
+    pub config: String,
+    /// The times of a lease.
+    pub terms: Terms,
+    /// The clock of leases.
+    pub lease_clock: LeaseClock,
+    /// Wall time, for people.
+    pub clock: Clock,
+    /// What is counted.
+    pub meter: StepMeter,
+}
+
+/// The ledgers of a stage: one for each partition that it reads.
+pub struct Ledgers {
+    shared: Arc<Parts>,
+    accounts: Mutex<HashMap<Partition, Arc<Account>>>,
+}
+
+impl Ledgers {
+    /// Ledgers for a stage that has no partition yet.
+    pub fn new(parts: Parts) -> Self {
+        Self { shared: Arc::new(parts), accounts: Mutex::default() }
+    }
+
+    /// A partition of the input is ours: its ledger is read.
+    pub fn assigned(&self, input: &Partition) {
+        let Some(topic) = self.shared.topics.get(&input.topic) else { return };
+        let at = Partition { topic: Arc::clone(topic), number: input.number };
+        let owner = format!("{:016x}", rand::random::<u64>());
+        let book = Book::new(&owner, 0, self.shared.ambiguous_max, self.shared.terms);
+        let account = Arc::new(Account {
+            shared: Arc::clone(&self.shared),
+            input: input.clone(),
+            at,
+            owner: owner.into(),
+            book: Mutex::new(book),
+            changed: Notify::new(),
+            wake: Notify::new(),
+        });
+        self.accounts().insert(input.clone(), Arc::clone(&account));
+        tokio::spawn(async move { account.keep().await });
+    }
+
+    /// A partition is given up, drained or lost. Calls that are under way go on into the ledger.
+    pub fn given_up(&self, input: &Partition) {
+        let Some(account) = self.accounts().remove(input) else { return };
+        let has_written = {
+            let mut book = account.book();
+            book.release();
+            book.has_written()
+        };
+        account.tell();
+        if has_written {
+            tokio::spawn(async move {
+                let released =
+                    LedgerEntry::of_lease(EntryKind::Released, &account.owner, account.now_wall_ms());
+                // The end of the process loses it; then the next owner waits for the lease to end.
+                let _ = account.append(released).await;
+            });
+        }
+    }
+
+    /// What is to stand beside a committed offset of the input: from where its ledger must be read.
+    pub fn metadata(&self, input: &Partition, offset: i64) -> Option<String> {
+        let account = self.account(input)?;
+        let from = account.book().committed(offset);
+        Some(format!("ledger={from}"))
+    }
+
+    /// Whether this record may have made calls here already, so that it must be finished here.
+    pub fn may_have_paid(&self, incoming: &Incoming) -> bool {
+        let Some(account) = self.account(&incoming.partition) else { return false };
+        account.book().calls_of(incoming.offset).is_none_or(|calls| !calls.is_empty())
+    }
+
+    /// The ledger of one record.
+    pub fn of(&self, incoming: &Incoming) -> Arc<RecordLedger> {
+        let bytes = incoming.value.as_deref().unwrap_or_default();
+        Arc::new(RecordLedger {
+            account: self.account(&incoming.partition),
+            source_offset: incoming.offset,
+            input: blake3::hash(bytes).to_hex()[..16].to_owned(),
+            told: Mutex::default(),
+        })
+    }
+
+    /// Whether every ledger of ours is read.
+    pub fn are_caught_up(&self) -> bool {
+        self.accounts().values().all(|account| account.book().is_caught_up())
+    }
+
+    fn account(&self, input: &Partition) -> Option<Arc<Account>> {
+        self.accounts().get(input).cloned()
+    }
+
+    fn accounts(&self) -> MutexGuard<'_, HashMap<Partition, Arc<Account>>> {
+        self.accounts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// From where a ledger must be read, as [`Ledgers::metadata`] wrote it. Anything else means from the start.
+fn replay_from(metadata: &str) -> i64 {
+    metadata.strip_prefix("ledger=").and_then(|from| from.parse().ok()).unwrap_or(0)
+}
+
+/// One assignment of one partition.
+struct Account {
+    shared: Arc<Parts>,
+    input: Partition,
+    at: Partition,
+    owner: Arc<str>,
+    book: Mutex<Book>,
+    /// Told after every change of the book.
+    changed: Notify,
+    /// Wakes whoever keeps the book.
+    wake: Notify,
+}
+
+impl Account {
+    fn book(&self) -> MutexGuard<'_, Book> {
+        self.book.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn now(&self) -> u64 {
+        self.shared.lease_clock.now_ms()
+    }
+
+    fn now_wall_ms(&self) -> i64 {
+        self.shared.clock.now_ms()
+    }
+
+    fn tell(&self) {
+        self.changed.notify_waiters();
+        self.wake.notify_one();
+    }
+
+    /// Writes an entry of ours and notes that it is there.
+    async fn append(&self, entry: LedgerEntry) -> Result<(), SendError> {
+        let sent = self.now();
+        let offset = self.shared.log.append(&self.at, &entry).await?;
+        self.shared.meter.ledger_written(entry.kind.as_str());
+        self.book().acknowledged(entry, sent, offset, self.now());
+        self.tell();
+        Ok(())
+    }
+
+    /// Reads the log and renews the lease, as the book says, for as long as there is something to keep.
+    async fn keep(&self) {
+        let began = Instant::now();
+        while !self.book().is_over() {
+            match self.shared.log.committed_metadata(&self.input).await {
+                Ok(metadata) => {
+                    self.book().begin_at(replay_from(&metadata));
+                    break;
+                }
+                Err(fault) => {
+                    self.complain("could not find from where to read a ledger; will try again", &fault).await
+                }
+            }
+        }
+        let mut caught_up = false;
+        loop {
+            let next = {
+                let mut book = self.book();
+                if book.is_over() {
+                    return;
+                }
+                if book.is_caught_up() && !std::mem::replace(&mut caught_up, true) {
+                    self.shared.meter.ledger_taken_over(began.elapsed());
+                    info!(ledger = %self.at, position = book.position(), "a ledger is read");
+                }
+                book.next(self.now())
+            };
+            match next {
+                Next::Read => self.read().await,
+                Next::Renew => {
+                    let renewed = LedgerEntry::of_lease(EntryKind::Renewed, &self.owner, self.now_wall_ms());
+                    match self.append(renewed).await {
+                        Ok(()) => {}
+                        Err(SendError::Closed) => return,
+                        Err(fault) => {
+                            self.complain("could not renew the lease of a ledger; will try again", &fault)
+                                .await
+                        }
+                    }
+                }
+                Next::Rest(None) => self.wake.notified().await,
+                Next::Rest(Some(until)) => {
+                    let rest = Duration::from_millis(until.saturating_sub(self.now()));
+                    // Woken or not, the book says what comes next.
+                    let _ = tokio::time::timeout(rest, self.wake.notified()).await;
+                }
+            }
+        }
+    }
+
+    async fn read(&self) {
+        let (began, from) = (self.now(), self.book().position());
+        match self.shared.log.read(&self.at, from).await {
+            Ok(Chunk { entries, next, at_end }) => {
+                self.book().read(entries, next, at_end, began, self.now());
+                self.changed.notify_waiters();
+            }
+            Err(fault) => self.complain("could not read a ledger; will try again", &fault).await,
+        }
+    }
+
+    async fn complain(&self, what: &str, fault: &(dyn std::fmt::Display + Sync)) {
+        warn!(ledger = %self.at, error = %fault, "{what}");
+        tokio::time::sleep(RETRY_AFTER).await;
+    }
+}
+
+/// The ledger as one reading of one record sees it.
+pub struct RecordLedger {
+    /// Absent where the partition is ours no more.
+    account: Option<Arc<Account>>,
+    source_offset: i64,
+    input: String,
+    /// Attempt ids whose rows this reading has told.
+    told: Mutex<HashSet<String>>,
+}
+
+impl RecordLedger {
+    /// Waits until no call of the record is under way.
+    pub async fn heard_out(&self) {
+        let Some(account) = &self.account else { return };
+        loop {
+            let changed = account.changed.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            if !account.book().is_running(self.source_offset) {
+                return;
+            }
+            changed.await;
+        }
+    }
+
+    /// Notes that the record goes to another topic, where its calls are made from now on. Before it goes: delivered here
+    /// again it only goes there again.
+    pub async fn moved(&self) -> Result<(), SendError> {
+        let Some(account) = &self.account else { return Ok(()) };
+        let calls = account.book().calls_of(self.source_offset).unwrap_or_default();
+        for call in calls {
+            account.append(self.entry(account, EntryKind::Moved, &call, None)).await?;
+        }
+        Ok(())
+    }
+
+    fn entry(&self, account: &Account, kind: EntryKind, call: &CallId, attempt: Option<i32>) -> LedgerEntry {
+        LedgerEntry {
+            call_id: Some(call.clone()),
+            attempt,
+            source_offset: Some(self.source_offset),
+            input: Some(self.input.clone()),
+            config: Some(account.shared.config.clone()),
+            ..LedgerEntry::of_lease(kind, &account.owner, account.now_wall_ms())
+        }
+    }
+
+    /// Rows about tries that are over, those left out that were told of.
+    fn rows(&self, account: &Account, call: &CallId) -> Vec<Attempt> {
+        let rows = account.book().rows(call);
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        let new: Vec<_> = rows.into_iter().filter(|row| told.insert(row.attempt_id.clone())).collect();
+        let ambiguous = new.iter().filter(|row| row.status == "ambiguous").count();
+        if ambiguous > 0 {
+            account.shared.meter.ledger_ambiguous(ambiguous);
+            warn!(call = call.as_str(), ledger = %account.at, ambiguous,
+                "a call was under way when its owner vanished; it may have been paid for");
+        }
+        new
+    }
+}
+
+impl Ledger for RecordLedger {
+    fn find<'a>(&'a self, call: &'a CallId) -> BoxFuture<'a, Result<Found<'a>, Failure>> {
+        Box::pin(async move {
+            // Whoever has lost its partition waits to be dropped: anything else might lead to a call.
+            let Some(account) = &self.account else { return std::future::pending().await };
+            loop {
+                let changed = account.changed.notified();
+                tokio::pin!(changed);
+                changed.as_mut().enable();
+                let (verdict, term) = {
+                    let mut book = account.book();
+                    (book.ask(call, self.source_offset, &self.input, account.now()), book.term())
+                };
+                let refused = |failure| Known::Refused(failure);
+                let known = match verdict {
+                    Verdict::Wait => {
+                        account.wake.notify_one();
+                        changed.await;
+                        continue;
+                    }
+                    Verdict::Gone => return std::future::pending().await,
+                    Verdict::Answered(Some(answer)) => {
+                        account.shared.meter.ledger_replayed();
+                        Known::Answered(serde_json::to_vec(&answer).unwrap_or_default())
+                    }
+                    Verdict::Answered(None) => refused(too_large()),
+                    Verdict::Differs => refused(Failure::rejected(
+                        "ledger_input_differs",
+                        format!("call {} was paid for with another record of the same id", call.as_str()),
+                    )),
+                    Verdict::Ambiguous => refused(Failure::rejected(
+                        "call_ambiguous",
+                        format!(
+                            "call {} may have been paid for already, and nobody knows its answer; see `forebay ledger show {0}`",
+                            call.as_str()
+                        ),
+                    )),
+                    Verdict::Moved => refused(Failure::unavailable(
+                        "call_moved",
+                        "the record's place",
+                        "it went to a retry topic already",
+                    )),
+                    Verdict::Go(attempt) => {
+                        let (id, number) = (call.clone(), None);
+                        Known::Open { attempt, turn: Box::new(Call { of: self, account, id, number, term }) }
+                    }
+                };
+                return Ok(Found { rows: self.rows(account, call), known });
+            }
+        })
+    }
+}
+
+fn too_large() -> Failure {
+    let message = format!(
+        "the answer is larger than the {ANSWER_BYTES_MAX} bytes that a ledger keeps; ask for fewer tokens"
+    );
+    Failure::rejected("answer_too_large", message)
+}
+
+fn closed(fault: SendError) -> Failure {
+    Failure::outage("ledger_unavailable", "the ledger of paid calls", fault)
+}
+
+/// The turn to make a call.
+struct Call<'a> {
+    of: &'a RecordLedger,
+    account: &'a Arc<Account>,
+    id: CallId,
+    /// The number of the try that is under way.
+    number: Option<i32>,
+    /// The term of the lease in which it was decided.
+    term: u64,
+}
+
+impl Call<'_> {
+    fn entry(&self, kind: EntryKind, row: Option<Attempt>) -> LedgerEntry {
+        LedgerEntry { row, ..self.of.entry(self.account, kind, &self.id, self.number) }
+    }
+
+    async fn append(&self, entry: LedgerEntry) -> Result<(), Failure> {
+        self.account.append(entry).await.map_err(closed)
+    }
+}
+
+impl Turn for Call<'_> {
+    fn start(&mut self, row: Attempt) -> BoxFuture<'_, Result<bool, Failure>> {
+        Box::pin(async move {
+            self.number = Some(row.attempt);
+            let attempt_id = row.attempt_id.clone();
+            self.append(self.entry(EntryKind::Started, Some(row))).await?;
+            {
+                let book = self.account.book();
+                if book.may_send(self.account.now()) && book.term() == self.term {
+                    let mut told = self.of.told.lock().unwrap_or_else(PoisonError::into_inner);
+                    told.insert(attempt_id);
+                    return Ok(true);
+                }
+            }
+            // Somebody else may have come meanwhile.
+            let code = Some("not_sent".to_owned());
+            self.append(LedgerEntry { code, ..self.entry(EntryKind::Failed, None) }).await?;
+            Ok(false)
+        })
+    }
+
+    fn done(&mut self, answer: Vec<u8>, row: Option<Attempt>) -> BoxFuture<'_, Result<(), Failure>> {
+        Box::pin(async move {
+            let entry = self.entry(EntryKind::Done, row);
+            if answer.len() <= ANSWER_BYTES_MAX {
+                let kept = LedgerEntry { answer: serde_json::from_slice(&answer).ok(), ..entry.clone() };
+                match self.account.append(kept).await {
+                    Err(SendError::TooLarge { .. }) => {}
+                    written => return written.map_err(closed),
+                }
+            }
+            let code = Some("answer_too_large".to_owned());
+            self.append(LedgerEntry { code, ..entry }).await?;
+            Err(too_large())
+        })
+    }
+
+    fn failed(&mut self, row: Option<Attempt>) -> BoxFuture<'_, Result<(), Failure>> {
+        Box::pin(async move {
+            let code = row.as_ref().and_then(|row| row.error_code.clone());
+            self.append(LedgerEntry { code, ..self.entry(EntryKind::Failed, row) }).await
+        })
+    }
+}
+
+impl Drop for Call<'_> {
+    fn drop(&mut self) {
+        self.account.book().ended(&self.id);
+        self.account.tell();
+    }
+}

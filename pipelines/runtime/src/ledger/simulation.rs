@@ -421,7 +421,7 @@ impl World {
                         self.send(number, entry, Some(record));
                         Task::Starting { number: attempt, term, told }
                     }
-                    verdict @ (Verdict::Differs | Verdict::Moved) => return Err(format!("{verdict:?}")),
+                    Verdict::Differs => return Err("it differs".to_owned()),
                 }
             }
             Task::Stuck { .. } if self.owners[number].stalled_until > self.now => return Ok(()),
