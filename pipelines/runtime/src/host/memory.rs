@@ -5,12 +5,13 @@
 use crate::{
     budget::Budget,
     drive::{Event, Progress, SendError, Sink, Source},
+    ledger::{Chunk, Log},
     message::{Incoming, Input, Outgoing, Partition},
 };
 use bytes::Bytes;
 use forebay_operator::Clock;
 use forebay_plan::Channel;
-use forebay_schemas::Headers;
+use forebay_schemas::{Headers, LedgerEntry, Record as _};
 use futures::future::BoxFuture;
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -164,6 +165,36 @@ impl Sink for MemoryLog {
             self.append(&topic, key.map(Bytes::from), value.map(Bytes::from), headers);
         }
         Box::pin(async { Ok(()) })
+    }
+}
+
+/// Ledgers of paid calls in the same log.
+pub struct MemoryLedger {
+    /// The log.
+    pub log: Arc<MemoryLog>,
+    /// The group of the stage whose ledgers they are.
+    pub group: String,
+}
+
+impl Log for MemoryLedger {
+    fn append(&self, at: &Partition, entry: &LedgerEntry) -> BoxFuture<'static, Result<i64, SendError>> {
+        let value = entry.encode().ok().flatten().map(Bytes::from);
+        let offset = self.log.append(&at.topic, Some(entry.message_key().into()), value, Headers::new());
+        Box::pin(async move { Ok(offset) })
+    }
+
+    fn read(&self, at: &Partition, from: i64) -> BoxFuture<'static, Result<Chunk, String>> {
+        let stored = self.log.read(&at.topic);
+        let next = i64::try_from(stored.len()).unwrap_or(i64::MAX);
+        let read =
+            |(offset, stored): (i64, Stored)| Some((offset, LedgerEntry::decode(&stored.value?).ok()?));
+        let entries = (0..).zip(stored).filter(|(offset, _)| *offset >= from).filter_map(read).collect();
+        Box::pin(async move { Ok(Chunk { entries, next, at_end: true }) })
+    }
+
+    fn committed_metadata(&self, input: &Partition) -> BoxFuture<'static, Result<String, String>> {
+        let metadata = self.log.metadata(&self.group, &input.topic);
+        Box::pin(async move { Ok(metadata) })
     }
 }
 

@@ -29,6 +29,7 @@ use std::{
     time::Duration,
 };
 use tokio::{sync::Notify, time::Instant};
+use tokio_util::sync::{CancellationToken, DropGuard};
 use tracing::{info, warn};
 
 /// The largest answer that is kept. What is larger is paid for, refused, and never asked for again.
@@ -103,12 +104,17 @@ pub struct Parts {
 pub struct Ledgers {
     shared: Arc<Parts>,
     accounts: Mutex<HashMap<Partition, Arc<Account>>>,
+    /// Ends with this: a stage that is gone renews no lease.
+    life: CancellationToken,
+    _life: DropGuard,
 }
 
 impl Ledgers {
     /// Ledgers for a stage that has no partition yet.
     pub fn new(parts: Parts) -> Self {
-        Self { shared: Arc::new(parts), accounts: Mutex::default() }
+        let life = CancellationToken::new();
+        let _life = life.clone().drop_guard();
+        Self { shared: Arc::new(parts), accounts: Mutex::default(), life, _life }
     }
 
     /// A partition of the input is ours: its ledger is read.
@@ -127,7 +133,13 @@ impl Ledgers {
             wake: Notify::new(),
         });
         self.accounts().insert(input.clone(), Arc::clone(&account));
-        tokio::spawn(async move { account.keep().await });
+        let life = self.life.clone();
+        tokio::spawn(async move {
+            tokio::select! {
+                () = account.keep() => {}
+                () = life.cancelled() => {}
+            }
+        });
     }
 
     /// A partition is given up, drained or lost. Calls that are under way go on into the ledger.
@@ -224,17 +236,20 @@ impl Account {
     }
 
     /// Writes an entry of ours and notes that it is there.
-    async fn append(&self, entry: LedgerEntry) -> Result<(), SendError> {
-        let sent = self.now();
-        let offset = self.shared.log.append(&self.at, &entry).await?;
-        self.shared.meter.ledger_written(entry.kind.as_str());
-        self.book().acknowledged(entry, sent, offset, self.now());
-        self.tell();
-        Ok(())
+    fn append(self: &Arc<Self>, entry: LedgerEntry) -> BoxFuture<'static, Result<(), SendError>> {
+        let (this, sent) = (Arc::clone(self), self.now());
+        let written = self.shared.log.append(&self.at, &entry);
+        Box::pin(async move {
+            let offset = written.await?;
+            this.shared.meter.ledger_written(entry.kind.as_str());
+            this.book().acknowledged(entry, sent, offset, this.now());
+            this.tell();
+            Ok(())
+        })
     }
 
     /// Reads the log and renews the lease, as the book says, for as long as there is something to keep.
-    async fn keep(&self) {
+    async fn keep(self: Arc<Self>) {
         let began = Instant::now();
         while !self.book().is_over() {
             match self.shared.log.committed_metadata(&self.input).await {
@@ -336,7 +351,13 @@ impl RecordLedger {
         Ok(())
     }
 
-    fn entry(&self, account: &Account, kind: EntryKind, call: &CallId, attempt: Option<i32>) -> LedgerEntry {
+    fn entry(
+        &self,
+        account: &Arc<Account>,
+        kind: EntryKind,
+        call: &CallId,
+        attempt: Option<i32>,
+    ) -> LedgerEntry {
         LedgerEntry {
             call_id: Some(call.clone()),
             attempt,

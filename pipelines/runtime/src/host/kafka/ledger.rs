@@ -92,13 +92,17 @@ impl Log for KafkaLedger {
     fn append(&self, at: &Partition, entry: &LedgerEntry) -> BoxFuture<'static, Result<i64, SendError>> {
         let (sink, topic, number) = (self.sink.clone(), at.topic.clone(), at.number);
         let key = Some(entry.message_key().into_bytes());
-        let value = entry.encode();
-        Box::pin(async move {
-            let fatal = |reason: String| SendError::Fatal { topic: topic.to_string(), reason };
-            let value = value.map_err(|fault| fatal(fault.to_string()))?;
-            let message = Outgoing { topic: topic.clone(), key, value, headers: Headers::new() };
-            sink.write_at(&message, number).await
-        })
+        let value = match entry.encode() {
+            Ok(value) => value,
+            Err(fault) => {
+                let fault = SendError::Fatal { topic: topic.to_string(), reason: fault.to_string() };
+                return Box::pin(async { Err(fault) });
+            }
+        };
+        let message = Outgoing { topic, key, value, headers: Headers::new() };
+        // On its way before anybody waits for it: the last word of a process that ends must not be lost.
+        let first = sink.enqueue(&message, Some(number)).ok();
+        Box::pin(async move { sink.write(&message, Some(number), first).await })
     }
 
     fn read(&self, at: &Partition, from: i64) -> BoxFuture<'static, Result<Chunk, String>> {
