@@ -3,7 +3,7 @@
 //! Invariant: both show every step and every way between steps, the implicit port `ended` included. Dead letters,
 //! which any step may make, are no way onward and are not drawn.
 
-use crate::{ENDED, Order, Plan, PlannedStep, PlannedTopic, Queueing};
+use crate::{Ambiguous, ENDED, Order, Plan, PlannedStep, PlannedTopic, Queueing};
 use forebay_schemas::topics::{self, Cleanup};
 use std::fmt::Write as _;
 
@@ -94,6 +94,11 @@ fn traits(step: &PlannedStep) -> Vec<String> {
     }
     if step.is_job && step.queue == Queueing::Fifo {
         traits.push("first come, first served".to_owned());
+    }
+    match step.ledger {
+        Some(Ambiguous::Retry) => traits.push("paid calls in a ledger".to_owned()),
+        Some(Ambiguous::Park) => traits.push("paid calls in a ledger, ambiguous ones parked".to_owned()),
+        None => {}
     }
     if let Some(visits) = step.visits_max {
         traits.push(format!("at most {visits} visits"));
