@@ -15,7 +15,7 @@ pub enum EntryKind {
     Done,
     /// It failed, or was never sent; closes it.
     Failed,
-    /// The record that made it went to another topic; closes it.
+    /// The record went to another topic; its calls are made there from now on.
     Moved,
     /// Its owner is alive, and may send calls.
     Renewed,
@@ -50,7 +50,7 @@ pub struct LedgerEntry {
     pub owner: String,
     /// When it was written, in milliseconds since 1970. For people: nothing is decided by it.
     pub at_ms: i64,
-    /// The call; absent where the entry is about the owner's lease.
+    /// The call; absent where the entry is about the owner's lease, or about a record that made none yet.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub call_id: Option<CallId>,
     /// The number of the try within the call.
@@ -71,6 +71,9 @@ pub struct LedgerEntry {
     /// Why it failed, or why there is no answer; a word of a closed vocabulary.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub code: Option<String>,
+    /// The topic that the record went to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub to: Option<String>,
     /// The row about the try, as it lies on `attempts` or will.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<serde_json::Map<String, Value>>")]
@@ -91,6 +94,7 @@ impl LedgerEntry {
             config: None,
             answer: None,
             code: None,
+            to: None,
             row: None,
         }
     }
@@ -98,8 +102,12 @@ impl LedgerEntry {
     /// The key of the message: `call/kind/owner`. So no later entry compacts the first answer away, be it a second start
     /// or what an owner that was given up still writes.
     pub fn message_key(&self) -> String {
-        let call = self.call_id.as_ref().map_or("lease", CallId::as_str);
-        format!("{call}/{}/{}", self.kind.as_str(), self.owner)
+        let of = match (&self.call_id, self.source_offset) {
+            (Some(call), _) => call.as_str().to_owned(),
+            (None, Some(offset)) => format!("record-{offset}"),
+            (None, None) => "lease".to_owned(),
+        };
+        format!("{of}/{}/{}", self.kind.as_str(), self.owner)
     }
 }
 

@@ -417,8 +417,11 @@ impl<S: Source> Loop<S> {
             return self.queue.push(Waiting { incoming, tenant, has_turn: false });
         };
         let waited = Some((incoming.channel, incoming.held.bytes()));
-        self.spawn(incoming, waited, |_, sink, _, ours| async move {
+        self.spawn(incoming, waited, |stage, sink, incoming, ours| async move {
             ours.still().await?;
+            if let Some(ledger) = stage.ledger_of(&incoming) {
+                ledger.moves_to(&aside.topic).await?;
+            }
             sink.send(vec![aside]).await
         });
     }

@@ -187,7 +187,7 @@ impl Stage {
     }
 
     /// Whether calls that this record made may have been paid for, so that it must be finished where it is.
-    pub fn may_have_paid(&self, incoming: &Incoming) -> bool {
+    fn may_have_paid(&self, incoming: &Incoming) -> bool {
         self.ledgers.as_ref().is_some_and(|ledgers| ledgers.may_have_paid(incoming))
     }
 
@@ -238,6 +238,10 @@ impl Stage {
     /// A record as it goes to the overflow topic, where no client writes: with its envelope. `None` where it cannot be read.
     pub fn set_aside(&self, incoming: &Incoming) -> Option<Outgoing> {
         let topic = self.parts.overflow.as_ref()?;
+        // What may have been paid for here is finished here.
+        if self.may_have_paid(incoming) {
+            return None;
+        }
         if !self.enters(incoming) {
             self.parts.meter.set_aside("overflow");
             return Some(copy(incoming, topic, incoming.headers.clone()));
@@ -323,6 +327,9 @@ impl Stage {
         let mut panicked = false;
         let mut since_ms = None;
         let began = Instant::now();
+        if let Some(again) = self.moved(incoming, ledger, &envelope, retry.as_ref()).await {
+            return (vec![again], Outcome::SetAside);
+        }
         let running = self.cancels.register(&envelope.tenant, &envelope.id);
         let failure = loop {
             if let Some(stop) = self.stopped(&envelope) {
@@ -372,7 +379,7 @@ impl Stage {
                         Next::SetAside(to) => {
                             // A log that is closed takes the record no more either: it stays here.
                             if let Some(ledger) = ledger {
-                                let _ = ledger.moved().await;
+                                let _ = ledger.moves_to(&to.topic).await;
                             }
                             let since_ms = since_ms.unwrap_or_else(|| self.now_ms());
                             let again = self.retry(incoming, &envelope, retry, (tries, since_ms), to);
@@ -410,6 +417,25 @@ impl Stage {
         let (ended, outcome) = self.end(incoming, &envelope, &failure, tries, since_ms);
         rows.extend(ended);
         (rows, outcome)
+    }
+
+    /// A record that had gone to another topic when its process crashed, and goes there again: whoever reads it there knows
+    /// by that topic's ledger whether it was paid for.
+    async fn moved(
+        &self,
+        incoming: &Incoming,
+        ledger: Option<&Arc<RecordLedger>>,
+        envelope: &Envelope,
+        retry: Option<&Retry>,
+    ) -> Option<Outgoing> {
+        let to = ledger?.moved_to().await?;
+        match self.parts.retries.iter().find(|retry| *retry.topic == *to) {
+            Some(to) => Some(self.retry(incoming, envelope, retry.cloned(), 0, to)),
+            None => {
+                let key = Some(envelope.id.as_str().as_bytes().to_vec());
+                Some(Outgoing { key, ..copy(incoming, &to.into(), envelope.write()) })
+            }
+        }
     }
 
     /// When a record is tried again that met a world which failed.

@@ -463,6 +463,7 @@ fn ledger_entry() -> LedgerEntry {
         config: Some("fedcba9876543210".into()),
         answer: Some(json!({"text": "Within three days.", "model": "small"})),
         code: Some("answer_too_large".into()),
+        to: Some("retry.infer.10s".into()),
         row: Some(attempt()),
         ..LedgerEntry::of_lease(EntryKind::Done, "0123456789abcdef", 1_795_500_000_000)
     }

@@ -334,8 +334,7 @@ impl Book {
                 return Verdict::Wait;
             }
             let first = self.mine.unwrap_or(self.position);
-            let call =
-                Call { source_offset, first, tries: Vec::new(), answer: None, running: true };
+            let call = Call { source_offset, first, tries: Vec::new(), answer: None, running: true };
             self.calls.insert(id.clone(), call);
             return Verdict::Go(0);
         };

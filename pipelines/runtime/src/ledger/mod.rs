@@ -341,14 +341,36 @@ impl RecordLedger {
     }
 
     /// Notes that the record goes to another topic, where its calls are made from now on. Before it goes: delivered here
-    /// again it only goes there again.
-    pub async fn moved(&self) -> Result<(), SendError> {
-        let Some(account) = &self.account else { return Ok(()) };
+    /// again it may only go there again, or both would pay.
+    pub async fn moves_to(&self, topic: &str) -> Result<(), SendError> {
+        let Some(account) = &self.account else { return Err(SendError::Closed) };
         let calls = account.book().calls_of(self.source_offset).unwrap_or_default();
-        for call in calls {
-            account.append(self.entry(account, EntryKind::Moved, &call, None)).await?;
+        let moved = LedgerEntry {
+            source_offset: Some(self.source_offset),
+            to: Some(topic.to_owned()),
+            ..LedgerEntry::of_lease(EntryKind::Moved, &account.owner, account.now_wall_ms())
+        };
+        for call in &calls {
+            account.append(LedgerEntry { call_id: Some(call.clone()), ..moved.clone() }).await?;
         }
-        Ok(())
+        if calls.is_empty() { account.append(moved).await } else { Ok(()) }
+    }
+
+    /// The topic that the record went to already, where it did, as soon as that can be told.
+    pub async fn moved_to(&self) -> Option<String> {
+        let Some(account) = &self.account else { return std::future::pending().await };
+        loop {
+            let changed = account.changed.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            {
+                let book = account.book();
+                if book.is_caught_up() {
+                    return book.moved_to(self.source_offset);
+                }
+            }
+            changed.await;
+        }
     }
 
     fn entry(
@@ -419,11 +441,6 @@ impl Ledger for RecordLedger {
                             "call {} may have been paid for already, and nobody knows its answer; see `forebay ledger show {0}`",
                             call.as_str()
                         ),
-                    )),
-                    Verdict::Moved => refused(Failure::unavailable(
-                        "call_moved",
-                        "the record's place",
-                        "it went to a retry topic already",
                     )),
                     Verdict::Go(attempt) => {
                         let (id, number) = (call.clone(), None);
