@@ -11,9 +11,8 @@ use crate::{
         Kafka, KafkaLedger, KafkaSink, KafkaSource, ReadBounds, Reading, SettingsError, TableError,
         TableReader,
     },
-    ledger::Log,
     message::Outgoing,
-    site::{Site, full_name},
+    site::{Kept, Site, full_name},
     stage::Patience,
 };
 use forebay_operator::{Clock, Event, Host, Step, Table};
@@ -110,11 +109,14 @@ impl Launch<'_> {
         };
         let mut stages = JoinSet::new();
         for (planned, step) in &self.steps {
-            let log: Option<Arc<dyn Log>> = match self.is_paid && planned.ledger.is_some() {
-                true => Some(Arc::new(KafkaLedger::new(self.kafka, sink.clone(), &site.group(planned))?)),
+            let kept = match self.is_paid && planned.ledger.is_some() {
+                true => {
+                    let log = KafkaLedger::new(self.kafka, sink.clone(), &site.group(planned))?;
+                    Some(Kept { log: Arc::new(log), health: self.health.clone() })
+                }
                 false => None,
             };
-            let stage = site.stage(planned, Arc::clone(step), log);
+            let stage = site.stage(planned, Arc::clone(step), kept);
             let limits = site.limits(planned);
             let reading = Reading {
                 bounds: ReadBounds::new(limits.waiting),

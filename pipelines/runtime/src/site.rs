@@ -17,7 +17,7 @@ use crate::{
 use forebay_operator::{Clock, Host, Step};
 use forebay_plan::{Ambiguous, Channel, Order, Plan, PlannedStep, PlannedTopic};
 use forebay_schemas::topics;
-use forebay_telemetry::Telemetry;
+use forebay_telemetry::{Health, Telemetry};
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 /// Where the stages of a pipeline stand: all that they have in common.
@@ -42,9 +42,17 @@ pub(crate) struct Site<'a> {
     pub cancels: Arc<Cancels>,
 }
 
+/// Where the ledgers of a stage are kept, and who waits for them.
+pub(crate) struct Kept {
+    /// The log.
+    pub log: Arc<dyn Log>,
+    /// Who is ready.
+    pub health: Health,
+}
+
 impl Site<'_> {
-    /// The stage of a step; its ledgers of paid calls, where it has any, are kept in `log`.
-    pub fn stage(&self, planned: &PlannedStep, step: Arc<dyn Step>, log: Option<Arc<dyn Log>>) -> Arc<Stage> {
+    /// The stage of a step; its ledgers of paid calls, where it has any, are kept in `kept`.
+    pub fn stage(&self, planned: &PlannedStep, step: Arc<dyn Step>, kept: Option<Kept>) -> Arc<Stage> {
         let meter = self.telemetry.step(&planned.key, step.operator()).in_group(&self.group(planned));
         let topics = self.plan.topics();
         let inputs = planned.inputs();
@@ -73,20 +81,24 @@ impl Site<'_> {
             meter: meter.clone(),
         });
         let stage = stage.with_cancels(Arc::clone(&self.cancels));
-        let stage = match (planned.ledger, log) {
-            (Some(ambiguous), Some(log)) => stage.with_ledgers(Arc::new(Ledgers::new(ledger::Parts {
-                log,
-                topics: planned.ledgers().iter().map(|(of, to)| (self.name(of), self.name(to))).collect(),
-                ambiguous_max: match ambiguous {
-                    Ambiguous::Retry => AMBIGUOUS_MAX,
-                    Ambiguous::Park => 0,
-                },
-                config: blake3::hash(planned.settings.to_string().as_bytes()).to_hex()[..16].to_owned(),
-                terms: Terms::default(),
-                lease_clock: LeaseClock::Boot,
-                clock: self.clock,
-                meter,
-            }))),
+        let stage = match (planned.ledger, kept) {
+            (Some(ambiguous), Some(Kept { log, health })) => {
+                stage.with_ledgers(Arc::new(Ledgers::new(ledger::Parts {
+                    log,
+                    topics: planned.ledgers().iter().map(|(of, to)| (self.name(of), self.name(to))).collect(),
+                    ambiguous_max: match ambiguous {
+                        Ambiguous::Retry => AMBIGUOUS_MAX,
+                        Ambiguous::Park => 0,
+                    },
+                    config: blake3::hash(planned.settings.to_string().as_bytes()).to_hex()[..16].to_owned(),
+                    terms: Terms::default(),
+                    lease_clock: LeaseClock::Boot,
+                    clock: self.clock,
+                    meter,
+                    health,
+                    name: format!("ledger {}", planned.key),
+                })))
+            }
             _ => stage,
         };
         let once = self.written_once(planned);

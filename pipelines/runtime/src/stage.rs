@@ -327,8 +327,8 @@ impl Stage {
         let mut panicked = false;
         let mut since_ms = None;
         let began = Instant::now();
-        if let Some(again) = self.moved(incoming, ledger, &envelope, retry.as_ref()).await {
-            return (vec![again], Outcome::SetAside);
+        if let Some(messages) = self.moved(incoming, ledger, &mut envelope, retry.as_ref()).await {
+            return (messages, Outcome::SetAside);
         }
         let running = self.cancels.register(&envelope.tenant, &envelope.id);
         let failure = loop {
@@ -419,23 +419,26 @@ impl Stage {
         (rows, outcome)
     }
 
-    /// A record that had gone to another topic when its process crashed, and goes there again: whoever reads it there knows
-    /// by that topic's ledger whether it was paid for.
+    /// The messages of a record that was on its way to another topic when its process crashed: it goes there again, since
+    /// whoever reads it there knows by that topic's ledger whether it was paid for.
     async fn moved(
         &self,
         incoming: &Incoming,
         ledger: Option<&Arc<RecordLedger>>,
-        envelope: &Envelope,
+        envelope: &mut Envelope,
         retry: Option<&Retry>,
-    ) -> Option<Outgoing> {
-        let to = ledger?.moved_to().await?;
-        match self.parts.retries.iter().find(|retry| *retry.topic == *to) {
-            Some(to) => Some(self.retry(incoming, envelope, retry.cloned(), 0, to)),
+    ) -> Option<Vec<Outgoing>> {
+        let ledger = ledger?;
+        let to = ledger.moved_to().await?;
+        let mut messages = self.spend(envelope, ledger.rows_of_all());
+        messages.push(match self.parts.retries.iter().find(|retry| *retry.topic == *to) {
+            Some(to) => self.retry(incoming, envelope, retry.cloned(), 0, to),
             None => {
                 let key = Some(envelope.id.as_str().as_bytes().to_vec());
-                Some(Outgoing { key, ..copy(incoming, &to.into(), envelope.write()) })
+                Outgoing { key, ..copy(incoming, &to.into(), envelope.write()) }
             }
-        }
+        });
+        Some(messages)
     }
 
     /// When a record is tried again that met a world which failed.

@@ -163,12 +163,12 @@ pub(crate) const LEDGER_AMBIGUOUS: Declared = Declared {
     meaning: "Tries that were under way when their process vanished; they may have been paid for.",
     ..LINE
 };
-pub(crate) const LEDGER_TAKEOVER: Declared = Declared {
-    name: "forebay.ledger.takeover",
+pub(crate) const LEDGER_WAIT: Declared = Declared {
+    name: "forebay.ledger.wait",
     kind: Kind::Histogram(STEP_SECONDS),
     unit: "s",
-    meaning: "From the assignment of a partition until its paid calls could be made: its ledger is read, and whoever \
-              had it before has released it or is silent.",
+    meaning: "How long a paid call waited for its ledger: for the lease, and after a takeover until the ledger is read and \
+              whoever had it before is silent.",
     ..LINE
 };
 pub(crate) const DEAD_LETTERS: Declared = Declared {
@@ -329,7 +329,7 @@ pub(crate) const DECLARED: &[Declared] = &[
     LEDGER_ENTRIES,
     LEDGER_REPLAYED,
     LEDGER_AMBIGUOUS,
-    LEDGER_TAKEOVER,
+    LEDGER_WAIT,
     DEAD_LETTERS,
     SET_ASIDE,
     IN_FLIGHT,

@@ -101,7 +101,7 @@ pub(crate) struct Instruments {
     ledger_entries: Counter<u64>,
     ledger_replayed: Counter<u64>,
     ledger_ambiguous: Counter<u64>,
-    ledger_takeover: Histogram<f64>,
+    ledger_wait: Histogram<f64>,
     dead_letters: Counter<u64>,
     set_aside: Counter<u64>,
     in_flight: Gauge<u64>,
@@ -131,7 +131,7 @@ impl Instruments {
             ledger_entries: declared::LEDGER_ENTRIES.counter(meter),
             ledger_replayed: declared::LEDGER_REPLAYED.counter(meter),
             ledger_ambiguous: declared::LEDGER_AMBIGUOUS.counter(meter),
-            ledger_takeover: declared::LEDGER_TAKEOVER.histogram_f64(meter),
+            ledger_wait: declared::LEDGER_WAIT.histogram_f64(meter),
             dead_letters: declared::DEAD_LETTERS.counter(meter),
             set_aside: declared::SET_ASIDE.counter(meter),
             in_flight: declared::IN_FLIGHT.gauge_u64(meter),
@@ -259,7 +259,7 @@ struct LedgerMeter {
     entries: PerWord<BoundCounter<u64>>,
     replayed: BoundCounter<u64>,
     ambiguous: BoundCounter<u64>,
-    takeover: BoundHistogram<f64>,
+    wait: BoundHistogram<f64>,
 }
 
 /// Records and bytes from or to one topic.
@@ -373,9 +373,9 @@ impl StepMeter {
         self.ledger().ambiguous.add(number(tries));
     }
 
-    /// The ledger of a partition was taken over, so long after the partition was assigned.
-    pub fn ledger_taken_over(&self, after: Duration) {
-        self.ledger().takeover.record(after.as_secs_f64());
+    /// A paid call waited so long until it could be made.
+    pub fn ledger_waited(&self, wait: Duration) {
+        self.ledger().wait.record(wait.as_secs_f64());
     }
 
     fn ledger(&self) -> &LedgerMeter {
@@ -384,7 +384,7 @@ impl StepMeter {
             entries: PerWord::new(CLASSES_MAX),
             replayed: instruments.ledger_replayed.bind(labels),
             ambiguous: instruments.ledger_ambiguous.bind(labels),
-            takeover: instruments.ledger_takeover.bind(labels),
+            wait: instruments.ledger_wait.bind(labels),
         })
     }
 

@@ -152,7 +152,7 @@ mod tests {
         meter.ledger_written("started");
         meter.ledger_replayed();
         meter.ledger_ambiguous(1);
-        meter.ledger_taken_over(Duration::from_secs(3));
+        meter.ledger_waited(Duration::from_secs(3));
         meter.dead_lettered("rejected");
         meter.set_aside("retry");
         meter.in_flight(5);

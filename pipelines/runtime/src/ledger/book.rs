@@ -212,6 +212,11 @@ impl Book {
         self.read_at.is_some()
     }
 
+    /// Whether the partition is given up.
+    pub fn is_released(&self) -> bool {
+        self.released
+    }
+
     /// Whether nothing is left to do: the partition is given up and no call of ours is under way.
     pub fn is_over(&self) -> bool {
         self.released && !self.any_running()

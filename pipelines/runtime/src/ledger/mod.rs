@@ -21,11 +21,14 @@ use crate::{
 use book::{Book, Next, Terms, Verdict};
 use forebay_operator::{Clock, Failure, Found, Known, Ledger, Turn};
 use forebay_schemas::{Attempt, CallId, EntryKind, LedgerEntry, topics::DERIVED_MESSAGE_BYTES_MAX};
-use forebay_telemetry::StepMeter;
+use forebay_telemetry::{Health, StepMeter};
 use futures::future::BoxFuture;
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicIsize, Ordering},
+    },
     time::Duration,
 };
 use tokio::{sync::Notify, time::Instant};
@@ -98,11 +101,37 @@ pub struct Parts {
     pub clock: Clock,
     /// What is counted.
     pub meter: StepMeter,
+    /// Who is ready: nobody is while a ledger is not read.
+    pub health: Health,
+    /// The name under which that is told.
+    pub name: String,
+}
+
+/// What all ledgers of a stage share.
+struct Shared {
+    parts: Parts,
+    /// Ledgers of ours that are not read yet.
+    unread: AtomicIsize,
+}
+
+impl Shared {
+    fn tell_unread(&self, more: isize) {
+        let unread = self.unread.fetch_add(more, Ordering::AcqRel) + more;
+        let ready = if unread > 0 { Err(format!("{unread} ledgers are not read yet")) } else { Ok(()) };
+        self.parts.health.set_ready(&self.parts.name, ready);
+    }
+}
+
+impl std::ops::Deref for Shared {
+    type Target = Parts;
+    fn deref(&self) -> &Parts {
+        &self.parts
+    }
 }
 
 /// The ledgers of a stage: one for each partition that it reads.
 pub struct Ledgers {
-    shared: Arc<Parts>,
+    shared: Arc<Shared>,
     accounts: Mutex<HashMap<Partition, Arc<Account>>>,
     /// Ends with this: a stage that is gone renews no lease.
     life: CancellationToken,
@@ -114,7 +143,8 @@ impl Ledgers {
     pub fn new(parts: Parts) -> Self {
         let life = CancellationToken::new();
         let _life = life.clone().drop_guard();
-        Self { shared: Arc::new(parts), accounts: Mutex::default(), life, _life }
+        let shared = Arc::new(Shared { parts, unread: AtomicIsize::new(0) });
+        Self { shared, accounts: Mutex::default(), life, _life }
     }
 
     /// A partition of the input is ours: its ledger is read.
@@ -123,6 +153,7 @@ impl Ledgers {
         let at = Partition { topic: Arc::clone(topic), number: input.number };
         let owner = format!("{:016x}", rand::random::<u64>());
         let book = Book::new(&owner, 0, self.shared.ambiguous_max, self.shared.terms);
+        self.shared.tell_unread(1);
         let account = Arc::new(Account {
             shared: Arc::clone(&self.shared),
             input: input.clone(),
@@ -147,6 +178,9 @@ impl Ledgers {
         let Some(account) = self.accounts().remove(input) else { return };
         let has_written = {
             let mut book = account.book();
+            if !book.is_caught_up() {
+                account.shared.tell_unread(-1);
+            }
             book.release();
             book.has_written()
         };
@@ -185,11 +219,6 @@ impl Ledgers {
         })
     }
 
-    /// Whether every ledger of ours is read.
-    pub fn are_caught_up(&self) -> bool {
-        self.accounts().values().all(|account| account.book().is_caught_up())
-    }
-
     fn account(&self, input: &Partition) -> Option<Arc<Account>> {
         self.accounts().get(input).cloned()
     }
@@ -206,7 +235,7 @@ fn replay_from(metadata: &str) -> i64 {
 
 /// One assignment of one partition.
 struct Account {
-    shared: Arc<Parts>,
+    shared: Arc<Shared>,
     input: Partition,
     at: Partition,
     owner: Arc<str>,
@@ -250,7 +279,6 @@ impl Account {
 
     /// Reads the log and renews the lease, as the book says, for as long as there is something to keep.
     async fn keep(self: Arc<Self>) {
-        let began = Instant::now();
         while !self.book().is_over() {
             match self.shared.log.committed_metadata(&self.input).await {
                 Ok(metadata) => {
@@ -262,16 +290,11 @@ impl Account {
                 }
             }
         }
-        let mut caught_up = false;
         loop {
             let next = {
                 let mut book = self.book();
                 if book.is_over() {
                     return;
-                }
-                if book.is_caught_up() && !std::mem::replace(&mut caught_up, true) {
-                    self.shared.meter.ledger_taken_over(began.elapsed());
-                    info!(ledger = %self.at, position = book.position(), "a ledger is read");
                 }
                 book.next(self.now())
             };
@@ -302,7 +325,16 @@ impl Account {
         let (began, from) = (self.now(), self.book().position());
         match self.shared.log.read(&self.at, from).await {
             Ok(Chunk { entries, next, at_end }) => {
-                self.book().read(entries, next, at_end, began, self.now());
+                let (is_first, position) = {
+                    let mut book = self.book();
+                    let was_caught_up = book.is_caught_up() || book.is_released();
+                    book.read(entries, next, at_end, began, self.now());
+                    (!was_caught_up && book.is_caught_up(), book.position())
+                };
+                if is_first {
+                    self.shared.tell_unread(-1);
+                    info!(ledger = %self.at, position, "a ledger is read");
+                }
                 self.changed.notify_waiters();
             }
             Err(fault) => self.complain("could not read a ledger; will try again", &fault).await,
@@ -373,6 +405,13 @@ impl RecordLedger {
         }
     }
 
+    /// Rows about all calls that the record has made here, those left out that this reading has told of.
+    pub fn rows_of_all(&self) -> Vec<Attempt> {
+        let Some(account) = &self.account else { return Vec::new() };
+        let calls = account.book().calls_of(self.source_offset).unwrap_or_default();
+        calls.iter().flat_map(|call| self.rows(account, call)).collect()
+    }
+
     fn entry(
         &self,
         account: &Arc<Account>,
@@ -410,6 +449,7 @@ impl Ledger for RecordLedger {
         Box::pin(async move {
             // Whoever has lost its partition waits to be dropped: anything else might lead to a call.
             let Some(account) = &self.account else { return std::future::pending().await };
+            let asked = Instant::now();
             loop {
                 let changed = account.changed.notified();
                 tokio::pin!(changed);
@@ -443,6 +483,7 @@ impl Ledger for RecordLedger {
                         ),
                     )),
                     Verdict::Go(attempt) => {
+                        account.shared.meter.ledger_waited(asked.elapsed());
                         let (id, number) = (call.clone(), None);
                         Known::Open { attempt, turn: Box::new(Call { of: self, account, id, number, term }) }
                     }

@@ -15,7 +15,7 @@ use forebay_runtime::{
 use forebay_schemas::{
     DecodeError, Ending, Headers, Hop, Identity, Record, Request, RequestId, dead_letter::header as dead,
 };
-use forebay_telemetry::{Settings, Telemetry};
+use forebay_telemetry::{Health, Settings, Telemetry};
 use futures::future::BoxFuture;
 use std::{
     collections::BTreeMap,
@@ -285,10 +285,9 @@ impl World {
         let ledgers = spec.ledger.iter().map(|log| {
             Arc::new(Ledgers::new(ledger::Parts {
                 log: Arc::clone(log),
-                topics: spec
-                    .from
-                    .iter()
-                    .map(|topic| ((*topic).into(), format!("ledger.step.{topic}").into()))
+                topics: inputs(spec)
+                    .into_iter()
+                    .map(|input| (input.topic.clone(), format!("ledger.step.{}", input.topic).into()))
                     .collect(),
                 ambiguous_max: spec.ambiguous_max,
                 config: "c".to_owned(),
@@ -296,6 +295,8 @@ impl World {
                 lease_clock: LeaseClock::Virtual(tokio::time::Instant::now()),
                 clock: self.clock,
                 meter: meter.clone(),
+                health: Health::new(),
+                name: "ledger".to_owned(),
             }))
         });
         let stage = Arc::new(ledgers.into_iter().fold(stage, Stage::with_ledgers));
