@@ -90,6 +90,7 @@ impl Site<'_> {
                         Ambiguous::Retry => AMBIGUOUS_MAX,
                         Ambiguous::Park => 0,
                     },
+                    finished_max: self.unfinished_max(planned),
                     config: blake3::hash(planned.settings.to_string().as_bytes()).to_hex()[..16].to_owned(),
                     terms: Terms::default(),
                     lease_clock: LeaseClock::Boot,
@@ -141,6 +142,12 @@ impl Site<'_> {
         let window = REMEMBERED_MAX / (self.plan.steps.len() + 2);
         let window = i64::try_from(window).unwrap_or(i64::MAX);
         Limits { ordered: planned.order == Order::Key, window, ..Limits::new(planned.in_flight) }
+    }
+
+    /// How many records of a partition this step and those before it may have unfinished together.
+    fn unfinished_max(&self, planned: &PlannedStep) -> usize {
+        let before = self.plan.steps.iter().take_while(|step| step.key != planned.key).count();
+        (before + 1) * REMEMBERED_MAX / (self.plan.steps.len() + 2)
     }
 
     /// The topics of a step that clients and the table sink read: each message on them is written once.

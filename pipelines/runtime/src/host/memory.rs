@@ -183,7 +183,7 @@ impl Log for MemoryLedger {
         Box::pin(async move { Ok(offset) })
     }
 
-    fn read(&self, at: &Partition, from: i64) -> BoxFuture<'static, Result<Chunk, String>> {
+    fn read(&self, at: &Partition, from: i64, _: usize) -> BoxFuture<'static, Result<Chunk, String>> {
         let stored = self.log.read(&at.topic);
         let next = i64::try_from(stored.len()).unwrap_or(i64::MAX);
         let read =
@@ -192,9 +192,10 @@ impl Log for MemoryLedger {
         Box::pin(async move { Ok(Chunk { entries, next, at_end: true }) })
     }
 
-    fn committed_metadata(&self, input: &Partition) -> BoxFuture<'static, Result<String, String>> {
+    fn committed(&self, input: &Partition) -> BoxFuture<'static, Result<(i64, String), String>> {
+        let committed = self.log.committed(&self.group, &input.topic);
         let metadata = self.log.metadata(&self.group, &input.topic);
-        Box::pin(async move { Ok(metadata) })
+        Box::pin(async move { Ok((committed, metadata)) })
     }
 }
 

@@ -16,7 +16,7 @@
 use forebay_schemas::{Attempt, CallId, EntryKind, LedgerEntry};
 use serde_json::Value;
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, VecDeque},
     sync::Arc,
 };
 
@@ -71,6 +71,8 @@ pub enum Verdict {
     Wait,
     /// It was answered. `None` where the answer was too large to be kept.
     Answered(Option<Value>),
+    /// It was answered for a record that is done; the answer stands in the entry at this offset.
+    Recorded(i64),
     /// It was answered, but for another record.
     Differs,
     /// It may have been paid for too often already.
@@ -163,20 +165,27 @@ pub struct Book {
     wanted_at: Option<u64>,
     owners: BTreeMap<Arc<str>, Seen>,
     calls: HashMap<CallId, Call>,
+    /// Where the answers of the last calls stand whose records are done, and in which order these were: what comes twice,
+    /// since a step before this one crashed, may come after its first copy is done.
+    finished: HashMap<CallId, i64>,
+    finished_order: VecDeque<CallId>,
+    finished_max: usize,
+    /// All records before this offset of the input are done.
+    committed: i64,
     /// Records that went to another topic: by their offset, the entry that says so, and the topic.
     moved: BTreeMap<i64, (i64, String)>,
     released: bool,
 }
 
 impl Book {
-    /// A book of this owner, who reads from `position` on; see also [`begin_at`](Self::begin_at). After more than `ambiguous_max` ambiguous tries a call is
-    /// not made again.
-    pub fn new(me: &str, position: i64, ambiguous_max: usize, terms: Terms) -> Self {
+    /// A book of this owner. After more than `ambiguous_max` ambiguous tries a call is not made again; so many calls whose
+    /// records are done are remembered.
+    pub fn new(me: &str, ambiguous_max: usize, finished_max: usize, terms: Terms) -> Self {
         Self {
             me: me.into(),
             terms,
             ambiguous_max,
-            position,
+            position: 0,
             read_at: None,
             looked_at: 0,
             lease: Lease::No,
@@ -185,15 +194,19 @@ impl Book {
             wanted_at: None,
             owners: BTreeMap::new(),
             calls: HashMap::new(),
+            finished: HashMap::new(),
+            finished_order: VecDeque::new(),
+            finished_max,
+            committed: 0,
             moved: BTreeMap::new(),
             released: false,
         }
     }
 
-    /// Reads from this offset on, where nothing is read yet.
-    pub fn begin_at(&mut self, position: i64) {
+    /// The same, beginning to read at this offset, where the records before `committed` are done.
+    pub fn begin_at(&mut self, position: i64, committed: i64) {
         if self.read_at.is_none() {
-            self.position = position;
+            (self.position, self.committed) = (position, committed);
         }
     }
 
@@ -335,6 +348,9 @@ impl Book {
         }
         let may_send = self.may_send(now);
         let Some(call) = self.calls.get(id) else {
+            if let Some(offset) = self.finished.get(id) {
+                return Verdict::Recorded(*offset);
+            }
             if !may_send {
                 return Verdict::Wait;
             }
@@ -419,14 +435,32 @@ impl Book {
     /// All records before this offset of the input are done: what only they needed is forgotten. Gives the offset from which
     /// whoever comes after must read.
     pub fn committed(&mut self, source_offset: i64) -> i64 {
-        self.calls.retain(|_, call| call.running || call.source_offset >= source_offset);
+        self.committed = self.committed.max(source_offset);
+        let done = |call: &Call| !call.running && call.source_offset < source_offset;
+        let done: Vec<_> = self.calls.extract_if(|_, call| done(call)).collect();
+        for (id, call) in done {
+            if let Some(answer) = call.answer {
+                self.finish(id, answer.offset);
+            }
+        }
         self.moved = self.moved.split_off(&source_offset);
         self.forget_owners();
         let calls = self.calls.values().map(|call| call.first);
         let owners = self.owners.values().map(|seen| seen.offset);
         // My last entry says that I am alive.
         let moved = self.moved.values().map(|(offset, _)| *offset);
+        let moved = moved.chain(self.finished.values().copied());
         calls.chain(owners).chain(moved).chain(self.mine).min().unwrap_or(self.position)
+    }
+
+    fn finish(&mut self, id: CallId, offset: i64) {
+        if self.finished.insert(id.clone(), offset).is_none() {
+            self.finished_order.push_back(id);
+        }
+        while self.finished_order.len() > self.finished_max {
+            let oldest = self.finished_order.pop_front();
+            oldest.and_then(|id| self.finished.remove(&id));
+        }
     }
 
     fn lapses_at(&self, renewed_at: u64) -> u64 {
@@ -500,6 +534,13 @@ impl Book {
             self.moved.entry(source_offset).or_insert_with(|| (offset, to.clone()));
         }
         let (Some(id), owner) = (entry.call_id, Arc::from(entry.owner)) else { return };
+        if entry.source_offset.is_some_and(|source| source < self.committed) && !self.calls.contains_key(&id)
+        {
+            if entry.kind == EntryKind::Done && !self.finished.contains_key(&id) {
+                self.finish(id, offset);
+            }
+            return;
+        }
         let call = self.calls.entry(id).or_insert(Call {
             source_offset: 0,
             first: offset,

@@ -47,11 +47,16 @@ pub trait Log: Send + Sync + 'static {
     /// away.
     fn append(&self, at: &Partition, entry: &LedgerEntry) -> BoxFuture<'static, Result<i64, SendError>>;
 
-    /// Reads on from an offset, to the end of the partition or as much as is good at once.
-    fn read(&self, at: &Partition, from: i64) -> BoxFuture<'static, Result<Chunk, String>>;
+    /// Reads on from an offset: to the end of the partition, or so many entries, or as much as is good at once.
+    fn read(
+        &self,
+        at: &Partition,
+        from: i64,
+        entries_max: usize,
+    ) -> BoxFuture<'static, Result<Chunk, String>>;
 
-    /// What stands beside the committed offset of a partition of the input; empty where nothing does.
-    fn committed_metadata(&self, input: &Partition) -> BoxFuture<'static, Result<String, String>>;
+    /// The committed offset of a partition of the input, 0 where there is none, and what stands beside it.
+    fn committed(&self, input: &Partition) -> BoxFuture<'static, Result<(i64, String), String>>;
 }
 
 /// What was read.
@@ -91,6 +96,9 @@ pub struct Parts {
     pub topics: BTreeMap<Arc<str>, Arc<str>>,
     /// How many ambiguous tries of a call are followed by another.
     pub ambiguous_max: usize,
+    /// How many calls of a partition are remembered whose records are done: as many as this step and those before it may
+    /// have unfinished, so that whatever is delivered again after a crash is recognised.
+    pub finished_max: usize,
     /// A hash of the step's settings, recorded with each call.
     pub config: String,
     /// The times of a lease.
@@ -152,7 +160,8 @@ impl Ledgers {
         let Some(topic) = self.shared.topics.get(&input.topic) else { return };
         let at = Partition { topic: Arc::clone(topic), number: input.number };
         let owner = format!("{:016x}", rand::random::<u64>());
-        let book = Book::new(&owner, 0, self.shared.ambiguous_max, self.shared.terms);
+        let Parts { ambiguous_max, finished_max, terms, .. } = self.shared.parts;
+        let book = Book::new(&owner, ambiguous_max, finished_max, terms);
         self.shared.tell_unread(1);
         let account = Arc::new(Account {
             shared: Arc::clone(&self.shared),
@@ -160,6 +169,7 @@ impl Ledgers {
             at,
             owner: owner.into(),
             book: Mutex::new(book),
+            reading: tokio::sync::Mutex::default(),
             changed: Notify::new(),
             wake: Notify::new(),
         });
@@ -240,6 +250,8 @@ struct Account {
     at: Partition,
     owner: Arc<str>,
     book: Mutex<Book>,
+    /// One read at a time: a log gives a partition to one reader.
+    reading: tokio::sync::Mutex<()>,
     /// Told after every change of the book.
     changed: Notify,
     /// Wakes whoever keeps the book.
@@ -280,9 +292,9 @@ impl Account {
     /// Reads the log and renews the lease, as the book says, for as long as there is something to keep.
     async fn keep(self: Arc<Self>) {
         while !self.book().is_over() {
-            match self.shared.log.committed_metadata(&self.input).await {
-                Ok(metadata) => {
-                    self.book().begin_at(replay_from(&metadata));
+            match self.shared.log.committed(&self.input).await {
+                Ok((committed, metadata)) => {
+                    self.book().begin_at(replay_from(&metadata), committed);
                     break;
                 }
                 Err(fault) => {
@@ -321,9 +333,33 @@ impl Account {
         }
     }
 
+    /// The entry that answered a call, read from the log; nothing where it could not be read yet.
+    async fn recorded(&self, call: &CallId, offset: i64) -> Option<LedgerEntry> {
+        let read = {
+            let _one_at_a_time = self.reading.lock().await;
+            self.shared.log.read(&self.at, offset, 1).await
+        };
+        match read {
+            Ok(chunk) => {
+                let mut entries = chunk.entries.into_iter();
+                let found = entries
+                    .find(|(_, entry)| entry.kind == EntryKind::Done && entry.call_id.as_ref() == Some(call));
+                if found.is_none() {
+                    self.complain("a recorded answer is not where it was", &call.as_str()).await;
+                }
+                found.map(|(_, entry)| entry)
+            }
+            Err(fault) => {
+                self.complain("could not read a recorded answer; will try again", &fault).await;
+                None
+            }
+        }
+    }
+
     async fn read(&self) {
+        let _one_at_a_time = self.reading.lock().await;
         let (began, from) = (self.now(), self.book().position());
-        match self.shared.log.read(&self.at, from).await {
+        match self.shared.log.read(&self.at, from, usize::MAX).await {
             Ok(Chunk { entries, next, at_end }) => {
                 let (is_first, position) = {
                     let mut book = self.book();
@@ -444,6 +480,18 @@ impl RecordLedger {
     }
 }
 
+impl RecordLedger {
+    /// What an entry says that answered the call for a record which is done.
+    fn replayed<'a>(&self, account: &Account, call: &CallId, entry: LedgerEntry) -> Known<'a> {
+        if entry.input.is_some_and(|input| input != self.input) {
+            return Known::Refused(differs(call));
+        }
+        let Some(answer) = entry.answer else { return Known::Refused(too_large()) };
+        account.shared.meter.ledger_replayed();
+        Known::Answered(serde_json::to_vec(&answer).unwrap_or_default())
+    }
+}
+
 impl Ledger for RecordLedger {
     fn find<'a>(&'a self, call: &'a CallId) -> BoxFuture<'a, Result<Found<'a>, Failure>> {
         Box::pin(async move {
@@ -471,10 +519,11 @@ impl Ledger for RecordLedger {
                         Known::Answered(serde_json::to_vec(&answer).unwrap_or_default())
                     }
                     Verdict::Answered(None) => refused(too_large()),
-                    Verdict::Differs => refused(Failure::rejected(
-                        "ledger_input_differs",
-                        format!("call {} was paid for with another record of the same id", call.as_str()),
-                    )),
+                    Verdict::Recorded(offset) => match account.recorded(call, offset).await {
+                        Some(entry) => self.replayed(account, call, entry),
+                        None => continue,
+                    },
+                    Verdict::Differs => refused(differs(call)),
                     Verdict::Ambiguous => refused(Failure::rejected(
                         "call_ambiguous",
                         format!(
@@ -492,6 +541,11 @@ impl Ledger for RecordLedger {
             }
         })
     }
+}
+
+fn differs(call: &CallId) -> Failure {
+    let message = format!("call {} was paid for with another record of the same id", call.as_str());
+    Failure::rejected("ledger_input_differs", message)
 }
 
 fn too_large() -> Failure {

@@ -180,8 +180,10 @@ impl World {
         let from = self.replay_from.unwrap_or(0);
         let max = if self.dice.one_in(4) { 0 } else { AMBIGUOUS_MAX };
         let tasks = (self.committed..RECORDS).map(|record| (record, Task::Asks)).collect();
+        let mut book = Book::new(&format!("o{number}"), max, 3, Terms::default());
+        book.begin_at(from, self.committed);
         self.owners.push(Owner {
-            book: Book::new(&format!("o{number}"), from, max, Terms::default()),
+            book,
             clock_ms: self.dice.below(1_000_000),
             tasks,
             sent: VecDeque::new(),
@@ -402,7 +404,7 @@ impl World {
                 let book = &mut self.owners[number].book;
                 match book.ask(&call(record), record, "", now) {
                     Verdict::Wait | Verdict::Gone => return Ok(()),
-                    Verdict::Answered(_) => {
+                    Verdict::Answered(_) | Verdict::Recorded(_) => {
                         self.finished.insert(record);
                         Task::Finished
                     }

@@ -290,6 +290,7 @@ impl World {
                     .map(|input| (input.topic.clone(), format!("ledger.step.{}", input.topic).into()))
                     .collect(),
                 ambiguous_max: spec.ambiguous_max,
+                finished_max: 1_000,
                 config: "c".to_owned(),
                 terms: Terms::default(),
                 lease_clock: LeaseClock::Virtual(tokio::time::Instant::now()),

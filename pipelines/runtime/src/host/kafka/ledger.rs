@@ -50,8 +50,8 @@ pub struct KafkaLedger {
 }
 
 enum Asked {
-    Read { at: Partition, from: i64, answer: oneshot::Sender<Result<Chunk, String>> },
-    Metadata { input: Partition, answer: oneshot::Sender<Result<String, String>> },
+    Read { at: Partition, from: i64, entries_max: usize, answer: oneshot::Sender<Result<Chunk, String>> },
+    Committed { input: Partition, answer: oneshot::Sender<Result<(i64, String), String>> },
 }
 
 impl KafkaLedger {
@@ -105,14 +105,19 @@ impl Log for KafkaLedger {
         Box::pin(async move { sink.write(&message, Some(number), first).await })
     }
 
-    fn read(&self, at: &Partition, from: i64) -> BoxFuture<'static, Result<Chunk, String>> {
+    fn read(
+        &self,
+        at: &Partition,
+        from: i64,
+        entries_max: usize,
+    ) -> BoxFuture<'static, Result<Chunk, String>> {
         let at = at.clone();
-        self.ask(|answer| Asked::Read { at, from, answer })
+        self.ask(|answer| Asked::Read { at, from, entries_max, answer })
     }
 
-    fn committed_metadata(&self, input: &Partition) -> BoxFuture<'static, Result<String, String>> {
+    fn committed(&self, input: &Partition) -> BoxFuture<'static, Result<(i64, String), String>> {
         let input = input.clone();
-        self.ask(|answer| Asked::Metadata { input, answer })
+        self.ask(|answer| Asked::Committed { input, answer })
     }
 }
 
@@ -120,6 +125,7 @@ impl Log for KafkaLedger {
 struct Read {
     chunk: Chunk,
     bytes: usize,
+    entries_max: usize,
     /// Where the partition ended when the read began.
     end: i64,
     until: Instant,
@@ -141,10 +147,12 @@ impl Reader {
                 false => self.asks.try_recv(),
             };
             match asked {
-                Ok(Asked::Read { at, from, answer }) => self.begin(at, from, answer),
-                Ok(Asked::Metadata { input, answer }) => {
+                Ok(Asked::Read { at, from, entries_max, answer }) => {
+                    self.begin(at, from, entries_max, answer)
+                }
+                Ok(Asked::Committed { input, answer }) => {
                     // Whoever asked may have gone.
-                    let _ = answer.send(self.metadata(&input).map_err(|fault| fault.to_string()));
+                    let _ = answer.send(self.committed(&input).map_err(|fault| fault.to_string()));
                 }
                 Err(mpsc::TryRecvError::Empty) => self.poll(),
                 Err(mpsc::TryRecvError::Disconnected) => return,
@@ -152,15 +160,24 @@ impl Reader {
         }
     }
 
-    fn metadata(&self, input: &Partition) -> Result<String, KafkaError> {
+    fn committed(&self, input: &Partition) -> Result<(i64, String), KafkaError> {
         let mut list = TopicPartitionList::new();
         list.add_partition(&input.topic, input.number);
         let committed = self.consumer.committed_offsets(list, ANSWER_MAX)?;
         let element = committed.find_partition(&input.topic, input.number);
-        Ok(element.map(|element| element.metadata().to_owned()).unwrap_or_default())
+        Ok(match element.as_ref().map(|element| (element.offset(), element.metadata())) {
+            Some((Offset::Offset(offset), metadata)) => (offset, metadata.to_owned()),
+            _ => (0, String::new()),
+        })
     }
 
-    fn begin(&mut self, at: Partition, from: i64, answer: oneshot::Sender<Result<Chunk, String>>) {
+    fn begin(
+        &mut self,
+        at: Partition,
+        from: i64,
+        entries_max: usize,
+        answer: oneshot::Sender<Result<Chunk, String>>,
+    ) {
         match self.assign(&at, from) {
             Ok((next, end)) => {
                 let chunk = Chunk { entries: Vec::new(), next, at_end: next >= end };
@@ -169,7 +186,7 @@ impl Reader {
                     return;
                 }
                 let until = Instant::now() + READ_MAX;
-                self.reads.insert(at, Read { chunk, bytes: 0, end, until, answer });
+                self.reads.insert(at, Read { chunk, bytes: 0, entries_max, end, until, answer });
             }
             Err(fault) => {
                 let _ = answer.send(Err(fault.to_string()));
@@ -242,5 +259,6 @@ fn take(reads: &mut HashMap<Partition, Read>, message: &BorrowedMessage<'_>) -> 
     }
     read.bytes += body.len();
     read.chunk.next = message.offset() + 1;
-    (read.chunk.next >= read.end || read.bytes >= READ_BYTES_MAX).then_some(at)
+    let enough = read.bytes >= READ_BYTES_MAX || read.chunk.entries.len() >= read.entries_max;
+    (read.chunk.next >= read.end || enough).then_some(at)
 }
