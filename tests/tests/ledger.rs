@@ -191,6 +191,33 @@ fn drain(process: &mut Running) {
     assert!(matches!(process.ended(DRAIN).code(), Some(0) | None), "the end: {}", process.stderr());
 }
 
+/// What was told of as ambiguous is shown from its beginning to its answer, and the answer only to who asks for it.
+fn shows(data: &Path, client: &Client) {
+    let mut rows = client.read("attempts");
+    let rows = rows
+        .to_the_end(LIMIT)
+        .iter()
+        .map(|record| Attempt::decode(record.value.as_deref().unwrap()).unwrap());
+    let call = rows.into_iter().find(|row| row.status == "ambiguous").unwrap().call_id;
+    let show = |more: &[&str]| finish(command(data, &["ledger", "show", &call]).args(more), LIMIT);
+    let (plain, answer, json) = (show(&[]), show(&["--answer"]), show(&["--json"]));
+    assert_eq!((plain.code, answer.code, json.code), (0, 0, 0), "{plain:?} {answer:?} {json:?}");
+    assert!(
+        plain.stdout.contains("started") && !plain.stdout.contains("A stub answers."),
+        "{}",
+        plain.stdout
+    );
+    let lines: Vec<Value> = json.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let owners: BTreeSet<_> = lines.iter().map(|line| line["owner"].as_str().unwrap()).collect();
+    assert!(owners.len() > 1 && lines.iter().all(|line| line["call_id"] == call.as_str()), "{lines:?}");
+    if lines.iter().any(|line| line["kind"] == "done") {
+        assert!(answer.stdout.contains("A stub answers."), "{}", answer.stdout);
+    }
+    let unknown = finish(&mut command(data, &["ledger", "show", &"0".repeat(32)]), LIMIT);
+    assert_eq!((unknown.code, unknown.stdout.as_str()), (1, ""), "{unknown:?}");
+    assert_eq!(finish(&mut command(data, &["ledger", "show", "r1"]), LIMIT).code, 2);
+}
+
 #[test]
 fn no_call_is_repeated_without_an_explanation_whoever_is_killed() {
     on_kafka("kills", Some(23), |stages, client, results, model| {
@@ -262,5 +289,6 @@ fn on_the_embedded_broker_no_call_is_repeated_without_an_explanation_when_all_is
     assert!(account.unexplained.is_empty(), "{:?}", account.unexplained);
     let metrics = up.get("/metrics").1;
     assert!(metrics.contains("forebay_ledger_entries"), "{metrics}");
+    shows(data.path(), &client);
     up.drain();
 }

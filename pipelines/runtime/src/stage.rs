@@ -432,7 +432,7 @@ impl Stage {
         let to = ledger.moved_to().await?;
         let mut messages = self.spend(envelope, ledger.rows_of_all());
         messages.push(match self.parts.retries.iter().find(|retry| *retry.topic == *to) {
-            Some(to) => self.retry(incoming, envelope, retry.cloned(), 0, to),
+            Some(to) => self.retry(incoming, envelope, retry.cloned(), (0, self.now_ms()), to),
             None => {
                 let key = Some(envelope.id.as_str().as_bytes().to_vec());
                 Outgoing { key, ..copy(incoming, &to.into(), envelope.write()) }

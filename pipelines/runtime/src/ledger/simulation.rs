@@ -79,13 +79,16 @@ enum Task {
     Finished,
 }
 
+/// When a read began, when it is answered, what it gives, and the next offset.
+type Reading = (u64, u64, Vec<(i64, LedgerEntry)>, i64);
+
 struct Owner {
     book: Book,
     /// The clocks of two machines differ.
     clock_ms: u64,
     tasks: BTreeMap<i64, Task>,
     sent: VecDeque<Sent>,
-    reading: Option<(u64, u64, Vec<(i64, LedgerEntry)>, i64)>,
+    reading: Option<Reading>,
     stalled_until: u64,
     /// When it hears that the partition is not its own any more.
     hears_at: Option<u64>,
