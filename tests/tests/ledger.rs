@@ -100,6 +100,7 @@ struct Account {
     unexplained: Vec<String>,
 }
 
+#[expect(clippy::print_stdout, reason = "the figures of a run by hand")]
 fn account(client: &Client, model: &ModelServer, requests: usize, given_up: &BTreeSet<String>) -> Account {
     let mut calls = BTreeMap::<String, usize>::new();
     for call in model.calls() {

@@ -107,7 +107,7 @@ fn read(kafka: &Kafka, ledgers: &[String], call: &CallId) -> anyhow::Result<Vec<
             Some(Err(fault)) => return Err(fault).context("could not read the ledgers"),
         }
     }
-    found.sort_by(|a, b| (a.entry.at_ms, a.offset).cmp(&(b.entry.at_ms, b.offset)));
+    found.sort_by_key(|found| (found.entry.at_ms, found.offset));
     Ok(found)
 }
 
