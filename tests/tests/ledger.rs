@@ -1,5 +1,5 @@
-//! The ledger of paid calls, against a model server that counts: processes are killed, stopped and restarted while calls
-//! are under way.
+//! The ledger of paid calls, against a model server that counts: processes are killed, frozen, stopped and restarted while
+//! calls are under way.
 //!
 //! Oracle: each request has one result. A model is called again for a request only if the call before failed or is told
 //! of as ambiguous: calls ≤ the one that answered + failed + ambiguous, for each request by itself, by the rows on
@@ -237,6 +237,14 @@ fn no_call_is_repeated_without_an_explanation_whoever_is_killed() {
             let some = Instant::now() + Duration::from_millis(dice.below(400));
             wait_for("a moment", LIMIT, || (Instant::now() > some).then_some(()));
             let at = usize::try_from(dice.below(3)).unwrap();
+            if kill % 4 == 1 {
+                // Frozen for longer than its session and its lease: it wakes as if it still had both.
+                infer[at].signal(Signal::STOP);
+                let freeze = Instant::now() + Duration::from_secs(9);
+                wait_for("the end of the freeze", LIMIT, || (Instant::now() > freeze).then_some(()));
+                infer[at].signal(Signal::CONT);
+                continue;
+            }
             let (stage, mut victim) = match kill % 4 {
                 3 => ("retrieve", std::mem::replace(&mut before, stages.run("retrieve"))),
                 _ => ("infer", infer.remove(at)),
