@@ -90,19 +90,15 @@ impl KafkaLedger {
 
 impl Log for KafkaLedger {
     fn append(&self, at: &Partition, entry: &LedgerEntry) -> BoxFuture<'static, Result<i64, SendError>> {
-        let (sink, topic, number) = (self.sink.clone(), at.topic.clone(), at.number);
+        let (topic, number) = (at.topic.clone(), at.number);
         let key = Some(entry.message_key().into_bytes());
-        let value = match entry.encode() {
-            Ok(value) => value,
+        match entry.encode() {
+            Ok(value) => self.sink.append(Outgoing { topic, key, value, headers: Headers::new() }, number),
             Err(fault) => {
                 let fault = SendError::Fatal { topic: topic.to_string(), reason: fault.to_string() };
-                return Box::pin(async { Err(fault) });
+                Box::pin(async { Err(fault) })
             }
-        };
-        let message = Outgoing { topic, key, value, headers: Headers::new() };
-        // On its way before anybody waits for it: the last word of a process that ends must not be lost.
-        let first = sink.enqueue(&message, Some(number)).ok();
-        Box::pin(async move { sink.write(&message, Some(number), first).await })
+        }
     }
 
     fn read(
