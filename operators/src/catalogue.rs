@@ -38,6 +38,9 @@ pub trait Shipped: Operator + Sized {
     /// The records of the tables that it looks things up in.
     const TABLES: &'static [&'static str] = &[];
 
+    /// Whether it makes calls that cost something.
+    const PAID: bool = false;
+
     /// What the type of the settings cannot say: the key that is wrong and why.
     fn fault(_settings: &Self::Settings) -> Option<(&'static str, String)> {
         None
@@ -56,6 +59,8 @@ pub struct Description {
     pub is_job: bool,
     /// Its ways out.
     pub ports: &'static [Port],
+    /// Whether it makes calls that cost something, and keeps them in a ledger.
+    pub is_paid: bool,
     /// The part of the way that its time counts as.
     pub hop: Option<Hop>,
     /// The records of the tables that it looks things up in; see [`table`].
@@ -177,7 +182,7 @@ pub fn shape<'s>(
 
 fn describe_one<O: Shipped>() -> Description {
     let (input, is_job, ports) = (O::In::NAME, O::In::JOB, O::Out::PORTS);
-    Description { input, is_job, ports, hop: O::HOP, tables: O::TABLES }
+    Description { input, is_job, ports, is_paid: O::PAID, hop: O::HOP, tables: O::TABLES }
 }
 
 fn unknown_operator(operator: &str) -> SettingsError {

@@ -88,7 +88,7 @@ impl RequestId {
 
 /// Which upstream call of which step of which request: the same over retries, restarts and versions, so that
 /// a call which was paid for can be found again.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 pub struct CallId(String);
 
 impl CallId {
@@ -112,6 +112,12 @@ impl CallId {
             hash.update(&number.to_be_bytes());
         }
         Self(hash.finalize().to_hex()[..32].to_owned())
+    }
+
+    /// An id as it is written; `None` where the text is none.
+    pub fn read(text: &str) -> Option<Self> {
+        let is_hex = |c: char| c.is_ascii_digit() || ('a'..='f').contains(&c);
+        (text.len() == 32 && text.chars().all(is_hex)).then(|| Self(text.to_owned()))
     }
 
     /// The id as 32 hexadecimal digits.

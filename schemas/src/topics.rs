@@ -4,7 +4,7 @@
 
 use crate::{
     Answer, Attempt, CacheEntry, Cancel, Chunks, Completion, DeadLetter, Delta, Document, Ending, Grounded,
-    Outcome, Record, Request,
+    LedgerEntry, Outcome, Record, Request,
 };
 
 /// How Kafka forgets the records of a topic.
@@ -17,6 +17,11 @@ pub enum Cleanup {
     },
     /// When a younger record has the same key.
     Compact,
+    /// When a younger record has the same key, but not for so many hours.
+    CompactAfter {
+        /// Hours until a record may go.
+        hours: u32,
+    },
 }
 
 /// What a topic carries and how it is kept.
@@ -87,6 +92,12 @@ pub const ALL: &[Topic] = &[
     DEAD_LETTERS,
 ];
 
+/// What is remembered of a step's paid calls: its name is only the beginning of the topics' names, see [`ledger`].
+pub const LEDGER: Topic = topic::<LedgerEntry>("ledger", Cleanup::CompactAfter { hours: 7 * 24 }, false);
+
+/// Topics of which each step that needs one has its own.
+pub const OF_STEPS: &[Topic] = &[LEDGER];
+
 /// The delays of a step's retry topics, shortest first: the word of the name, and milliseconds. One delay a topic, so
 /// that what was written first is due first.
 pub const RETRY_DELAYS: [(&str, i64); 3] = [("10s", 10_000), ("1m", 60_000), ("10m", 600_000)];
@@ -103,7 +114,7 @@ pub fn overflow(step: &str) -> String {
 
 /// What a step was paid for on this input: its calls and their answers.
 pub fn ledger(step: &str, input: &str) -> String {
-    format!("ledger.{step}.{input}")
+    format!("{}.{step}.{input}", LEDGER.name)
 }
 
 /// The same topic for requests that nobody waits for.

@@ -7,7 +7,7 @@
 
 use forebay_schemas::{
     Answer, Attempt, CacheEntry, Cancel, Chunks, Column, Completion, DeadLetter, Delta, Document, Ending,
-    Grounded, Outcome, Record, Request, dead_letter, header, retry, topics,
+    Grounded, LedgerEntry, Outcome, Record, Request, dead_letter, header, retry, topics,
 };
 use schemars::{JsonSchema, generate::SchemaSettings};
 use serde_json::{Map, Value, json};
@@ -44,6 +44,7 @@ fn records() -> Vec<Published> {
         json_schema::<Chunks>(For::Writers),
         json_schema::<CacheEntry>(For::Writers),
         json_schema::<DeadLetter>(For::Readers),
+        json_schema::<LedgerEntry>(For::Readers),
         avro_schema::<Outcome>(Outcome::avro()),
         avro_schema::<Attempt>(Attempt::avro()),
     ]
@@ -72,9 +73,10 @@ fn avro_schema<R: Record>(schema: Value) -> Published {
 }
 
 fn topics_of(record: &str) -> String {
-    let on: Vec<_> =
-        topics::ALL.iter().filter(|topic| topic.record == record).map(|topic| topic.name).collect();
-    on.join(", ")
+    let on = topics::ALL.iter().filter(|topic| topic.record == record).map(|topic| topic.name.to_owned());
+    let of_steps = topics::OF_STEPS.iter().filter(|topic| topic.record == record);
+    let of_steps = of_steps.map(|topic| format!("{}.{{step}}.{{input topic}}", topic.name));
+    on.chain(of_steps).collect::<Vec<_>>().join(", ")
 }
 
 fn rows_page() -> String {
@@ -175,7 +177,8 @@ fn no_published_schema_is_stale() {
 #[test]
 fn every_record_of_a_topic_is_published_and_no_other() {
     let published: BTreeSet<_> = records().iter().map(|published| published.record).collect();
-    let travelling: BTreeSet<_> = topics::ALL.iter().map(|topic| topic.record).collect();
+    let travelling: BTreeSet<_> =
+        topics::ALL.iter().chain(topics::OF_STEPS).map(|topic| topic.record).collect();
     assert_eq!(published, travelling);
 
     let files: BTreeSet<_> = records().into_iter().map(|published| published.file).collect();

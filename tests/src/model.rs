@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 use std::{
     net::{Ipv4Addr, SocketAddr},
     sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 use tokio::{net::TcpListener, runtime::Runtime, sync::watch};
 
@@ -25,6 +26,8 @@ pub enum Says {
     Text(String),
     /// A refusal: the status and the message.
     Refusal(u16, String),
+    /// The same, after a while.
+    After(Duration, Box<Says>),
 }
 
 type Model = dyn Fn(&Value) -> Says + Send + Sync;
@@ -91,7 +94,7 @@ impl Drop for ModelServer {
     fn drop(&mut self) {
         if let Some(runtime) = self.runtime.take() {
             // Not in the background: the port must be free when this returns.
-            runtime.shutdown_timeout(std::time::Duration::from_secs(5));
+            runtime.shutdown_timeout(Duration::from_secs(5));
         }
     }
 }
@@ -110,7 +113,12 @@ async fn complete(State(shared): State<Arc<Shared>>, Json(call): Json<Value>) ->
     };
     // The sender lives as long as the state that this call holds.
     let _ = shared.let_through.subscribe().wait_for(|&let_through| number <= let_through).await;
-    match (shared.model)(&call) {
+    let mut says = (shared.model)(&call);
+    while let Says::After(wait, then) = says {
+        tokio::time::sleep(wait).await;
+        says = *then;
+    }
+    match says {
         Says::Refusal(status, message) => {
             let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
             (status, Json(json!({"error": {"message": message}}))).into_response()
@@ -123,6 +131,7 @@ async fn complete(State(shared): State<Arc<Shared>>, Json(call): Json<Value>) ->
             let choice = json!({"index": 0, "message": message, "finish_reason": "stop"});
             Json(json!({"model": "stub", "choices": [choice], "usage": usage()})).into_response()
         }
+        Says::After(..) => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
     }
 }
 

@@ -72,3 +72,16 @@ impl CallError {
         failure.retry_after(asked)
     }
 }
+
+/// What a ledger says instead of an answer.
+impl From<Failure> for CallError {
+    fn from(failure: Failure) -> Self {
+        let class = match failure {
+            // Another try now meets the same log.
+            Failure::Unavailable { outage: true, .. } => Class::Account,
+            Failure::Unavailable { .. } => Class::Transient,
+            Failure::Rejected { .. } | Failure::Expired | Failure::Cancelled => Class::Rejected,
+        };
+        Self::new(class, failure.code(), failure.to_string()).because(failure)
+    }
+}

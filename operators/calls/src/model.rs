@@ -3,6 +3,7 @@
 use crate::CallError;
 use forebay_schemas::{Citation, Message, NanoUsd, Passage, Sampling, Usage};
 use futures::future::BoxFuture;
+use serde::{Deserialize, Serialize};
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -25,8 +26,8 @@ pub struct Call<'a> {
     pub deadline: Option<Instant>,
 }
 
-/// What a model wrote, and what it took.
-#[derive(Clone, Debug, PartialEq)]
+/// What a model wrote, and what it took. A ledger keeps it, so it is read by later versions too.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Reply {
     /// The answer; never empty.
     pub text: String,
@@ -67,6 +68,16 @@ pub trait Listener: Send + Sync {
     fn token(&self, text: &str);
     /// It ended.
     fn ended(&self, tried: &Tried<'_>);
+    /// Makes a try that costs something, for this model at this endpoint, unless its answer is remembered: then this is
+    /// the answer, and `call` is dropped unasked.
+    fn paid<'a>(
+        &'a self,
+        _endpoint: Option<&'a str>,
+        _model: &'a str,
+        call: BoxFuture<'a, Result<Reply, CallError>>,
+    ) -> BoxFuture<'a, Result<Reply, CallError>> {
+        call
+    }
 }
 
 /// Something that writes answers. Dropping the future gives the call up and closes its connection.

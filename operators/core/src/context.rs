@@ -3,9 +3,8 @@
 //! Five ports lead to the host: [`paid`](Context::paid), [`record`](Context::record), [`delta`](Context::delta),
 //! [`cancelled`](Context::cancelled), [`observe`](Context::observe). None tells where the record lies in Kafka.
 
-use crate::{Clock, Failure};
+use crate::{Clock, Failure, Found, Known, Ledger};
 use forebay_schemas::{Attempt, CallId, Delta, Envelope};
-use futures::future::BoxFuture;
 use serde::{Serialize, de::DeserializeOwned};
 use std::{
     future::Future,
@@ -16,26 +15,11 @@ use tokio::sync::watch;
 
 /// What a host does for an operator.
 pub trait Host: Send + Sync {
-    /// Where paid answers are remembered; `None` where they are not.
-    fn ledger(&self) -> Option<&dyn Ledger> {
-        None
-    }
-
     /// Sends a piece of an answer to whoever reads along. Best effort: it may be lost.
     fn delta(&self, delta: Delta);
 
     /// Notes that something happened.
     fn observe(&self, stage: &str, event: &Event);
-}
-
-/// Remembers the answers of upstream calls, so that a paid answer is never paid for again.
-pub trait Ledger: Send + Sync {
-    /// The recorded answer of this call, or what `call` gives, recorded before it is returned.
-    fn paid<'a>(
-        &'a self,
-        id: &'a CallId,
-        call: BoxFuture<'a, Result<Vec<u8>, Failure>>,
-    ) -> BoxFuture<'a, Result<Vec<u8>, Failure>>;
 }
 
 /// Something that happened inside an operator and that somebody counts.
@@ -115,7 +99,7 @@ impl StopSignal {
 }
 
 /// What a host knows of one delivery of a record.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Delivery {
     /// What travels beside the record.
     pub envelope: Envelope,
@@ -126,6 +110,8 @@ pub struct Delivery {
     pub stage: Arc<str>,
     /// The id of the Kafka cluster.
     pub cluster: Arc<str>,
+    /// Where the paid calls of this record are remembered; absent where they are not.
+    pub ledger: Option<Arc<dyn Ledger>>,
 }
 
 /// All that an operator may know and do beside its record.
@@ -148,7 +134,8 @@ impl Context {
     /// A context that reaches nobody, for tests of operators.
     pub fn quiet(envelope: Envelope, clock: Clock) -> Self {
         let recorded_at_ms = envelope.accepted_at_ms;
-        let delivery = Delivery { envelope, recorded_at_ms, stage: "test".into(), cluster: "test".into() };
+        let (stage, cluster) = ("test".into(), "test".into());
+        let delivery = Delivery { envelope, recorded_at_ms, stage, cluster, ledger: None };
         // The switch is dropped: this request is never taken back.
         Self::new(delivery, clock, Arc::new(Quiet), StopSignal::new().1)
     }
@@ -190,17 +177,49 @@ impl Context {
         CallId::new(&self.delivery.cluster, tenant, id, *again, &self.delivery.stage, *visit, call_index)
     }
 
-    /// Makes an upstream call that costs something, unless its answer is recorded already.
-    pub async fn paid<A, F>(&self, call_index: u32, call: F) -> Result<A, Failure>
+    /// Makes one try of an upstream call that costs something, unless it was answered already: then this is the answer,
+    /// and nothing is paid. `row` gives the row about the try, from its number, as it stands while nobody knows how it
+    /// ends. What the call leaves is told by [`record`](Self::record), under the same attempt id.
+    pub async fn paid<A, E>(
+        &self,
+        call_index: u32,
+        row: impl Fn(i32) -> Attempt + Send,
+        call: impl Future<Output = Result<A, E>> + Send,
+    ) -> Result<A, E>
     where
         A: Serialize + DeserializeOwned + Send,
-        F: Future<Output = Result<A, Failure>> + Send,
+        E: From<Failure> + Send,
     {
-        let Some(ledger) = self.host.ledger() else { return call.await };
+        let Some(ledger) = &self.delivery.ledger else { return call.await };
         let unreadable = |error: serde_json::Error| Failure::rejected("ledger_unreadable", error.to_string());
         let id = self.call_id(call_index);
-        let bytes = async move { serde_json::to_vec(&call.await?).map_err(unreadable) };
-        serde_json::from_slice(&ledger.paid(&id, Box::pin(bytes)).await?).map_err(unreadable)
+        let (mut turn, attempt_id) = loop {
+            let Found { rows, known } = ledger.find(&id).await?;
+            rows.into_iter().for_each(|row| self.record(row));
+            let (attempt, mut turn) = match known {
+                Known::Answered(answer) => return Ok(serde_json::from_slice(&answer).map_err(unreadable)?),
+                Known::Refused(failure) => return Err(failure.into()),
+                Known::Open { attempt, turn } => (attempt, turn),
+            };
+            let row = row(attempt);
+            let attempt_id = row.attempt_id.clone();
+            if turn.start(row).await? {
+                break (turn, attempt_id);
+            }
+        };
+        let result = call.await;
+        let row = self.row(&attempt_id);
+        match &result {
+            Ok(answer) => turn.done(serde_json::to_vec(answer).map_err(unreadable)?, row).await?,
+            Err(_) => turn.failed(row).await?,
+        }
+        result
+    }
+
+    /// The row that was recorded under this id.
+    fn row(&self, attempt_id: &str) -> Option<Attempt> {
+        let rows = self.rows.lock().unwrap_or_else(PoisonError::into_inner);
+        rows.iter().rev().find(|row| row.attempt_id == attempt_id).cloned()
     }
 
     /// Keeps a row about an upstream call. It is durable before the record counts as done, also when the step fails.

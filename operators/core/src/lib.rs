@@ -9,13 +9,15 @@ mod clock;
 pub mod compliance;
 mod context;
 mod failure;
+mod ledger;
 mod operator;
 mod step;
 mod table;
 
 pub use clock::Clock;
-pub use context::{Context, Delivery, Event, Host, Ledger, Quiet, Stop, StopSignal};
+pub use context::{Context, Delivery, Event, Host, Quiet, Stop, StopSignal};
 pub use failure::{BoxError, Failure};
+pub use ledger::{Found, Known, Ledger, Turn};
 pub use operator::{Operator, Output, Port};
 pub use step::{Addressed, Opened, Step, step};
 pub use table::{Change, Table};

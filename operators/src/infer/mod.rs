@@ -1,7 +1,7 @@
 //! Asks a model, and finds in the passages what its answer rests on.
 //!
-//! Invariant: the model is called at most once for what a ledger remembers, every try leaves a row, and work stops when
-//! the client takes the request back or its deadline passes. An answer cites only what stands in a passage.
+//! Invariant: a model that costs something is not called for what a ledger remembers, every try leaves a row, and work
+//! stops when the client takes the request back or its deadline passes. An answer cites only what stands in a passage.
 
 mod citations;
 mod prompt;
@@ -53,6 +53,7 @@ pub struct Infer {
 
 impl Shipped for Infer {
     type Settings = Settings;
+    const PAID: bool = true;
 
     fn new(settings: Settings, resources: &Resources) -> Self {
         Self { model: resources.model.clone(), shape: resources.shape.clone(), settings }
@@ -66,7 +67,7 @@ impl Operator for Infer {
     type Out = Inferred;
 
     async fn process(&self, grounded: Grounded, cx: &Context) -> Result<Vec<Inferred>, Failure> {
-        let answer = cx.paid(0, self.ask(&grounded, cx)).await?;
+        let answer = self.ask(&grounded, cx).await?;
         let Grounded { request, retrieval, passages } = grounded;
         let cache = self.cache_status(&request, cx);
         let completion = Completion { request, retrieval: Some(retrieval), passages, cache, answer };

@@ -2,11 +2,12 @@
 //!
 //! Invariant: a try that was started leaves one row, however it ends.
 
-use forebay_calls::{Class, Listener, Tried};
+use forebay_calls::{CallError, Class, Listener, Reply, Tried};
 use forebay_operator::{Context, Event};
 use forebay_schemas::Attempt;
+use futures::future::BoxFuture;
 use std::{
-    sync::{Mutex, PoisonError},
+    sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -48,7 +49,17 @@ impl<'a> Rows<'a> {
     }
 
     fn take(&self) -> Option<Open> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner).open.take()
+        self.state().open.take()
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn open(&self, attempt: u32, endpoint: Option<&str>, model: &str) -> Open {
+        let started_at_us = self.cx.clock().now_us();
+        let (endpoint, model) = (endpoint.map(str::to_owned), model.to_owned());
+        Open { attempt, started_at_us, endpoint, model, ttft_us: None }
     }
 
     fn row(&self, open: &Open, duration_us: i64) -> Attempt {
@@ -80,15 +91,30 @@ impl<'a> Rows<'a> {
 
 impl Listener for Rows<'_> {
     fn started(&self, endpoint: Option<&str>, model: &str) {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let (endpoint, model) = (endpoint.map(str::to_owned), model.to_owned());
-        let started_at_us = self.cx.clock().now_us();
-        state.open = Some(Open { attempt: state.next, started_at_us, endpoint, model, ttft_us: None });
+        let mut state = self.state();
+        state.open = Some(self.open(state.next, endpoint, model));
         state.next = state.next.saturating_add(1);
     }
 
+    fn paid<'a>(
+        &'a self,
+        endpoint: Option<&'a str>,
+        model: &'a str,
+        call: BoxFuture<'a, Result<Reply, CallError>>,
+    ) -> BoxFuture<'a, Result<Reply, CallError>> {
+        let row = move |attempt: i32| {
+            let mut state = self.state();
+            // A reading that crashed may have tried more often than the envelope says.
+            state.next = state.next.max(u32::try_from(attempt).unwrap_or(0));
+            let mut row = self.row(&self.open(state.next, endpoint, model), 0);
+            "ambiguous".clone_into(&mut row.status);
+            row
+        };
+        Box::pin(self.cx.paid(0, row, call))
+    }
+
     fn token(&self, text: &str) {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state();
         let Some(open) = &mut state.open else { return };
         let now_us = self.cx.clock().now_us();
         open.ttft_us.get_or_insert(now_us.saturating_sub(open.started_at_us));

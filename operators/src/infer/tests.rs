@@ -3,8 +3,8 @@
 use super::*;
 use crate::{Extractive, samples};
 use forebay_calls::{CallError, Class, Listener, Tried};
-use forebay_operator::{Clock, Delivery, Event, Host, Ledger, StopSignal, compliance};
-use forebay_schemas::{CallId, Delta, Record as _, Retrieval};
+use forebay_operator::{Clock, Delivery, Event, Found, Host, Known, Ledger, StopSignal, Turn, compliance};
+use forebay_schemas::{Attempt, CallId, Delta, Record as _, Retrieval};
 use futures::future::BoxFuture;
 use std::{sync::Mutex, time::Duration};
 
@@ -24,68 +24,84 @@ impl Model for Told {
         listener: &'a dyn Listener,
     ) -> BoxFuture<'a, Result<Reply, CallError>> {
         Box::pin(async move {
-            listener.started(Some("http://here"), "small");
-            if call.stream {
-                listener.token("so ");
-                listener.token("far");
-            }
-            let result = match self.0 {
-                None => std::future::pending().await,
-                Some(Ok(text)) => Ok(Reply {
-                    text: text.to_owned(),
-                    citations: None,
-                    model: "small-2".to_owned(),
-                    usage: None,
-                    cost_nano_usd: None,
-                    finish_reason: None,
-                    ttft: None,
-                }),
-                Some(Err(class)) => {
-                    Err(CallError::new(class, "model_unavailable", "it failed").with_status(500))
-                }
-            };
-            let duration = Duration::from_millis(5);
-            let result_ref = result.as_ref();
-            listener.ended(&Tried {
-                endpoint: Some("http://here"),
-                model: "small",
-                duration,
-                ttft: None,
-                result: result_ref,
-            });
-            result
+            listener.paid(Some("http://here"), "small", Box::pin(self.told(call, listener))).await
         })
     }
 }
 
-/// Reads along, and remembers the answer that was paid for.
-#[derive(Default)]
-struct Reader(Mutex<Vec<Delta>>, Mutex<Option<Vec<u8>>>);
-impl Host for Reader {
-    fn ledger(&self) -> Option<&dyn Ledger> {
-        Some(self)
+impl Told {
+    async fn told(&self, call: &Call, listener: &dyn Listener) -> Result<Reply, CallError> {
+        listener.started(Some("http://here"), "small");
+        if call.stream {
+            listener.token("so ");
+            listener.token("far");
+        }
+        let result = match self.0 {
+            None => std::future::pending().await,
+            Some(Ok(text)) => Ok(Reply {
+                text: text.to_owned(),
+                citations: None,
+                model: "small-2".to_owned(),
+                usage: None,
+                cost_nano_usd: None,
+                finish_reason: None,
+                ttft: None,
+            }),
+            Some(Err(class)) => Err(CallError::new(class, "model_unavailable", "it failed").with_status(500)),
+        };
+        let duration = Duration::from_millis(5);
+        let result_ref = result.as_ref();
+        listener.ended(&Tried {
+            endpoint: Some("http://here"),
+            model: "small",
+            duration,
+            ttft: None,
+            result: result_ref,
+        });
+        result
     }
+}
+
+/// Reads along.
+#[derive(Default)]
+struct Reader(Mutex<Vec<Delta>>);
+impl Host for Reader {
     fn delta(&self, delta: Delta) {
         self.0.lock().unwrap().push(delta);
     }
     fn observe(&self, _: &str, _: &Event) {}
 }
 
-impl Ledger for Reader {
-    fn paid<'a>(
-        &'a self,
-        _: &'a CallId,
-        call: BoxFuture<'a, Result<Vec<u8>, Failure>>,
-    ) -> BoxFuture<'a, Result<Vec<u8>, Failure>> {
-        Box::pin(async move {
-            let paid = self.1.lock().unwrap().clone();
-            if let Some(paid) = paid {
-                return Ok(paid);
-            }
-            let paid = call.await?;
-            *self.1.lock().unwrap() = Some(paid.clone());
-            Ok(paid)
-        })
+/// Remembers the answer that was paid for, after a try that nobody heard of.
+#[derive(Default)]
+struct Remembers {
+    answer: Mutex<Option<Vec<u8>>>,
+    told: Mutex<Vec<String>>,
+}
+
+impl Ledger for Remembers {
+    fn find<'a>(&'a self, _: &'a CallId) -> BoxFuture<'a, Result<Found<'a>, Failure>> {
+        let known = match self.answer.lock().unwrap().clone() {
+            Some(answer) => Known::Answered(answer),
+            None => Known::Open { attempt: 1, turn: Box::new(self) },
+        };
+        Box::pin(async { Ok(Found { rows: Vec::new(), known }) })
+    }
+}
+
+impl Turn for &Remembers {
+    fn start(&mut self, row: Attempt) -> BoxFuture<'_, Result<bool, Failure>> {
+        self.told.lock().unwrap().push(format!("start {} {}", row.attempt, row.status));
+        Box::pin(async { Ok(true) })
+    }
+    fn done(&mut self, answer: Vec<u8>, row: Option<Attempt>) -> BoxFuture<'_, Result<(), Failure>> {
+        *self.answer.lock().unwrap() = Some(answer);
+        self.told.lock().unwrap().push(format!("done {:?}", row.map(|row| row.attempt)));
+        Box::pin(async { Ok(()) })
+    }
+    fn failed(&mut self, row: Option<Attempt>) -> BoxFuture<'_, Result<(), Failure>> {
+        self.told.lock().unwrap().push(format!("failed {:?}", row.map(|row| row.attempt)));
+        Box::pin(async { Ok(()) })
     }
 }
 
@@ -131,10 +147,9 @@ async fn every_try_leaves_a_row_however_it_ends() {
 #[tokio::test]
 async fn a_client_that_takes_its_request_back_stops_the_call() {
     let (switch, stop) = StopSignal::new();
-    let envelope = compliance::envelope();
-    let delivery = Delivery { envelope, recorded_at_ms: 0, stage: "infer".into(), cluster: "test".into() };
     let host = Arc::new(Reader::default());
-    let cx = Context::new(delivery, Clock::starting_at(compliance::NOW_MS), host, stop);
+    let cx =
+        Context::new(delivery(compliance::envelope()), Clock::starting_at(compliance::NOW_MS), host, stop);
     let (ended, ()) = tokio::join!(check(Told(None), &cx, "cancelled: 0 cancelled None"), async {
         switch.send(true).unwrap();
     });
@@ -145,34 +160,35 @@ async fn a_client_that_takes_its_request_back_stops_the_call() {
 async fn whoever_reads_along_gets_the_tokens() {
     let mut envelope = compliance::envelope();
     envelope.stream = true;
-    let delivery = Delivery { envelope, recorded_at_ms: 0, stage: "infer".into(), cluster: "test".into() };
     let host = Arc::new(Reader::default());
     let clock = Clock::starting_at(compliance::NOW_MS);
-    let cx = Context::new(delivery, clock, host.clone(), StopSignal::new().1);
+    let cx = Context::new(delivery(envelope), clock, host.clone(), StopSignal::new().1);
     infer(Told(Some(Ok("so far")))).process(grounded(), &cx).await.unwrap();
     let read = host.0.lock().unwrap();
     let read: Vec<_> = read.iter().map(|delta| (delta.attempt, delta.seq, delta.text.as_str())).collect();
     assert_eq!(read, [(0, 0, "so "), (0, 1, "far")]);
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn an_answer_that_was_paid_for_is_not_asked_for_again() {
-    let host = Arc::new(Reader::default());
+    let ledger = Arc::new(Remembers::default());
     let ask = async |model: Told| {
-        let delivery = Delivery {
-            envelope: compliance::envelope(),
-            recorded_at_ms: 0,
-            stage: "infer".into(),
-            cluster: "test".into(),
-        };
+        let delivery = Delivery { ledger: Some(ledger.clone()), ..delivery(compliance::envelope()) };
         let clock = Clock::starting_at(compliance::NOW_MS);
-        let cx = Context::new(delivery, clock, host.clone(), StopSignal::new().1);
-        let answered = infer(model).process(grounded(), &cx).await.unwrap();
-        (answered, cx.take_rows().len())
+        let cx = Context::new(delivery, clock, Arc::new(Reader::default()), StopSignal::new().1);
+        let answered = infer(model).process(grounded(), &cx).await.map_err(|failure| failure.to_string());
+        (answered, cx.take_rows().iter().map(|row| row.attempt).collect::<Vec<_>>())
     };
+    assert_eq!(ask(Told(Some(Err(Class::Transient)))).await.1, [1]);
     let (paid, rows) = ask(Told(Some(Ok("the broker keeps records [1]")))).await;
-    assert_eq!(rows, 1);
-    assert_eq!(ask(Told(Some(Err(Class::Outage)))).await, (paid, 0));
+    assert_eq!(rows, [1]);
+    assert_eq!(ask(Told(Some(Err(Class::Outage)))).await, (paid, Vec::new()));
+    let told = ledger.told.lock().unwrap().join(", ");
+    assert_eq!(told, "start 1 ambiguous, failed Some(1), start 1 ambiguous, done Some(1)");
+}
+
+fn delivery(envelope: forebay_schemas::Envelope) -> Delivery {
+    Delivery { envelope, recorded_at_ms: 0, stage: "infer".into(), cluster: "test".into(), ledger: None }
 }
 
 #[tokio::test]

@@ -108,6 +108,9 @@ pub enum Command {
     /// Looks at the topics of a pipeline, or makes them.
     #[command(subcommand)]
     Topics(Topics),
+    /// Looks paid calls up in their ledgers.
+    #[command(subcommand)]
+    Ledger(Ledger),
     /// Shows the settings.
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -340,6 +343,38 @@ pub enum Topics {
         #[command(flatten)]
         pipeline: PipelineArg,
     },
+}
+
+/// `forebay ledger`.
+#[derive(Debug, Subcommand)]
+pub enum Ledger {
+    /// Prints all that the ledgers know of a call: when each try was sent, by whom, how it ended, what it cost.
+    ///
+    /// A step that pays for its calls writes `started` before it sends one, and `done` or `failed` when it has ended.
+    /// `started` with nothing after it, by an owner that is gone, is an ambiguous call: it may have been paid for, and
+    /// nobody knows its answer. Of several answers the first counts.
+    ///
+    /// The id of a call stands in the column call_id of `attempts`, and in the message of a request that ended with
+    /// call_ambiguous or ledger_input_differs. Exits with 1 where no ledger knows the call: entries are kept for seven
+    /// days at least.
+    Show(ShowCall),
+}
+
+/// `forebay ledger show`.
+#[derive(Debug, ClapArgs)]
+pub struct ShowCall {
+    /// The call's id: 32 hexadecimal digits.
+    #[arg(value_name = "CALL_ID")]
+    pub call_id: String,
+    /// The pipeline whose ledgers are read: a file, or the name of one that Forebay ships.
+    #[arg(long, default_value = "answer", value_name = "PIPELINE")]
+    pub pipeline: String,
+    /// Prints the recorded answer too. It is the client's text: mind who reads along.
+    #[arg(long)]
+    pub answer: bool,
+    /// Prints the entries as they are, one a line.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `forebay config`.

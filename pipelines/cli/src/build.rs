@@ -31,6 +31,7 @@ impl Catalogue for Shipped {
         Some(Description {
             input: described.input,
             is_job: described.is_job,
+            is_paid: described.is_paid,
             ports: described.ports.iter().map(|port| (port.name, port.record)).collect(),
             tables: described.tables.to_vec(),
         })

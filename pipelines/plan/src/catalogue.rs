@@ -21,6 +21,8 @@ pub struct Description {
     pub input: &'static str,
     /// Whether that record is the work of a request, which must end in a result.
     pub is_job: bool,
+    /// Whether it makes calls that cost something.
+    pub is_paid: bool,
     /// Its ports, and the name of the record that leaves by each.
     pub ports: Vec<(&'static str, &'static str)>,
     /// The names of the records that it looks up; it needs one compacted topic of each.

@@ -6,7 +6,7 @@
 //! Invariant: no check stops another, except that a name which does not resolve is one fault and not a dozen.
 
 use crate::{
-    Catalogue, Description, Faults, IN_FLIGHT_DEFAULT, Order, Pipeline, Placed, Plan, PlannedStep,
+    Ambiguous, Catalogue, Description, Faults, IN_FLIGHT_DEFAULT, Order, Pipeline, Placed, Plan, PlannedStep,
     PlannedTopic, Queueing, Step, graph, nearest, plan::ENDED,
 };
 use forebay_schemas::topics::{self, Cleanup};
@@ -57,6 +57,8 @@ fn planned(step: &Step, description: &Description) -> PlannedStep {
             None => Queueing::Fifo,
         },
         is_job: description.is_job,
+        ledger: (description.is_paid && step.ledger.as_ref().is_none_or(|ledger| ledger.value))
+            .then(|| step.ambiguous.as_ref().map_or(Ambiguous::default(), |ambiguous| ambiguous.value)),
         settings: step.settings.value.clone(),
     }
 }
@@ -135,7 +137,40 @@ impl Check<'_> {
         self.ports(step, &description);
         self.tables(step, &description);
         self.queue(step, &description);
+        self.ledger(step, &description);
         self.settings(step);
+    }
+
+    /// Only a call that costs something is remembered.
+    fn ledger(&mut self, step: &Step, description: &Description) {
+        let (ledger, ambiguous) = (step.ledger.as_ref(), step.ambiguous.as_ref());
+        if !description.is_paid {
+            let told = ledger.map(|one| ("ledger", one.place));
+            let told = told.into_iter().chain(ambiguous.map(|one| ("ambiguous", one.place)));
+            let is_paid = |name: &&str| self.catalogue.describe(name).is_some_and(|one| one.is_paid);
+            let paid: Vec<_> = self.catalogue.names().into_iter().filter(is_paid).collect();
+            for (key, place) in told {
+                let message = format!(
+                    "step {:?} cannot have {key:?}: {} makes no calls that cost something",
+                    step.key.value, step.operator.value
+                );
+                self.faults.add_with_hint(
+                    place,
+                    message,
+                    format!("{} does", nearest::list(paid.iter().copied())),
+                );
+            }
+        } else if let (Some(Placed { value: false, .. }), Some(ambiguous)) = (ledger, ambiguous) {
+            let message = format!(
+                "step {:?} has no ledger, so nobody knows which of its calls are ambiguous",
+                step.key.value
+            );
+            self.faults.add_with_hint(
+                ambiguous.place,
+                message,
+                "leave out one of \"ledger\" and \"ambiguous\"",
+            );
+        }
     }
 
     /// Tenants take turns only where records are somebody's, and may come out of order.

@@ -3,7 +3,7 @@
 //! Invariant: both show every step and every way between steps, the implicit port `ended` included. Dead letters,
 //! which any step may make, are no way onward and are not drawn.
 
-use crate::{ENDED, Order, Plan, PlannedStep, PlannedTopic, Queueing};
+use crate::{Ambiguous, ENDED, Order, Plan, PlannedStep, PlannedTopic, Queueing};
 use forebay_schemas::topics::{self, Cleanup};
 use std::fmt::Write as _;
 
@@ -95,6 +95,11 @@ fn traits(step: &PlannedStep) -> Vec<String> {
     if step.is_job && step.queue == Queueing::Fifo {
         traits.push("first come, first served".to_owned());
     }
+    match step.ledger {
+        Some(Ambiguous::Retry) => traits.push("paid calls in a ledger".to_owned()),
+        Some(Ambiguous::Park) => traits.push("paid calls in a ledger, ambiguous ones parked".to_owned()),
+        None => {}
+    }
     if let Some(visits) = step.visits_max {
         traits.push(format!("at most {visits} visits"));
     }
@@ -108,7 +113,7 @@ fn readers(plan: &Plan, topic: &str) -> String {
 
 fn kept(topic: &PlannedTopic) -> String {
     match topic.cleanup {
-        Cleanup::Compact => "compacted".to_owned(),
+        Cleanup::Compact | Cleanup::CompactAfter { .. } => "compacted".to_owned(),
         Cleanup::Delete { hours } if hours % 24 == 0 => format!("{} d", hours / 24),
         Cleanup::Delete { hours } => format!("{hours} h"),
     }

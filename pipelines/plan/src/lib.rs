@@ -28,7 +28,8 @@ pub use faults::{Fault, Faults, Place};
 pub use name::{NAME_CHARS_MAX, PREFIX_CHARS_MAX};
 pub use pipeline::{OwnTopic, Pipeline, Placed, Route, Settings, Step, parse};
 pub use plan::{
-    Channel, ENDED, IN_FLIGHT_DEFAULT, Input, Order, Plan, PlannedStep, PlannedTopic, Queueing, UnknownStep,
+    Ambiguous, Channel, ENDED, IN_FLIGHT_DEFAULT, Input, Order, Plan, PlannedStep, PlannedTopic, Queueing,
+    UnknownStep,
 };
 pub use schema::json_schema;
 pub use yaml::{DEPTH_MAX, FILE_BYTES_MAX, NODES_MAX, utf8};

@@ -9,8 +9,9 @@ use crate::{Faults, Place};
 pub const NAME_CHARS_MAX: usize = 64;
 
 /// The longest topic prefix: Kafka takes 249 characters, and the longest name derived is
-/// `{prefix}ledger.{step}.{topic}`.
-pub const PREFIX_CHARS_MAX: usize = 249 - ("ledger.".len() + NAME_CHARS_MAX + 1 + NAME_CHARS_MAX);
+/// `{prefix}ledger.{step}.retry.{step}.10s`.
+pub const PREFIX_CHARS_MAX: usize =
+    249 - ("ledger.".len() + NAME_CHARS_MAX + ".retry.".len() + NAME_CHARS_MAX + ".10s".len());
 
 /// The form of a name, as the published schema says it.
 pub(crate) const PATTERN: &str = "^[a-z][a-z0-9_-]*$";

@@ -4,7 +4,7 @@
 //! topics that it names is found by [`check`](crate::check).
 
 use crate::{
-    Faults, Order, Place, Queueing,
+    Ambiguous, Faults, Order, Place, Queueing,
     fields::{self, Fields},
     name,
     yaml::{self, Node},
@@ -17,6 +17,10 @@ const STEPS_MAX: usize = 256;
 const IN_FLIGHT_MAX: i64 = 65_536;
 /// The most passes through a step.
 const VISITS_MAX: i64 = 1_000;
+/// The words for whether paid calls are remembered.
+const LEDGERS: [(&str, bool); 2] = [("on", true), ("off", false)];
+/// The words for what is done about a paid call whose end nobody knows.
+const AMBIGUOUS: [(&str, Ambiguous); 2] = [("retry", Ambiguous::Retry), ("park", Ambiguous::Park)];
 /// How long records of a pipeline's own topic stay, where it does not say.
 pub(crate) const HOURS: u32 = 7 * 24;
 /// The longest that they may stay: ten years.
@@ -82,6 +86,10 @@ pub struct Step {
     pub order: Order,
     /// How the step deals with a queue that is longer than it can work off, where it says.
     pub queue: Option<Placed<Queueing>>,
+    /// Whether its paid calls are remembered, where the file says so.
+    pub ledger: Option<Placed<bool>>,
+    /// What is done about a paid call whose end nobody knows, where the file says so.
+    pub ambiguous: Option<Placed<Ambiguous>>,
     /// The operator's settings.
     pub settings: Settings,
     /// What of it could not be read, so that its absence is no fault of its author.
@@ -263,6 +271,13 @@ fn step(key: Placed<String>, node: &Node, faults: &mut Faults) -> Option<Step> {
         let value = fields::word("\"queue\"", node, &queueings, faults)?;
         Some(Placed { value, place: node.place })
     });
+    let placed = |node: &Node| node.place;
+    let ledger_node = fields.optional("ledger");
+    let ledger = ledger_node.and_then(|node| fields::word("\"ledger\"", node, &LEDGERS, faults));
+    let ledger = ledger_node.map(placed).zip(ledger).map(|(place, value)| Placed { value, place });
+    let ambiguous_node = fields.optional("ambiguous");
+    let ambiguous = ambiguous_node.and_then(|node| fields::word("\"ambiguous\"", node, &AMBIGUOUS, faults));
+    let ambiguous = ambiguous_node.map(placed).zip(ambiguous).map(|(place, value)| Placed { value, place });
     let told = faults.len();
     let settings = settings(fields.optional("settings"), key.place, faults);
     unread.settings = faults.len() > told;
@@ -277,6 +292,8 @@ fn step(key: Placed<String>, node: &Node, faults: &mut Faults) -> Option<Step> {
         visits_max,
         order,
         queue,
+        ledger,
+        ambiguous,
         settings,
         unread,
     })

@@ -33,6 +33,16 @@ pub enum Queueing {
     Fair,
 }
 
+/// What is done about a call that was under way when its process vanished: it may have been paid for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Ambiguous {
+    /// It is made again, at most twice; then the record is a dead letter.
+    #[default]
+    Retry,
+    /// The record is a dead letter at once.
+    Park,
+}
+
 /// What kind of queue a topic is to the step that reads it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Channel {
@@ -91,6 +101,9 @@ pub struct PlannedStep {
     pub queue: Queueing,
     /// Whether its input is the work of a request, which must end in a result.
     pub is_job: bool,
+    /// Where its paid calls are remembered, what is done about one whose end nobody knows. Absent where nothing is paid,
+    /// or the pipeline wants no ledger.
+    pub ledger: Option<Ambiguous>,
     /// The operator's settings.
     pub settings: serde_json::Value,
 }
@@ -109,6 +122,13 @@ impl PlannedStep {
             inputs.push(input(topics::overflow(&self.key), Channel::Overflow));
         }
         inputs
+    }
+
+    /// From each topic that the step reads to the ledger of the paid calls that it makes for it.
+    pub fn ledgers(&self) -> Vec<(String, String)> {
+        let inputs = self.ledger.iter().flat_map(|_| self.inputs());
+        let of = |topic: String| (topics::ledger(&self.key, &topic), topic);
+        inputs.map(|input| of(input.topic)).map(|(ledger, input)| (input, ledger)).collect()
     }
 
     /// The topics where its records wait until they are tried again, with their delays in milliseconds. None where
@@ -171,7 +191,7 @@ pub struct UnknownStep {
 
 impl Plan {
     /// Every topic that the pipeline touches: those of [`named_topics`](Self::named_topics), each followed by its
-    /// backfill lane where it has one, and those by which hosts set records aside.
+    /// backfill lane where it has one, those by which hosts set records aside, and ledgers of paid calls.
     pub fn topics(&self) -> Vec<PlannedTopic> {
         let named = self.named_topics();
         let mut all = Vec::with_capacity(2 * named.len());
@@ -191,6 +211,8 @@ impl Plan {
                 from_clients: false,
                 to_clients: false,
             }));
+            let ledgers = step.ledgers().into_iter();
+            all.extend(ledgers.map(|(_, name)| PlannedTopic { name, ..PlannedTopic::from(&topics::LEDGER) }));
         }
         all
     }

@@ -86,6 +86,14 @@ struct StepForm {
     /// queue: usual where records are requests and `order` is `any`. `fifo` serves first what came first.
     #[schemars(default, skip_serializing_if = "unstated")]
     queue: QueueForm,
+    /// Whether calls that cost something are remembered, so that an answer which was paid for is never paid for again; only
+    /// for a step that makes such calls. The extractive model costs nothing, and nothing is remembered of it.
+    #[schemars(default)]
+    ledger: LedgerForm,
+    /// What is done about a paid call that was under way when its process vanished: `retry` makes it again, at most twice;
+    /// `park` puts the record aside as a dead letter at once.
+    #[schemars(default)]
+    ambiguous: AmbiguousForm,
     /// The operator's settings.
     #[schemars(default, skip_serializing_if = "unstated")]
     settings: Map<String, Value>,
@@ -107,6 +115,24 @@ enum QueueForm {
     Fifo,
     #[default]
     Fair,
+}
+
+/// Whether paid calls are remembered.
+#[derive(Default, JsonSchema, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+enum LedgerForm {
+    #[default]
+    On,
+    Off,
+}
+
+/// What is done about a paid call whose end nobody knows.
+#[derive(Default, JsonSchema, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+enum AmbiguousForm {
+    #[default]
+    Retry,
+    Park,
 }
 
 /// One topic, or a list of topics.

@@ -161,7 +161,7 @@ impl Bench {
             let mut limits = site.limits(planned);
             // Every act waits for the commits of the one before.
             limits.commit_every = Duration::from_millis(1);
-            let (stage, sink) = (site.stage(planned, Arc::clone(step)), Arc::clone(&log));
+            let (stage, sink) = (site.stage(planned, Arc::clone(step), None), Arc::clone(&log));
             at_work.spawn(drive(stage, source, sink, limits, shutdown.clone()));
         }
         for (topic, table) in operators.tables {

@@ -51,7 +51,7 @@ pub trait Source: Send {
     fn lag(&self) -> i64;
 
     /// Notes how far partitions have come. What is noted for a partition that is no longer ours is ignored.
-    fn store(&mut self, progress: &[(Partition, i64)]);
+    fn store(&mut self, progress: &[Progress]);
 
     /// Commits what is stored, without waiting.
     fn commit(&mut self);
@@ -80,6 +80,17 @@ pub trait Source: Send {
 /// How long what waits must take before a tenant's records are set aside: that costs each of them another hop, and a
 /// queue that is soon worked off delays nobody by much.
 const LONG_QUEUE: Duration = Duration::from_secs(2);
+
+/// How far a partition has come.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// The partition.
+    pub partition: Partition,
+    /// The next offset to read.
+    pub offset: i64,
+    /// What stands beside it, for whoever reads on from there.
+    pub metadata: String,
+}
 
 /// What a source tells.
 #[derive(Debug)]
@@ -356,6 +367,7 @@ impl<S: Source> Loop<S> {
     fn assign(&mut self, partitions: Vec<Partition>) {
         for partition in partitions {
             self.epoch += 1;
+            self.stage.assigned(&partition);
             self.owned.insert(partition, Owned::new(self.epoch));
         }
         self.meter().assigned(self.owned.len());
@@ -405,8 +417,11 @@ impl<S: Source> Loop<S> {
             return self.queue.push(Waiting { incoming, tenant, has_turn: false });
         };
         let waited = Some((incoming.channel, incoming.held.bytes()));
-        self.spawn(incoming, waited, |_, sink, _, ours| async move {
+        self.spawn(incoming, waited, |stage, sink, incoming, ours| async move {
             ours.still().await?;
+            if let Some(ledger) = stage.ledger_of(&incoming) {
+                ledger.moves_to(&aside.topic).await?;
+            }
             sink.send(vec![aside]).await
         });
     }
@@ -537,6 +552,7 @@ impl<S: Source> Loop<S> {
         for partition in &partitions {
             if lost {
                 self.owned.remove(partition);
+                self.stage.given_up(partition);
             } else if let Some(owned) = self.owned.get_mut(partition) {
                 owned.leaving = true;
             }
@@ -563,7 +579,11 @@ impl<S: Source> Loop<S> {
             self.store();
             let Some(leaving) = self.leaving.pop_front() else { return };
             for partition in &leaving.partitions {
-                self.owned.remove(partition);
+                // One that was lost may be ours again, under another epoch.
+                if self.owned.get(partition).is_some_and(|owned| owned.leaving) {
+                    self.owned.remove(partition);
+                    self.stage.given_up(partition);
+                }
             }
             self.meter().assigned(self.owned.len());
             self.source.release();
@@ -574,7 +594,8 @@ impl<S: Source> Loop<S> {
         let mut progress = Vec::new();
         for (partition, owned) in &mut self.owned {
             if let Some(offset) = owned.tracker.take_progress() {
-                progress.push((partition.clone(), offset));
+                let metadata = self.stage.metadata(partition, offset);
+                progress.push(Progress { partition: partition.clone(), offset, metadata });
             }
         }
         if !progress.is_empty() {
@@ -614,7 +635,18 @@ async fn advance(
     ours: &Ours,
 ) -> Result<(), SendError> {
     ours.still().await?;
-    let messages = stage.process(incoming).await;
+    let ledger = stage.ledger_of(incoming);
+    // A paid call is heard out also when its partition is gone: its answer is in the ledger then, for the next owner.
+    let gone = async {
+        ours.gone.cancelled().await;
+        if let Some(ledger) = &ledger {
+            ledger.heard_out().await;
+        }
+    };
+    let messages = tokio::select! {
+        messages = stage.process(incoming, ledger.as_ref()) => messages,
+        () = gone => return Err(SendError::Closed),
+    };
     // The operator is free for the next record while this one's messages are on their way.
     drop(permit);
     ours.still().await?;

@@ -76,7 +76,8 @@ impl Fence {
     }
 }
 
-fn now_ms() -> u64 {
+/// Milliseconds of a clock that goes on while the machine is suspended.
+pub(crate) fn now_ms() -> u64 {
     let now = clock_gettime(ClockId::Boottime);
     let (seconds, nanos) = (u64::try_from(now.tv_sec).unwrap_or(0), u64::try_from(now.tv_nsec).unwrap_or(0));
     seconds * 1_000 + nanos / 1_000_000

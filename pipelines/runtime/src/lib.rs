@@ -12,6 +12,7 @@ pub mod cases;
 pub mod drive;
 pub mod fence;
 pub mod host;
+pub mod ledger;
 pub mod message;
 pub mod once;
 pub mod process;

@@ -8,10 +8,11 @@ use crate::{
     cancels::{Cancels, CancelsTable},
     drive::{DriveError, drive},
     host::kafka::{
-        Kafka, KafkaSink, KafkaSource, ReadBounds, Reading, SettingsError, TableError, TableReader,
+        Kafka, KafkaLedger, KafkaSink, KafkaSource, ReadBounds, Reading, SettingsError, TableError,
+        TableReader,
     },
     message::Outgoing,
-    site::{Site, full_name},
+    site::{Kept, Site, full_name},
     stage::Patience,
 };
 use forebay_operator::{Clock, Event, Host, Step, Table};
@@ -40,6 +41,8 @@ pub struct Launch<'a> {
     pub steps: Vec<(&'a PlannedStep, Arc<dyn Step>)>,
     /// Topics without prefix, with the tables that follow them.
     pub tables: Vec<(String, Arc<dyn Table>)>,
+    /// Whether calls of the model cost something.
+    pub is_paid: bool,
     /// Bytes of records that may be unfinished at a time.
     pub memory_bytes_max: usize,
     /// What is counted.
@@ -106,7 +109,14 @@ impl Launch<'_> {
         };
         let mut stages = JoinSet::new();
         for (planned, step) in &self.steps {
-            let stage = site.stage(planned, Arc::clone(step));
+            let kept = match self.is_paid && planned.ledger.is_some() {
+                true => {
+                    let log = KafkaLedger::new(self.kafka, sink.clone(), &site.group(planned))?;
+                    Some(Kept { log: Arc::new(log), health: self.health.clone() })
+                }
+                false => None,
+            };
+            let stage = site.stage(planned, Arc::clone(step), kept);
             let limits = site.limits(planned);
             let reading = Reading {
                 bounds: ReadBounds::new(limits.waiting),

@@ -6,14 +6,18 @@
 use crate::{
     cancels::Cancels,
     drive::Limits,
+    ledger::{
+        self, LeaseClock, Ledgers, Log,
+        book::{AMBIGUOUS_MAX, Terms},
+    },
     message::Input,
     once::{Once, REMEMBERED_MAX},
     stage::{CommonTopics, Parts, Patience, RetryTopic, Stage},
 };
 use forebay_operator::{Clock, Host, Step};
-use forebay_plan::{Channel, Order, Plan, PlannedStep, PlannedTopic};
+use forebay_plan::{Ambiguous, Channel, Order, Plan, PlannedStep, PlannedTopic};
 use forebay_schemas::topics;
-use forebay_telemetry::Telemetry;
+use forebay_telemetry::{Health, Telemetry};
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 /// Where the stages of a pipeline stand: all that they have in common.
@@ -38,9 +42,17 @@ pub(crate) struct Site<'a> {
     pub cancels: Arc<Cancels>,
 }
 
+/// Where the ledgers of a stage are kept, and who waits for them.
+pub(crate) struct Kept {
+    /// The log.
+    pub log: Arc<dyn Log>,
+    /// Who is ready.
+    pub health: Health,
+}
+
 impl Site<'_> {
-    /// The stage of a step.
-    pub fn stage(&self, planned: &PlannedStep, step: Arc<dyn Step>) -> Arc<Stage> {
+    /// The stage of a step; its ledgers of paid calls, where it has any, are kept in `kept`.
+    pub fn stage(&self, planned: &PlannedStep, step: Arc<dyn Step>, kept: Option<Kept>) -> Arc<Stage> {
         let meter = self.telemetry.step(&planned.key, step.operator()).in_group(&self.group(planned));
         let topics = self.plan.topics();
         let inputs = planned.inputs();
@@ -66,9 +78,30 @@ impl Site<'_> {
             clock: self.clock,
             host: Arc::clone(&self.host),
             patience: self.patience.clone(),
-            meter,
+            meter: meter.clone(),
         });
         let stage = stage.with_cancels(Arc::clone(&self.cancels));
+        let stage = match (planned.ledger, kept) {
+            (Some(ambiguous), Some(Kept { log, health })) => {
+                stage.with_ledgers(Arc::new(Ledgers::new(ledger::Parts {
+                    log,
+                    topics: planned.ledgers().iter().map(|(of, to)| (self.name(of), self.name(to))).collect(),
+                    ambiguous_max: match ambiguous {
+                        Ambiguous::Retry => AMBIGUOUS_MAX,
+                        Ambiguous::Park => 0,
+                    },
+                    finished_max: self.unfinished_max(planned),
+                    config: blake3::hash(planned.settings.to_string().as_bytes()).to_hex()[..16].to_owned(),
+                    terms: Terms::default(),
+                    lease_clock: LeaseClock::Boot,
+                    clock: self.clock,
+                    meter,
+                    health,
+                    name: format!("ledger {}", planned.key),
+                })))
+            }
+            _ => stage,
+        };
         let once = self.written_once(planned);
         Arc::new(if once.is_empty() { stage } else { stage.with_once(Arc::new(Once::new(once))) })
     }
@@ -109,6 +142,12 @@ impl Site<'_> {
         let window = REMEMBERED_MAX / (self.plan.steps.len() + 2);
         let window = i64::try_from(window).unwrap_or(i64::MAX);
         Limits { ordered: planned.order == Order::Key, window, ..Limits::new(planned.in_flight) }
+    }
+
+    /// How many records of a partition this step and those before it may have unfinished together.
+    fn unfinished_max(&self, planned: &PlannedStep) -> usize {
+        let before = self.plan.steps.iter().take_while(|step| step.key != planned.key).count();
+        (before + 1) * REMEMBERED_MAX / (self.plan.steps.len() + 2)
     }
 
     /// The topics of a step that clients and the table sink read: each message on them is written once.

@@ -9,11 +9,14 @@
 
 use crate::{
     cancels::Cancels,
-    message::{Incoming, Outgoing},
+    ledger::{Ledgers, RecordLedger},
+    message::{Incoming, Outgoing, Partition},
     once::{Known, Once},
 };
 use bytes::Bytes;
-use forebay_operator::{Addressed, Clock, Context, Delivery, Failure, Host, Opened, Step, StopSignal};
+use forebay_operator::{
+    Addressed, Clock, Context, Delivery, Failure, Host, Ledger, Opened, Step, StopSignal,
+};
 use forebay_plan::Channel;
 use forebay_schemas::{
     Attempt, CallId, DeadLetter, Ending, Envelope, Fault, Headers, Lane, NanoUsd, Origin, Record, Request,
@@ -110,6 +113,8 @@ pub struct Stage {
     cancels: Arc<Cancels>,
     /// What was written of late, where the step is the sole writer of a topic.
     once: Option<Arc<Once>>,
+    /// What was paid for, where the step makes paid calls.
+    ledgers: Option<Arc<Ledgers>>,
     /// Fields that no version of a record knows, each warned of once.
     warned: Mutex<BTreeSet<String>>,
 }
@@ -144,7 +149,7 @@ struct Death<'a> {
 impl Stage {
     /// A stage of these parts.
     pub fn new(parts: Parts) -> Self {
-        Self { parts, cancels: Arc::default(), once: None, warned: Mutex::default() }
+        Self { parts, cancels: Arc::default(), once: None, ledgers: None, warned: Mutex::default() }
     }
 
     /// The same stage, hearing of these cancels.
@@ -155,6 +160,40 @@ impl Stage {
     /// The same stage, writing messages of these topics once.
     pub fn with_once(self, once: Arc<Once>) -> Self {
         Self { once: Some(once), ..self }
+    }
+
+    /// The same stage, remembering its paid calls.
+    pub fn with_ledgers(self, ledgers: Arc<Ledgers>) -> Self {
+        Self { ledgers: Some(ledgers), ..self }
+    }
+
+    /// A partition is ours from now on.
+    pub fn assigned(&self, partition: &Partition) {
+        if let Some(ledgers) = &self.ledgers {
+            ledgers.assigned(partition);
+        }
+    }
+
+    /// A partition is ours no more.
+    pub fn given_up(&self, partition: &Partition) {
+        if let Some(ledgers) = &self.ledgers {
+            ledgers.given_up(partition);
+        }
+    }
+
+    /// What is to stand beside a committed offset.
+    pub fn metadata(&self, partition: &Partition, offset: i64) -> String {
+        self.ledgers.as_ref().and_then(|ledgers| ledgers.metadata(partition, offset)).unwrap_or_default()
+    }
+
+    /// Whether calls that this record made may have been paid for, so that it must be finished where it is.
+    fn may_have_paid(&self, incoming: &Incoming) -> bool {
+        self.ledgers.as_ref().is_some_and(|ledgers| ledgers.may_have_paid(incoming))
+    }
+
+    /// Where the paid calls of a record are remembered.
+    pub fn ledger_of(&self, incoming: &Incoming) -> Option<Arc<RecordLedger>> {
+        self.ledgers.as_ref().map(|ledgers| ledgers.of(incoming))
     }
 
     /// What was written of late, where the step is the sole writer of a topic.
@@ -199,6 +238,10 @@ impl Stage {
     /// A record as it goes to the overflow topic, where no client writes: with its envelope. `None` where it cannot be read.
     pub fn set_aside(&self, incoming: &Incoming) -> Option<Outgoing> {
         let topic = self.parts.overflow.as_ref()?;
+        // What may have been paid for here is finished here.
+        if self.may_have_paid(incoming) {
+            return None;
+        }
         if !self.enters(incoming) {
             self.parts.meter.set_aside("overflow");
             return Some(copy(incoming, topic, incoming.headers.clone()));
@@ -216,16 +259,21 @@ impl Stage {
     }
 
     /// What this record becomes. Takes as long as the operator does, retries included.
-    pub async fn process(&self, incoming: &Incoming) -> Vec<Outgoing> {
+    pub async fn process(&self, incoming: &Incoming, ledger: Option<&Arc<RecordLedger>>) -> Vec<Outgoing> {
         let started = Instant::now();
         let queue_us = self.parts.clock.now_us() - incoming.timestamp_ms.saturating_mul(1000);
         let queue_us = queue_us.max(0);
-        let (messages, outcome) = self.become_messages(incoming, queue_us).await;
+        let (messages, outcome) = self.become_messages(incoming, ledger, queue_us).await;
         self.parts.meter.finished(outcome, started.elapsed(), Duration::from_micros(queue_us.unsigned_abs()));
         messages
     }
 
-    async fn become_messages(&self, incoming: &Incoming, queue_us: i64) -> (Vec<Outgoing>, Outcome) {
+    async fn become_messages(
+        &self,
+        incoming: &Incoming,
+        ledger: Option<&Arc<RecordLedger>>,
+        queue_us: i64,
+    ) -> (Vec<Outgoing>, Outcome) {
         let opened = match self.open(incoming) {
             Ok(opened) => opened,
             Err(fault) => return (self.undecodable(incoming, &*fault), Outcome::Undecodable),
@@ -259,7 +307,7 @@ impl Stage {
         if let Some(traceparent) = span.traceparent() {
             envelope.traceparent = Some(traceparent);
         }
-        let (messages, outcome) = self.run(incoming, opened, envelope, retry).await;
+        let (messages, outcome) = self.run(incoming, ledger, opened, envelope, retry).await;
         span.end(outcome);
         (messages, outcome)
     }
@@ -268,6 +316,7 @@ impl Stage {
     async fn run<'s>(
         &'s self,
         incoming: &'s Incoming,
+        ledger: Option<&Arc<RecordLedger>>,
         opened: Box<dyn Opened + 's>,
         mut envelope: Envelope,
         retry: Option<Retry>,
@@ -278,6 +327,9 @@ impl Stage {
         let mut panicked = false;
         let mut since_ms = None;
         let began = Instant::now();
+        if let Some(messages) = self.moved(incoming, ledger, &mut envelope, retry.as_ref()).await {
+            return (messages, Outcome::SetAside);
+        }
         let running = self.cancels.register(&envelope.tenant, &envelope.id);
         let failure = loop {
             if let Some(stop) = self.stopped(&envelope) {
@@ -291,7 +343,7 @@ impl Stage {
                     Err(fault) => return (self.undecodable(incoming, &*fault), Outcome::Undecodable),
                 },
             };
-            let cx = self.context(incoming, &envelope, running.signal());
+            let cx = self.context(incoming, &envelope, ledger, running.signal());
             let started = Instant::now();
             let result = AssertUnwindSafe(attempt.run(&cx)).catch_unwind().await;
             let micros = i64::try_from(started.elapsed().as_micros()).unwrap_or(i64::MAX);
@@ -325,6 +377,10 @@ impl Stage {
                         _ if outage && began.elapsed() < JOB_LIFE => self.parts.patience.outage,
                         Next::Wait(wait) => wait,
                         Next::SetAside(to) => {
+                            // A log that is closed takes the record no more either: it stays here.
+                            if let Some(ledger) = ledger {
+                                let _ = ledger.moves_to(&to.topic).await;
+                            }
                             let since_ms = since_ms.unwrap_or_else(|| self.now_ms());
                             let again = self.retry(incoming, &envelope, retry, (tries, since_ms), to);
                             warn!(stage = %self.parts.key, code, %what, error = %chain(&*source), place = %incoming.place(),
@@ -361,6 +417,28 @@ impl Stage {
         let (ended, outcome) = self.end(incoming, &envelope, &failure, tries, since_ms);
         rows.extend(ended);
         (rows, outcome)
+    }
+
+    /// The messages of a record that was on its way to another topic when its process crashed: it goes there again, since
+    /// whoever reads it there knows by that topic's ledger whether it was paid for.
+    async fn moved(
+        &self,
+        incoming: &Incoming,
+        ledger: Option<&Arc<RecordLedger>>,
+        envelope: &mut Envelope,
+        retry: Option<&Retry>,
+    ) -> Option<Vec<Outgoing>> {
+        let ledger = ledger?;
+        let to = ledger.moved_to().await?;
+        let mut messages = self.spend(envelope, ledger.rows_of_all());
+        messages.push(match self.parts.retries.iter().find(|retry| *retry.topic == *to) {
+            Some(to) => self.retry(incoming, envelope, retry.cloned(), (0, self.now_ms()), to),
+            None => {
+                let key = Some(envelope.id.as_str().as_bytes().to_vec());
+                Outgoing { key, ..copy(incoming, &to.into(), envelope.write()) }
+            }
+        });
+        Some(messages)
     }
 
     /// When a record is tried again that met a world which failed.
@@ -558,12 +636,19 @@ impl Stage {
         }
     }
 
-    fn context(&self, incoming: &Incoming, envelope: &Envelope, stop: StopSignal) -> Context {
+    fn context(
+        &self,
+        incoming: &Incoming,
+        envelope: &Envelope,
+        ledger: Option<&Arc<RecordLedger>>,
+        stop: StopSignal,
+    ) -> Context {
         let delivery = Delivery {
             envelope: envelope.clone(),
             recorded_at_ms: incoming.timestamp_ms,
             stage: Arc::clone(&self.parts.key),
             cluster: Arc::clone(&self.parts.cluster),
+            ledger: ledger.map(|ledger| Arc::clone(ledger) as Arc<dyn Ledger>),
         };
         Context::new(delivery, self.parts.clock, Arc::clone(&self.parts.host), stop)
     }

@@ -5,7 +5,7 @@
 use forebay_plan::Channel;
 use forebay_runtime::{
     budget::Budget,
-    drive::{Event, Source},
+    drive::{Event, Progress, Source},
     host::kafka::{Kafka, KafkaSettings, KafkaSource, ReadBounds, Reading},
     message::{Input, Partition},
 };
@@ -110,7 +110,9 @@ impl Member {
                 for record in records {
                     self.source.dispatched(record.channel, record.held.bytes());
                     let text = String::from_utf8(record.value.unwrap().to_vec()).unwrap();
-                    self.source.store(&[(record.partition.clone(), record.offset + 1)]);
+                    let partition = record.partition.clone();
+                    let metadata = String::new();
+                    self.source.store(&[Progress { partition, offset: record.offset + 1, metadata }]);
                     self.told.push(text.clone());
                     self.read.insert((record.partition.number, text));
                 }

@@ -143,6 +143,34 @@ pub(crate) const DEDUPLICATED: Declared = Declared {
     meaning: "Messages not written again, because their request's was written before.",
     ..LINE
 };
+pub(crate) const LEDGER_ENTRIES: Declared = Declared {
+    name: "forebay.ledger.entries",
+    unit: "{entry}",
+    labels: &["stage", "operator", "kind"],
+    meaning: "Entries that a ledger of paid calls acknowledged, by kind: started, done, failed, moved, renewed or \
+              released.",
+    ..LINE
+};
+pub(crate) const LEDGER_REPLAYED: Declared = Declared {
+    name: "forebay.ledger.replayed",
+    unit: "{call}",
+    meaning: "Calls answered from the ledger: nothing was paid.",
+    ..LINE
+};
+pub(crate) const LEDGER_AMBIGUOUS: Declared = Declared {
+    name: "forebay.ledger.ambiguous",
+    unit: "{call}",
+    meaning: "Tries that were under way when their process vanished; they may have been paid for.",
+    ..LINE
+};
+pub(crate) const LEDGER_WAIT: Declared = Declared {
+    name: "forebay.ledger.wait",
+    kind: Kind::Histogram(STEP_SECONDS),
+    unit: "s",
+    meaning: "How long a paid call waited for its ledger: for the lease, and after a takeover until the ledger is read and \
+              whoever had it before is silent.",
+    ..LINE
+};
 pub(crate) const DEAD_LETTERS: Declared = Declared {
     name: "forebay.step.dead_letters",
     unit: "{record}",
@@ -298,6 +326,10 @@ pub(crate) const DECLARED: &[Declared] = &[
     QUEUE_WAIT,
     RETRIES,
     DEDUPLICATED,
+    LEDGER_ENTRIES,
+    LEDGER_REPLAYED,
+    LEDGER_AMBIGUOUS,
+    LEDGER_WAIT,
     DEAD_LETTERS,
     SET_ASIDE,
     IN_FLIGHT,

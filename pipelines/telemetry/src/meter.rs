@@ -98,6 +98,10 @@ pub(crate) struct Instruments {
     queue_wait: Histogram<f64>,
     retries: Counter<u64>,
     deduplicated: Counter<u64>,
+    ledger_entries: Counter<u64>,
+    ledger_replayed: Counter<u64>,
+    ledger_ambiguous: Counter<u64>,
+    ledger_wait: Histogram<f64>,
     dead_letters: Counter<u64>,
     set_aside: Counter<u64>,
     in_flight: Gauge<u64>,
@@ -124,6 +128,10 @@ impl Instruments {
             queue_wait: declared::QUEUE_WAIT.histogram_f64(meter),
             retries: declared::RETRIES.counter(meter),
             deduplicated: declared::DEDUPLICATED.counter(meter),
+            ledger_entries: declared::LEDGER_ENTRIES.counter(meter),
+            ledger_replayed: declared::LEDGER_REPLAYED.counter(meter),
+            ledger_ambiguous: declared::LEDGER_AMBIGUOUS.counter(meter),
+            ledger_wait: declared::LEDGER_WAIT.histogram_f64(meter),
             dead_letters: declared::DEAD_LETTERS.counter(meter),
             set_aside: declared::SET_ASIDE.counter(meter),
             in_flight: declared::IN_FLIGHT.gauge_u64(meter),
@@ -232,6 +240,8 @@ struct Step {
     queue_wait: BoundHistogram<f64>,
     retries: BoundCounter<u64>,
     deduplicated: BoundCounter<u64>,
+    /// Bound when a ledger is there: most steps have none.
+    ledger: OnceLock<LedgerMeter>,
     dead_letters: PerWord<BoundCounter<u64>>,
     set_aside: PerWord<BoundCounter<u64>>,
     in_flight: BoundGauge<u64>,
@@ -242,6 +252,14 @@ struct Step {
     rebalances: BoundCounter<u64>,
     work_queued: BoundGauge<f64>,
     positions: Arc<StepPositions>,
+}
+
+/// What a step with a ledger counts.
+struct LedgerMeter {
+    entries: PerWord<BoundCounter<u64>>,
+    replayed: BoundCounter<u64>,
+    ambiguous: BoundCounter<u64>,
+    wait: BoundHistogram<f64>,
 }
 
 /// Records and bytes from or to one topic.
@@ -277,6 +295,7 @@ impl StepMeter {
             queue_wait: instruments.queue_wait.bind(&labels),
             retries: instruments.retries.bind(&labels),
             deduplicated: instruments.deduplicated.bind(&labels),
+            ledger: OnceLock::new(),
             dead_letters: PerWord::new(CLASSES_MAX),
             set_aside: PerWord::new(CLASSES_MAX),
             in_flight: instruments.in_flight.bind(&labels),
@@ -335,6 +354,38 @@ impl StepMeter {
     /// A message was not written again.
     pub fn deduplicated(&self) {
         self.step.deduplicated.add(1);
+    }
+
+    /// The ledger of the step's paid calls acknowledged an entry.
+    pub fn ledger_written(&self, kind: &str) {
+        let counter = &self.step.instruments.ledger_entries;
+        let bind = |kind: &str| counter.bind(&with(&self.step.labels, "kind", kind));
+        self.ledger().entries.get(kind, bind).add(1);
+    }
+
+    /// A call was answered from the ledger.
+    pub fn ledger_replayed(&self) {
+        self.ledger().replayed.add(1);
+    }
+
+    /// So many tries may have been paid for.
+    pub fn ledger_ambiguous(&self, tries: usize) {
+        self.ledger().ambiguous.add(number(tries));
+    }
+
+    /// A paid call waited so long until it could be made.
+    pub fn ledger_waited(&self, wait: Duration) {
+        self.ledger().wait.record(wait.as_secs_f64());
+    }
+
+    fn ledger(&self) -> &LedgerMeter {
+        let (instruments, labels) = (&self.step.instruments, &self.step.labels);
+        self.step.ledger.get_or_init(|| LedgerMeter {
+            entries: PerWord::new(CLASSES_MAX),
+            replayed: instruments.ledger_replayed.bind(labels),
+            ambiguous: instruments.ledger_ambiguous.bind(labels),
+            wait: instruments.ledger_wait.bind(labels),
+        })
     }
 
     /// A record was put aside.

@@ -149,6 +149,10 @@ mod tests {
         meter.finished(Outcome::Rejected, Duration::from_millis(1), Duration::ZERO);
         meter.retried();
         meter.deduplicated();
+        meter.ledger_written("started");
+        meter.ledger_replayed();
+        meter.ledger_ambiguous(1);
+        meter.ledger_waited(Duration::from_secs(3));
         meter.dead_lettered("rejected");
         meter.set_aside("retry");
         meter.in_flight(5);

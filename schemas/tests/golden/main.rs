@@ -128,7 +128,8 @@ fn the_current_version_has_a_golden_of_every_record() {
     let package = concat!("v", env!("CARGO_PKG_VERSION_MAJOR"), ".", env!("CARGO_PKG_VERSION_MINOR"));
     assert_eq!(version, package, "a new version has samples of its own");
     let sampled: BTreeSet<_> = samples.iter().map(|sample| sample.record).collect();
-    let mut wanted: BTreeSet<_> = topics::ALL.iter().map(|topic| topic.record).collect();
+    let mut wanted: BTreeSet<_> =
+        topics::ALL.iter().chain(topics::OF_STEPS).map(|topic| topic.record).collect();
     wanted.insert("Envelope");
     assert_eq!(sampled, wanted);
 }
@@ -168,4 +169,5 @@ fn a_field_that_a_younger_version_added_is_no_fault() {
     check::<Delta>("delta.json");
     check::<Cancel>("cancel.json");
     check::<DeadLetter>("dead-letter.json");
+    check::<LedgerEntry>("ledger-entry.json");
 }

@@ -61,6 +61,11 @@ pub fn samples() -> Vec<Sample> {
         written("dead-letter.json", dead_letter()),
         written("outcome.avro", outcome()),
         written("outcome-nulls.avro", outcome_of_nothing()),
+        written("ledger-entry.json", ledger_entry()),
+        written(
+            "ledger-entry-lease.json",
+            LedgerEntry::of_lease(EntryKind::Renewed, "0123456789abcdef", 1_795_500_000_000),
+        ),
         written("attempt.avro", attempt()),
         written("attempt-nulls.avro", attempt_of_nothing()),
         headers("envelope.headers.json", envelope()),
@@ -446,6 +451,21 @@ fn outcome_of_nothing() -> Outcome {
         citations: 0,
         prompt_hash: None,
         metadata: None,
+    }
+}
+
+fn ledger_entry() -> LedgerEntry {
+    LedgerEntry {
+        call_id: CallId::read("00112233445566778899aabbccddeeff"),
+        attempt: Some(2),
+        source_offset: Some(17),
+        input: Some("0123456789abcdef".into()),
+        config: Some("fedcba9876543210".into()),
+        answer: Some(json!({"text": "Within three days.", "model": "small"})),
+        code: Some("answer_too_large".into()),
+        to: Some("retry.infer.10s".into()),
+        row: Some(attempt()),
+        ..LedgerEntry::of_lease(EntryKind::Done, "0123456789abcdef", 1_795_500_000_000)
     }
 }
 

@@ -217,9 +217,9 @@ impl Model for OpenAi {
         call: &'a Call<'_>,
         listener: &'a dyn Listener,
     ) -> BoxFuture<'a, Result<Reply, CallError>> {
-        Box::pin(async move {
-            let model = call.model.as_deref().unwrap_or(&self.model);
-            let endpoint = Some(self.endpoint.as_str());
+        let model = call.model.as_deref().unwrap_or(&self.model);
+        let endpoint = Some(self.endpoint.as_str());
+        let sent = async move {
             listener.started(endpoint, model);
             let mut pieces = Pieces { sent: Instant::now(), ttft: None, listener };
             let result = self.attempt(call, model, &mut pieces).await;
@@ -232,7 +232,9 @@ impl Model for OpenAi {
                 result: result.as_ref(),
             });
             result
-        })
+        };
+        // Here and not further out: a ledger must close each try before the next.
+        listener.paid(endpoint, model, Box::pin(sent))
     }
 }
 

@@ -7,6 +7,7 @@ mod demo;
 mod dlq;
 mod graph;
 mod ingest;
+mod ledger;
 mod topics;
 mod up;
 
@@ -27,6 +28,7 @@ pub async fn run(command: Command, config: Config) -> anyhow::Result<ExitCode> {
         Command::Dlq(dlq) => return dlq::run(dlq, config).await,
         Command::Topics(topics) => topics::run(topics, config).await?,
         Command::Config(crate::args::ConfigCommand::Print) => config::print(&config),
+        Command::Ledger(ledger) => return ledger::run(ledger, config).await,
         Command::Completions { shell } => completions::print(shell),
     }
     Ok(ExitCode::SUCCESS)

@@ -54,7 +54,7 @@ pub async fn demand(kafka: &Kafka, plan: &Plan, config: &Config) -> anyhow::Resu
     };
     let missing: Vec<_> = changes.iter().filter_map(missing).collect();
     if missing.is_empty() {
-        return alike(kafka, config).await;
+        return alike(kafka, plan, config).await;
     }
     Err(wrong(format!(
         "Kafka at {} has no topic {}; make the topics by `forebay topics apply --bootstrap-servers {0}{}`",
@@ -67,22 +67,25 @@ pub async fn demand(kafka: &Kafka, plan: &Plan, config: &Config) -> anyhow::Resu
     )))
 }
 
-/// A record and what it becomes lie at the same partition number: without that a result could be written twice.
-async fn alike(kafka: &Kafka, config: &Config) -> anyhow::Result<()> {
+/// A record and what it becomes lie at the same partition number, and so do a record and the ledger of its paid calls:
+/// without that a result could be written, or a call paid for, twice.
+async fn alike(kafka: &Kafka, plan: &Plan, config: &Config) -> anyhow::Result<()> {
     let there = there(kafka).await?;
-    let count = |topic: &Topic| {
-        let name = config.topic(topic.name);
-        there.get(&name).map(|count| (name, *count))
-    };
-    let counts: Vec<_> = [&ENDINGS, &RESULTS, &OUTCOMES].into_iter().filter_map(count).collect();
-    if counts.windows(2).all(|pair| pair[0].1 == pair[1].1) {
-        return Ok(());
+    let together = [&ENDINGS, &RESULTS, &OUTCOMES].map(|topic: &Topic| topic.name.to_owned()).into();
+    let ledgers = plan.steps.iter().flat_map(|step| step.ledgers());
+    let groups = ledgers.map(|(input, ledger)| vec![input, ledger]).chain([together]);
+    for group in groups {
+        let count = |topic: &String| there.get_key_value(&config.topic(topic));
+        let counts: Vec<_> = group.iter().filter_map(count).collect();
+        if counts.windows(2).any(|pair| pair[0].1 != pair[1].1) {
+            let shown: Vec<_> = counts.iter().map(|(name, count)| format!("{name} {count}")).collect();
+            return Err(wrong(format!(
+                "these topics must have equally many partitions, and have: {}; make them anew by `forebay topics apply`",
+                shown.join(", ")
+            )));
+        }
     }
-    let shown: Vec<_> = counts.iter().map(|(name, count)| format!("{name} {count}")).collect();
-    Err(wrong(format!(
-        "these topics must have equally many partitions, and have: {}; make them anew by `forebay topics apply`",
-        shown.join(", ")
-    )))
+    Ok(())
 }
 
 /// Full name → number of partitions, of all topics of the cluster.

@@ -113,6 +113,8 @@ impl Up {
             plan: &plan,
             steps: build::steps(chosen.iter().copied(), &resources)?,
             tables: build::tables(&plan, chosen.iter().copied(), &resources),
+            // The extractive model costs nothing: to ask it again is cheaper than to remember.
+            is_paid: config.model_url.is_some(),
             memory_bytes_max: config.memory_bytes,
             telemetry: &telemetry,
             health: &health,

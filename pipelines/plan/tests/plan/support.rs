@@ -55,7 +55,13 @@ impl Catalogue for Operators {
 
     fn describe(&self, operator: &str) -> Option<Description> {
         let (_, input, is_job, ports, tables, _) = ROWS.iter().find(|row| row.0 == operator)?;
-        Some(Description { input, is_job: *is_job, ports: ports.to_vec(), tables: tables.to_vec() })
+        Some(Description {
+            input,
+            is_job: *is_job,
+            is_paid: operator == "infer",
+            ports: ports.to_vec(),
+            tables: tables.to_vec(),
+        })
     }
 
     fn check_settings(&self, operator: &str, settings: &Value) -> Vec<SettingsFault> {

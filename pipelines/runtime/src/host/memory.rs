@@ -4,13 +4,14 @@
 
 use crate::{
     budget::Budget,
-    drive::{Event, SendError, Sink, Source},
+    drive::{Event, Progress, SendError, Sink, Source},
+    ledger::{Chunk, Log},
     message::{Incoming, Input, Outgoing, Partition},
 };
 use bytes::Bytes;
 use forebay_operator::Clock;
 use forebay_plan::Channel;
-use forebay_schemas::Headers;
+use forebay_schemas::{Headers, LedgerEntry, Record as _};
 use futures::future::BoxFuture;
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -45,6 +46,8 @@ pub struct MemoryLog {
 struct State {
     topics: BTreeMap<Arc<str>, Vec<Stored>>,
     committed: BTreeMap<(String, Arc<str>), i64>,
+    /// What stands beside the committed offset.
+    metadata: BTreeMap<(String, Arc<str>), String>,
 }
 
 impl State {
@@ -106,6 +109,16 @@ impl MemoryLog {
         before.unwrap_or(0) <= offset
     }
 
+    /// What stands beside how far a group has come.
+    pub fn metadata(&self, group: &str, topic: &Arc<str>) -> String {
+        self.state().metadata.get(&(group.to_owned(), Arc::clone(topic))).cloned().unwrap_or_default()
+    }
+
+    fn commit_with(&self, group: &str, topic: &Arc<str>, offset: i64, metadata: String) -> bool {
+        self.state().metadata.insert((group.to_owned(), Arc::clone(topic)), metadata);
+        self.commit(group, topic, offset)
+    }
+
     /// How many messages of each topic each group has not committed yet, where there are any; all as of one moment.
     pub fn lags(&self) -> BTreeMap<(String, Arc<str>), i64> {
         let state = self.state();
@@ -155,6 +168,37 @@ impl Sink for MemoryLog {
     }
 }
 
+/// Ledgers of paid calls in the same log.
+pub struct MemoryLedger {
+    /// The log.
+    pub log: Arc<MemoryLog>,
+    /// The group of the stage whose ledgers they are.
+    pub group: String,
+}
+
+impl Log for MemoryLedger {
+    fn append(&self, at: &Partition, entry: &LedgerEntry) -> BoxFuture<'static, Result<i64, SendError>> {
+        let value = entry.encode().ok().flatten().map(Bytes::from);
+        let offset = self.log.append(&at.topic, Some(entry.message_key().into()), value, Headers::new());
+        Box::pin(async move { Ok(offset) })
+    }
+
+    fn read(&self, at: &Partition, from: i64, _: usize) -> BoxFuture<'static, Result<Chunk, String>> {
+        let stored = self.log.read(&at.topic);
+        let next = i64::try_from(stored.len()).unwrap_or(i64::MAX);
+        let read =
+            |(offset, stored): (i64, Stored)| Some((offset, LedgerEntry::decode(&stored.value?).ok()?));
+        let entries = (0..).zip(stored).filter(|(offset, _)| *offset >= from).filter_map(read).collect();
+        Box::pin(async move { Ok(Chunk { entries, next, at_end: true }) })
+    }
+
+    fn committed(&self, input: &Partition) -> BoxFuture<'static, Result<(i64, String), String>> {
+        let committed = self.log.committed(&self.group, &input.topic);
+        let metadata = self.log.metadata(&self.group, &input.topic);
+        Box::pin(async move { Ok((committed, metadata)) })
+    }
+}
+
 /// What a test lets happen to a member of a group.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Sentinel {
@@ -183,7 +227,7 @@ pub struct MemorySource {
     /// Oldest first.
     draining: VecDeque<Draining>,
     paused: BTreeSet<Partition>,
-    stored: BTreeMap<Partition, i64>,
+    stored: BTreeMap<Partition, (i64, String)>,
     events: VecDeque<Event>,
     sentinels: mpsc::UnboundedReceiver<Sentinel>,
     grew: watch::Receiver<()>,
@@ -319,17 +363,17 @@ impl Source for MemorySource {
         left.map(|(partition, position)| self.log.end(&partition.topic) - position).sum()
     }
 
-    fn store(&mut self, progress: &[(Partition, i64)]) {
-        for (partition, offset) in progress {
+    fn store(&mut self, progress: &[Progress]) {
+        for Progress { partition, offset, metadata } in progress {
             if self.is_ours(partition) {
-                self.stored.insert(partition.clone(), *offset);
+                self.stored.insert(partition.clone(), (*offset, metadata.clone()));
             }
         }
     }
 
     fn commit(&mut self) {
-        for (partition, offset) in std::mem::take(&mut self.stored) {
-            let forward = self.log.commit(&self.group, &partition.topic, offset);
+        for (partition, (offset, metadata)) in std::mem::take(&mut self.stored) {
+            let forward = self.log.commit_with(&self.group, &partition.topic, offset, metadata);
             debug_assert!(forward, "group {} went back in {partition}", self.group);
         }
     }

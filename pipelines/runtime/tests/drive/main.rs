@@ -5,6 +5,7 @@
 mod aside;
 mod endings;
 mod flow;
+mod ledger;
 mod order;
 mod rebalance;
 mod simulation;

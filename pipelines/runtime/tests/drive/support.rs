@@ -5,13 +5,17 @@ use forebay_plan::Channel;
 use forebay_runtime::{
     drive::{DriveError, Limits, SendError, Sink, drive},
     host::memory::{MemoryLog, MemorySource, Sentinel, Stored},
+    ledger::{
+        self, LeaseClock, Ledgers, Log,
+        book::{AMBIGUOUS_MAX, Terms},
+    },
     message::{Input, Outgoing},
     stage::{CommonTopics, Parts, Patience, RetryTopic, Stage},
 };
 use forebay_schemas::{
     DecodeError, Ending, Headers, Hop, Identity, Record, Request, RequestId, dead_letter::header as dead,
 };
-use forebay_telemetry::{Settings, Telemetry};
+use forebay_telemetry::{Health, Settings, Telemetry};
 use futures::future::BoxFuture;
 use std::{
     collections::BTreeMap,
@@ -132,6 +136,12 @@ pub struct Spec {
     pub limits: Limits,
     pub patience: Patience,
     pub script: Arc<Script>,
+    /// Another operator than one that does as the script says.
+    pub step: Option<Arc<dyn Step>>,
+    /// Where its paid calls are remembered.
+    pub ledger: Option<Arc<dyn Log>>,
+    /// How many ambiguous tries are followed by another.
+    pub ambiguous_max: usize,
 }
 
 impl Spec {
@@ -147,6 +157,9 @@ impl Spec {
             limits: Limits::new(64),
             patience: Patience::default(),
             script,
+            step: None,
+            ledger: None,
+            ambiguous_max: AMBIGUOUS_MAX,
         }
     }
 }
@@ -244,11 +257,14 @@ impl World {
 
     /// The same, writing through another sink.
     pub fn join_over(&self, spec: &Spec, sink: Arc<dyn Sink>) -> Member {
-        let step = Scripted { is_job: spec.is_job, runs: Mutex::default(), script: Arc::clone(&spec.script) };
-        let stage = Arc::new(Stage::new(Parts {
+        let scripted =
+            Scripted { is_job: spec.is_job, runs: Mutex::default(), script: Arc::clone(&spec.script) };
+        let step = spec.step.clone().unwrap_or_else(|| Arc::new(scripted));
+        let meter = telemetry().step(spec.key, "scripted");
+        let stage = Stage::new(Parts {
             key: spec.key.into(),
             pipeline: "test".into(),
-            step: Arc::new(step),
+            step,
             routes: BTreeMap::from([("out".to_owned(), spec.to.into())]),
             from_clients: ["requests".into(), "requests-backfill".into()].into(),
             backfill: BTreeMap::from([("out".into(), "out-backfill".into())]),
@@ -264,8 +280,27 @@ impl World {
             clock: self.clock,
             host: Arc::new(Quiet),
             patience: spec.patience.clone(),
-            meter: telemetry().step(spec.key, "scripted"),
-        }));
+            meter: meter.clone(),
+        });
+        let ledgers = spec.ledger.iter().map(|log| {
+            Arc::new(Ledgers::new(ledger::Parts {
+                log: Arc::clone(log),
+                topics: inputs(spec)
+                    .into_iter()
+                    .map(|input| (input.topic.clone(), format!("ledger.step.{}", input.topic).into()))
+                    .collect(),
+                ambiguous_max: spec.ambiguous_max,
+                finished_max: 1_000,
+                config: "c".to_owned(),
+                terms: Terms::default(),
+                lease_clock: LeaseClock::Virtual(tokio::time::Instant::now()),
+                clock: self.clock,
+                meter: meter.clone(),
+                health: Health::new(),
+                name: "ledger".to_owned(),
+            }))
+        });
+        let stage = Arc::new(ledgers.into_iter().fold(stage, Stage::with_ledgers));
         let (source, sentinels) = MemorySource::join(&self.log, spec.key, &inputs(spec));
         let shutdown = CancellationToken::new();
         let polls_left = Arc::new(AtomicU32::new(u32::MAX));

@@ -1,6 +1,7 @@
 //! Over Kafka: a consumer group for each stage, one producer for each process.
 
 mod client;
+mod ledger;
 mod read_back;
 mod sink;
 mod source;
@@ -9,6 +10,7 @@ pub mod topics;
 mod watch;
 
 pub use client::{Kafka, KafkaSettings, LogContext, SettingsError, UnreachableError, may_be_secret};
+pub use ledger::KafkaLedger;
 pub use sink::KafkaSink;
 pub use source::{KafkaSource, ReadBounds, Reading, headers};
 pub use table::{TableError, TableReader};

@@ -9,7 +9,7 @@ use crate::{
 };
 use futures::future::BoxFuture;
 use rdkafka::{
-    ClientContext,
+    ClientContext, Message as _,
     config::RDKafkaLogLevel,
     error::KafkaError,
     message::{DeliveryResult, Header, OwnedHeaders},
@@ -19,7 +19,7 @@ use rdkafka::{
 use std::{
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicI64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -52,7 +52,7 @@ impl KafkaSink {
     /// Writes a message that may be lost.
     pub fn send_best_effort(&self, message: &Outgoing) {
         // Nobody waits for this try; a producer whose queue is full, or that is closed, loses the message.
-        let _ = self.enqueue(message, 0, &Arc::new(Try::of(1)));
+        let _ = self.enqueue(message, None, 0, &Arc::new(Try::of(1)));
     }
 
     /// Waits until nothing is on its way, or for a bounded time.
@@ -62,7 +62,44 @@ impl KafkaSink {
         }
     }
 
-    fn enqueue(&self, message: &Outgoing, place: usize, of: &Arc<Try>) -> Result<(), KafkaError> {
+    /// Writes a message at a partition of the caller's choice, however often that takes; gives its offset. It is on its way
+    /// when this returns, before anybody waits for it.
+    pub(super) fn append(
+        &self,
+        message: Outgoing,
+        partition: i32,
+    ) -> BoxFuture<'static, Result<i64, SendError>> {
+        let this = self.clone();
+        let try_to_append = move |message: &Outgoing| {
+            let on_its_way = Arc::new(Try::of(1));
+            if let Err(fault) = this.enqueue(message, Some(partition), 0, &on_its_way) {
+                on_its_way.settle(0, Err(fault));
+            }
+            on_its_way
+        };
+        let (this, mut on_its_way) = (self.clone(), try_to_append(&message));
+        Box::pin(async move {
+            loop {
+                let Some((_, fault)) = on_its_way.settled().await.pop() else {
+                    return Ok(on_its_way.offset.load(Ordering::Acquire));
+                };
+                let wait = this.judge(&message, &fault)?;
+                tokio::select! {
+                    () = tokio::time::sleep(wait) => {}
+                    () = this.closed.cancelled() => return Err(SendError::Closed),
+                }
+                on_its_way = try_to_append(&message);
+            }
+        })
+    }
+
+    fn enqueue(
+        &self,
+        message: &Outgoing,
+        partition: Option<i32>,
+        place: usize,
+        of: &Arc<Try>,
+    ) -> Result<(), KafkaError> {
         let mut headers = OwnedHeaders::new_with_capacity(message.headers.len());
         for (name, value) in &message.headers {
             headers = headers.insert(Header { key: name, value: value.as_deref() });
@@ -71,6 +108,7 @@ impl KafkaSink {
         let mut record = BaseRecord::<[u8], [u8], _>::with_opaque_to(&message.topic, sent).headers(headers);
         record.key = message.key.as_deref();
         record.payload = message.value.as_deref();
+        record.partition = partition;
         self.producer.send(record).map_err(|(fault, _)| fault)
     }
 
@@ -78,8 +116,8 @@ impl KafkaSink {
     async fn try_to_write(&self, messages: &[Outgoing], places: &[usize]) -> Vec<(usize, KafkaError)> {
         let on_their_way = Arc::new(Try::of(places.len()));
         for &place in places {
-            if let Err(fault) = self.enqueue(&messages[place], place, &on_their_way) {
-                on_their_way.settle(place, Some(fault));
+            if let Err(fault) = self.enqueue(&messages[place], None, place, &on_their_way) {
+                on_their_way.settle(place, Err(fault));
             }
         }
         on_their_way.settled().await
@@ -142,18 +180,24 @@ struct Try {
     /// Messages that are neither acknowledged nor refused.
     unsettled: AtomicUsize,
     refused: Mutex<Vec<(usize, KafkaError)>>,
+    /// Of the message that was acknowledged last.
+    offset: AtomicI64,
     done: Notify,
 }
 
 impl Try {
     fn of(messages: usize) -> Self {
-        Self { unsettled: AtomicUsize::new(messages), refused: Mutex::default(), done: Notify::new() }
+        let (unsettled, offset) = (AtomicUsize::new(messages), AtomicI64::new(-1));
+        Self { unsettled, refused: Mutex::default(), offset, done: Notify::new() }
     }
 
-    /// Notes what became of a message: `None` where it is acknowledged.
-    fn settle(&self, place: usize, fault: Option<KafkaError>) {
-        if let Some(fault) = fault {
-            self.refused.lock().unwrap_or_else(PoisonError::into_inner).push((place, fault));
+    /// Notes what became of a message: its offset where it is acknowledged.
+    fn settle(&self, place: usize, result: Result<i64, KafkaError>) {
+        match result {
+            Ok(offset) => self.offset.store(offset, Ordering::Release),
+            Err(fault) => {
+                self.refused.lock().unwrap_or_else(PoisonError::into_inner).push((place, fault));
+            }
         }
         if self.unsettled.fetch_sub(1, Ordering::AcqRel) == 1 {
             self.done.notify_one();
@@ -193,8 +237,8 @@ impl ProducerContext for Acknowledgements {
     type DeliveryOpaque = Box<Sent>;
 
     fn delivery(&self, result: &DeliveryResult<'_>, sent: Box<Sent>) {
-        let fault = result.as_ref().err().map(|(fault, _)| fault.clone());
-        sent.of.settle(sent.place, fault);
+        let result = result.as_ref().map(|message| message.offset()).map_err(|(fault, _)| fault.clone());
+        sent.of.settle(sent.place, result);
     }
 }
 
@@ -205,13 +249,13 @@ mod tests {
 
     #[tokio::test]
     async fn a_try_is_settled_by_the_last_answer_and_gives_back_what_was_refused_in_order() {
-        let full = || Some(KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull));
+        let full = || Err(KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull));
         let of = Try::of(4);
         of.settle(3, full());
-        of.settle(0, None);
+        of.settle(0, Ok(7));
         of.settle(1, full());
         assert!(of.settled().now_or_never().is_none());
-        of.settle(2, None);
+        of.settle(2, Ok(8));
         let refused = of.settled().await;
         assert_eq!(refused.iter().map(|(place, _)| *place).collect::<Vec<_>>(), [1, 3]);
         assert!(Try::of(0).settled().await.is_empty());

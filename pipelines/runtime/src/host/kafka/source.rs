@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     budget::Budget,
-    drive::{Event, Source},
+    drive::{Event, Progress, Source},
     fence::Fence,
     message::{Incoming, Input, Partition},
     once::Once,
@@ -256,14 +256,17 @@ impl Source for KafkaSource {
         })
     }
 
-    fn store(&mut self, progress: &[(Partition, i64)]) {
+    fn store(&mut self, progress: &[Progress]) {
         // Gone where the group was left: then the next owner repeats.
         let Some(consumer) = self.consumer.upgrade() else { return };
         // One by one: librdkafka refuses the whole list for one partition that has just been lost, and it is right
         // to refuse that one: it fences us off.
-        for (partition, offset) in progress {
+        for Progress { partition, offset, metadata } in progress {
             let mut one = TopicPartitionList::new();
             let added = one.add_partition_offset(&partition.topic, partition.number, Offset::Offset(*offset));
+            if let Some(mut element) = one.find_partition(&partition.topic, partition.number) {
+                element.set_metadata(metadata);
+            }
             match added.and_then(|()| consumer.store_offsets(&one)) {
                 Ok(()) => self.meter.committed(&partition.topic, partition.number, *offset),
                 Err(fault) => {

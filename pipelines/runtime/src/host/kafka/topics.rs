@@ -33,6 +33,10 @@ impl Wanted {
             Cleanup::Compact => {
                 settings.insert("cleanup.policy", "compact".to_owned());
             }
+            Cleanup::CompactAfter { hours } => {
+                settings.insert("cleanup.policy", "compact".to_owned());
+                settings.insert("min.compaction.lag.ms", (u64::from(hours) * 3_600_000).to_string());
+            }
             Cleanup::Delete { hours } => {
                 settings.insert("cleanup.policy", "delete".to_owned());
                 settings.insert("retention.ms", (u64::from(hours) * 3_600_000).to_string());

@@ -1,0 +1,364 @@
+//! A step that pays for its calls: killed at every moment, drained, cut off, and the same request delivered twice.
+
+use crate::support::{Member, Slow, Spec, World, ending, pass, script, text};
+use forebay_operator::{Addressed, Context, Failure, Opened, Port, Step};
+use forebay_runtime::{
+    drive::{Limits, SendError},
+    host::memory::MemoryLedger,
+    ledger::{Chunk, Log},
+    message::Partition,
+};
+use forebay_schemas::{
+    Attempt, DecodeError, EntryKind, Hop, Identity, LedgerEntry, Record, Request, RequestId,
+};
+use futures::future::BoxFuture;
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex},
+};
+
+/// The calls that were sent, by record.
+type Calls = Arc<Mutex<BTreeMap<String, usize>>>;
+
+/// Pays for an answer: it takes `ms`, and the first `fails` calls of a record fail.
+struct Paying {
+    calls: Calls,
+    ms: u64,
+    fails: usize,
+}
+
+impl Step for Paying {
+    fn operator(&self) -> &'static str {
+        "paying"
+    }
+    fn hop(&self) -> Option<Hop> {
+        None
+    }
+    fn input(&self) -> &'static str {
+        "Text"
+    }
+    fn is_job(&self) -> bool {
+        true
+    }
+    fn ports(&self) -> &'static [Port] {
+        &[Port { name: "out", record: "Text" }]
+    }
+    fn open(&self, _: Option<&str>, body: Option<&[u8]>) -> Result<Box<dyn Opened + '_>, DecodeError> {
+        let body = String::from_utf8(body.unwrap_or_default().to_vec()).unwrap();
+        Ok(Box::new(Read { step: self, body }))
+    }
+}
+
+/// A text; its first word is the id.
+struct Read<'s> {
+    step: &'s Paying,
+    body: String,
+}
+
+impl Opened for Read<'_> {
+    fn identity(&self) -> Identity {
+        let id = self.body.split(' ').next().and_then(|id| RequestId::try_from(id.to_owned()).ok());
+        Identity { id, ..Identity::default() }
+    }
+    fn request(&self) -> Option<&Request> {
+        None
+    }
+    fn run<'a>(self: Box<Self>, cx: &'a Context) -> BoxFuture<'a, Result<Vec<Addressed>, Failure>>
+    where
+        Self: 'a,
+    {
+        Box::pin(async move {
+            let Self { step, body } = *self;
+            let number = Mutex::new(0);
+            let row = |attempt: i32| {
+                // Tries made elsewhere stand in the envelope.
+                let attempt = attempt.max(i32::try_from(cx.envelope().attempts).unwrap());
+                *number.lock().unwrap() = attempt;
+                row(cx, attempt, "ambiguous")
+            };
+            let call = async {
+                let made = {
+                    let mut calls = step.calls.lock().unwrap();
+                    let made = calls.entry(body.clone()).or_default();
+                    *made += 1;
+                    *made
+                };
+                pass(step.ms).await;
+                let attempt = *number.lock().unwrap();
+                let failed = made <= step.fails;
+                cx.record(self::row(cx, attempt, if failed { "failed" } else { "ok" }));
+                if failed { Err(Failure::unavailable("down", "it", "busy")) } else { Ok(format!("{body}!")) }
+            };
+            let answer = cx.paid(0, row, call).await?;
+            Ok(vec![Addressed { port: "out", key: None, body: Some(answer.into_bytes()) }])
+        })
+    }
+}
+
+fn row(cx: &Context, attempt: i32, status: &str) -> Attempt {
+    let call_id = cx.call_id(0).as_str().to_owned();
+    Attempt {
+        attempt_id: format!("{call_id}/{attempt}"),
+        call_id,
+        request_id: cx.envelope().id.as_str().to_owned(),
+        tenant: String::new(),
+        generation: 0,
+        stage: cx.stage().to_owned(),
+        attempt,
+        started_at: 0,
+        duration_us: 0,
+        ttft_us: None,
+        provider: String::new(),
+        endpoint: None,
+        model: None,
+        status: status.to_owned(),
+        error_code: None,
+        http_status: None,
+        input_tokens: None,
+        output_tokens: None,
+        cost_nano_usd: (status != "ambiguous").then_some(1),
+    }
+}
+
+/// A log that takes its time on the way there and back.
+struct SlowLedger {
+    inner: Arc<MemoryLedger>,
+    ms: u64,
+}
+
+impl Log for SlowLedger {
+    fn append(&self, at: &Partition, entry: &LedgerEntry) -> BoxFuture<'static, Result<i64, SendError>> {
+        let (inner, ms, at, entry) = (Arc::clone(&self.inner), self.ms, at.clone(), entry.clone());
+        Box::pin(async move {
+            pass(ms).await;
+            let offset = inner.append(&at, &entry).await;
+            pass(ms).await;
+            offset
+        })
+    }
+    fn read(
+        &self,
+        at: &Partition,
+        from: i64,
+        entries_max: usize,
+    ) -> BoxFuture<'static, Result<Chunk, String>> {
+        let (read, ms) = (self.inner.read(at, from, entries_max), self.ms);
+        Box::pin(async move {
+            pass(ms).await;
+            read.await
+        })
+    }
+    fn committed(&self, input: &Partition) -> BoxFuture<'static, Result<(i64, String), String>> {
+        self.inner.committed(input)
+    }
+}
+
+struct Shop {
+    world: World,
+    spec: Spec,
+    calls: Calls,
+}
+
+impl Shop {
+    /// Calls take so long, and the first ones of a record fail.
+    fn new(ms: u64, fails: usize) -> Self {
+        let (world, calls) = (World::new(), Calls::default());
+        let inner = Arc::new(MemoryLedger { log: Arc::clone(&world.log), group: "step".to_owned() });
+        let step = Some(Arc::new(Paying { calls: Arc::clone(&calls), ms, fails }) as Arc<dyn Step>);
+        let ledger = Some(Arc::new(SlowLedger { inner, ms: 10 }) as Arc<dyn Log>);
+        let never = script(|_| async { Err(Failure::Cancelled) });
+        let spec = Spec { step, ledger, limits: Limits::new(8), ..Spec::new(never) };
+        Self { world, spec, calls }
+    }
+
+    fn join(&self) -> Member {
+        self.world.join_over(&self.spec, Arc::new(Slow { log: Arc::clone(&self.world.log), ms: 20 }))
+    }
+
+    fn ask(&self, body: &str) {
+        self.world.write("requests", None, body);
+    }
+
+    fn made(&self, body: &str) -> usize {
+        self.calls.lock().unwrap().get(body).copied().unwrap_or(0)
+    }
+
+    /// How many rows each status has; a row that was written twice is one.
+    fn rows(&self) -> BTreeMap<String, usize> {
+        let rows = self.world.log.read("attempts");
+        let rows = rows.iter().map(|row| Attempt::decode(row.value.as_deref().unwrap()).unwrap());
+        let rows: BTreeMap<_, _> = rows.map(|row| (row.attempt_id, row.status)).collect();
+        let mut counts = BTreeMap::new();
+        for status in rows.into_values() {
+            *counts.entry(status).or_default() += 1;
+        }
+        counts
+    }
+
+    fn entries(&self, kind: EntryKind) -> usize {
+        let entries = self.world.log.read("ledger.step.requests");
+        let entries =
+            entries.iter().map(|entry| LedgerEntry::decode(entry.value.as_deref().unwrap()).unwrap());
+        entries.filter(|entry| entry.kind == kind).count()
+    }
+
+    /// Every call is the answer, a failure, or told of as ambiguous.
+    fn check(&self, body: &str, when: &str) {
+        let rows = self.rows();
+        let of = |status: &str| rows.get(status).copied().unwrap_or(0);
+        let explained = of("ok") + of("failed") + of("ambiguous");
+        assert!(self.made(body) <= explained, "{when}: {} calls, rows {rows:?}", self.made(body));
+        assert_eq!(of("ok"), 1, "{when}: {rows:?}");
+        let mut out = self.world.texts("out");
+        out.dedup();
+        assert_eq!(out, [format!("{body}!")], "{when}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn killed_at_any_moment_it_pays_again_only_for_a_call_whose_end_nobody_knows() {
+    let (mut ambiguous, mut replayed) = (0, 0);
+    for (fails, until) in [(0, 700), (1, 3_500)] {
+        for after in (0..until).step_by(7) {
+            let mut shop = Shop::new(100, fails);
+            shop.spec.retries = vec![("retry", 2)];
+            let first = shop.join();
+            shop.ask("a");
+            pass(after).await;
+            let answered = shop.entries(EntryKind::Done) > 0;
+            let (made, when) = (shop.made("a"), format!("killed after {after} ms, {fails} fail"));
+            first.kill().await;
+            let second = shop.join();
+            shop.world.settled().await;
+            second.stop().await.unwrap();
+            shop.check("a", &when);
+            if answered {
+                assert_eq!(shop.made("a"), made, "{when}: the answer was in the ledger");
+                replayed += 1;
+            }
+            ambiguous += usize::from(shop.rows().contains_key("ambiguous"));
+        }
+    }
+    assert!(ambiguous > 10 && replayed > 10, "{ambiguous} ambiguous, {replayed} replayed");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_call_that_outlives_its_partition_is_heard_out_for_the_next_owner() {
+    for lost in [false, true] {
+        // Longer than the drain.
+        let shop = Shop::new(15_000, 0);
+        let member = shop.join();
+        shop.ask("a");
+        pass(1_000).await;
+        if lost {
+            member.lose("requests")
+        } else {
+            member.rebalance("requests")
+        }
+        shop.world.settled().await;
+        member.stop().await.unwrap();
+        assert_eq!(
+            (shop.made("a"), shop.rows()),
+            (1, BTreeMap::from([("ok".to_owned(), 1)])),
+            "lost: {lost}"
+        );
+        shop.check("a", "heard out");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_restart_repeats_nothing() {
+    let shop = Shop::new(300, 0);
+    let mut member = shop.join();
+    for number in 0..40 {
+        shop.ask(&format!("r{number}"));
+        if number % 10 == 9 {
+            pass(500).await;
+            member.stop().await.unwrap();
+            member = shop.join();
+        }
+    }
+    shop.world.settled().await;
+    member.stop().await.unwrap();
+    assert!(shop.calls.lock().unwrap().values().all(|made| *made == 1));
+    assert_eq!((shop.world.texts("out").len(), shop.rows()), (40, BTreeMap::from([("ok".to_owned(), 40)])));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_that_comes_twice_at_once_is_paid_for_once_and_another_under_its_id_is_refused() {
+    let shop = Shop::new(500, 0);
+    let member = shop.join();
+    for body in ["a", "a", "a other"] {
+        shop.ask(body);
+    }
+    shop.world.settled().await;
+    member.stop().await.unwrap();
+    assert_eq!((shop.made("a"), shop.made("a other")), (1, 0));
+    let endings = shop.world.log.read("endings");
+    let codes: Vec<_> = endings.iter().map(|message| ending(message).error.unwrap().code).collect();
+    assert_eq!(
+        (shop.world.texts("out"), codes),
+        (vec!["a!".to_owned(); 2], vec!["ledger_input_differs".to_owned()])
+    );
+}
+
+/// Kills so many members in the middle of the call; how the record ended.
+async fn kill_in_the_call(ambiguous_max: usize, kills: usize) -> (String, usize, usize) {
+    let mut shop = Shop::new(1_000, 0);
+    shop.spec.ambiguous_max = ambiguous_max;
+    shop.ask("a");
+    for _ in 0..kills {
+        let (member, made) = (shop.join(), shop.made("a"));
+        while shop.made("a") == made {
+            pass(10).await;
+        }
+        member.kill().await;
+    }
+    let last = shop.join();
+    shop.world.settled().await;
+    last.stop().await.unwrap();
+    let letters: Vec<_> = shop.world.log.read("dead-letters").iter().map(text).collect();
+    let told = if letters.is_empty() { shop.world.texts("out") } else { letters };
+    (told.join(","), shop.made("a"), shop.rows().get("ambiguous").copied().unwrap_or(0))
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_ambiguous_call_is_made_again_twice_at_most_or_not_at_all() {
+    assert_eq!(kill_in_the_call(2, 1).await, ("a!".to_owned(), 2, 1));
+    assert_eq!(kill_in_the_call(2, 2).await, ("a!".to_owned(), 3, 2));
+    assert_eq!(kill_in_the_call(2, 3).await, ("a".to_owned(), 3, 3));
+    assert_eq!(kill_in_the_call(0, 1).await, ("a".to_owned(), 1, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_comes_again_after_its_first_copy_is_done_is_paid_for_once_also_by_the_next_owner() {
+    let shop = Shop::new(50, 0);
+    for bodies in [["a", "b"], ["a", "a other"], ["b", "a"]] {
+        let member = shop.join();
+        for body in bodies {
+            shop.ask(body);
+            shop.world.settled().await;
+        }
+        member.stop().await.unwrap();
+    }
+    assert_eq!((shop.made("a"), shop.made("b"), shop.made("a other")), (1, 1, 0));
+    assert_eq!(shop.world.texts("out"), ["a!", "b!", "a!", "b!", "a!"]);
+    assert_eq!(ending(&shop.world.log.read("endings")[0]).error.unwrap().code, "ledger_input_differs");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_read_anew_is_bounded() {
+    let shop = Shop::new(50, 0);
+    let member = shop.join();
+    // More than are remembered.
+    for number in 0..1_300 {
+        shop.ask(&format!("r{number}"));
+        pass(20).await;
+    }
+    shop.world.settled().await;
+    let metadata = shop.world.log.metadata("step", &"requests".into());
+    member.stop().await.unwrap();
+    let from: usize = metadata.strip_prefix("ledger=").unwrap().parse().unwrap();
+    let all = shop.world.log.read("ledger.step.requests").len();
+    assert!(all >= 2_600 && from > all - 2_100, "read from {from} of {all}");
+}
