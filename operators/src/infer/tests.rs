@@ -30,7 +30,7 @@ impl Model for Told {
 }
 
 impl Told {
-    async fn told(&self, call: &Call, listener: &dyn Listener) -> Result<Reply, CallError> {
+    async fn told(&self, call: &Call<'_>, listener: &dyn Listener) -> Result<Reply, CallError> {
         listener.started(Some("http://here"), "small");
         if call.stream {
             listener.token("so ");
