@@ -114,6 +114,10 @@ impl Kafka {
                 return Err(SettingsError::Refused { property: property.clone(), reason });
             }
             config.set(property, value);
+            // Whoever asks for librdkafka's debug contexts wants to see them; FOREBAY_LOG has the last word.
+            if property == "debug" {
+                config.set_log_level(RDKafkaLogLevel::Debug);
+            }
         }
         config.create_native_config().map_err(|error| match error {
             KafkaError::ClientConfig(_, reason, property, value) => {

@@ -93,6 +93,9 @@ const COMPLAIN_EVERY: Duration = Duration::from_secs(10);
 /// How long an outage may be that reading back waits for; then the process ends, for another to try.
 const READ_BACK_MAX: Duration = Duration::from_secs(120);
 
+/// How long commits may take to be answered when the group is left; then it is left without.
+const LEAVE_MAX: Duration = Duration::from_secs(1);
+
 /// How long to wait before that is tried again.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
@@ -322,10 +325,13 @@ fn fence(config: &ClientConfig) -> Fence {
 
 /// Commits what is stored, without waiting for the answer.
 fn commit(consumer: &BaseConsumer<Member>) {
-    if let Err(fault) = consumer.commit_consumer_state(CommitMode::Async)
-        && !is_nothing_to_commit(&fault)
-    {
-        warn!(error = %fault, "could not commit; will try again");
+    // Before the answer may come.
+    consumer.context().unanswered.fetch_add(1, Ordering::AcqRel);
+    if let Err(fault) = consumer.commit_consumer_state(CommitMode::Async) {
+        consumer.context().unanswered.fetch_sub(1, Ordering::AcqRel);
+        if !is_nothing_to_commit(&fault) {
+            warn!(error = %fault, "could not commit; will try again");
+        }
     }
 }
 
@@ -355,6 +361,8 @@ struct Member {
     closed: AtomicBool,
     /// What was last seen of the partitions, until the thread looks at it.
     seen: Mutex<Vec<Look>>,
+    /// Commits that are not answered yet.
+    unanswered: AtomicUsize,
     /// When a refused commit was last said aloud.
     complained: Mutex<Option<Instant>>,
     meter: StepMeter,
@@ -367,6 +375,7 @@ impl Member {
             joined: AtomicBool::new(false),
             closed: AtomicBool::new(false),
             seen: Mutex::default(),
+            unanswered: AtomicUsize::new(0),
             complained: Mutex::default(),
             meter,
         }
@@ -424,6 +433,7 @@ impl ConsumerContext for Member {
 
     /// A commit without an offset is answered too, as an error that is none.
     fn commit_callback(&self, result: KafkaResult<()>, _: &TopicPartitionList) {
+        self.unanswered.fetch_sub(1, Ordering::AcqRel);
         let Err(fault) = result else { return };
         let mut complained = self.complained.lock().unwrap_or_else(PoisonError::into_inner);
         if !is_nothing_to_commit(&fault) && complained.is_none_or(|last| last.elapsed() > COMPLAIN_EVERY) {
@@ -508,11 +518,23 @@ impl Reader {
         if !self.closing {
             self.consumer.unsubscribe();
         }
+        self.leave();
         self.health.retire(&self.heart);
         let Self { consumer, events, .. } = self;
         close(consumer);
         // The loop may be gone already.
         let _ = events.send(ended);
+    }
+
+    /// Waits, for a bounded time, until librdkafka has nothing left to unassign or to commit. Closed before, it does not
+    /// tell the group that it leaves, and its partitions stand still until its session is over.
+    fn leave(&mut self) {
+        let until = Instant::now() + LEAVE_MAX;
+        let answered = |reader: &Self| reader.consumer.context().unanswered.load(Ordering::Acquire) == 0;
+        while !(self.owns_nothing() && answered(self)) && Instant::now() < until {
+            // What is still read here is read again by the next owner.
+            let _ = self.poll(Duration::from_millis(5));
+        }
     }
 
     fn obey(&mut self, command: Command) {
