@@ -142,8 +142,7 @@ impl Kafka {
     /// The settings of a member of a consumer group.
     pub(super) fn group_config(&self, group: &str) -> ClientConfig {
         let mut config = self.config();
-        let kip_848 =
-            config.get("group.protocol").is_some_and(|protocol| protocol.eq_ignore_ascii_case("consumer"));
+        let kip_848 = is_kip_848(&config);
         // Defaults first, so that what the user passed through wins.
         let mut default = |name: &str, value: &str| {
             if config.get(name).is_none() {
@@ -159,7 +158,11 @@ impl Kafka {
         default("fetch.wait.max.ms", "100");
         // A flood is noticed by its lag, which these tell.
         default("statistics.interval.ms", "2000");
-        if !kip_848 {
+        if kip_848 {
+            // Of every topic the same share, and equal numbers at one member: the uniform assignor counts partitions of
+            // all channels alike, and one member may get all live ones.
+            default("group.remote.assignor", "range");
+        } else {
             default("session.timeout.ms", "10000");
             default("heartbeat.interval.ms", "3000");
             config.set("partition.assignment.strategy", "cooperative-sticky");
@@ -215,6 +218,11 @@ impl Kafka {
             self.reader_config().create_with_context(LogContext).map_err(|error| unreachable(Some(error)))?;
         reader.client().fetch_cluster_id(wait).ok_or_else(|| unreachable(None))
     }
+}
+
+/// Whether groups are joined by the protocol of KIP-848.
+pub(super) fn is_kip_848(config: &ClientConfig) -> bool {
+    config.get("group.protocol").is_some_and(|protocol| protocol.eq_ignore_ascii_case("consumer"))
 }
 
 /// Says what librdkafka says, in our log. The context of every client that needs none of its own.

@@ -11,8 +11,9 @@
 //! Invariant: a partition is unassigned only after its progress is committed, or when it was lost already.
 
 use super::{
-    client::{Kafka, SettingsError, log, say, shared_name},
+    client::{Kafka, SettingsError, is_kip_848, log, say, shared_name},
     read_back::read_back,
+    session,
     watch::{Look, Watch, looks},
 };
 use crate::{
@@ -28,7 +29,7 @@ use forebay_schemas::Headers as OwnHeaders;
 use forebay_telemetry::{BEAT_AGE_MAX, Health, StepMeter};
 use futures::future::BoxFuture;
 use rdkafka::{
-    ClientConfig, ClientContext, Message, Offset, Statistics, TopicPartitionList,
+    ClientContext, Message, Offset, Statistics, TopicPartitionList,
     config::RDKafkaLogLevel,
     consumer::{BaseConsumer, CommitMode, Consumer, ConsumerContext},
     error::{KafkaError, KafkaResult},
@@ -170,7 +171,7 @@ impl KafkaSource {
         let (events_in, events) = mpsc::unbounded_channel();
         let (commands, commands_out) = sync_mpsc::channel();
         let waiting = Arc::new(Waiting::default());
-        let fence = Arc::new(fence(&config));
+        let fence = Arc::new(session::fence(&config));
         let heart = format!("consumer {group}");
         let of_loop = format!("loop {group}");
         for heart in [&heart, &of_loop] {
@@ -180,6 +181,7 @@ impl KafkaSource {
         let reader = Reader {
             consumer,
             once: once.map(|once| (kafka.clone(), once)),
+            unasked: is_kip_848(&config).then(|| (kafka.clone(), group.to_owned())),
             events: events_in,
             commands: commands_out,
             fence: Arc::clone(&fence),
@@ -312,17 +314,6 @@ impl Source for KafkaSource {
     }
 }
 
-/// The fence of a member with these settings. Under KIP-848 the broker sets both times; its defaults are taken.
-fn fence(config: &ClientConfig) -> Fence {
-    let kip_848 = config.get("partition.assignment.strategy").is_none();
-    let (session, heartbeat) = if kip_848 { (45_000, 5_000) } else { (10_000, 3_000) };
-    let millis = |name: &str, usual: u64| {
-        let set = config.get(name).and_then(|value| value.parse().ok());
-        Duration::from_millis(set.unwrap_or(usual))
-    };
-    Fence::new(millis("session.timeout.ms", session), millis("heartbeat.interval.ms", heartbeat))
-}
-
 /// Commits what is stored, without waiting for the answer.
 fn commit(consumer: &BaseConsumer<Member>) {
     // Before the answer may come.
@@ -453,6 +444,8 @@ struct Reader {
     heart: String,
     /// What the stage writes once, and where that is read back from.
     once: Option<(Kafka, Arc<Once>)>,
+    /// The group whose session only the broker knows, until it is asked.
+    unasked: Option<(Kafka, String)>,
     events: mpsc::UnboundedSender<Event>,
     commands: sync_mpsc::Receiver<Command>,
     waiting: Arc<Waiting>,
@@ -598,6 +591,9 @@ impl Reader {
                 warn!(error = %fault, "could not follow a rebalance while closing");
             }
             return;
+        }
+        if let Some((kafka, group)) = self.unasked.take() {
+            session::ask(&kafka, &group, &self.fence);
         }
         // Before the first record is read, or a second copy could pass.
         if let Err(fault) = self.read_back(partitions) {
