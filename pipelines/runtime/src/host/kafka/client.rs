@@ -164,7 +164,8 @@ impl Kafka {
             default("group.remote.assignor", "range");
         } else {
             default("session.timeout.ms", "10000");
-            default("heartbeat.interval.ms", "3000");
+            // A partition that moves stands still until its new owner hears of it.
+            default("heartbeat.interval.ms", "1000");
             config.set("partition.assignment.strategy", "cooperative-sticky");
         }
         config.set("group.id", group);

@@ -28,7 +28,7 @@ pub(super) fn fence(config: &ClientConfig) -> Fence {
         let set = config.get(name).and_then(|value| value.parse().ok());
         Duration::from_millis(set.unwrap_or(usual))
     };
-    Fence::new(millis("session.timeout.ms", 10_000), millis("heartbeat.interval.ms", 3_000))
+    Fence::new(millis("session.timeout.ms", 10_000), millis("heartbeat.interval.ms", 1_000))
 }
 
 /// Sets the fence to what the broker has decided. Blocks.
