@@ -3,7 +3,7 @@
 //! Invariant: what was written is acknowledged when the call returns, and a [`Reader`] gives every record of its topic, from
 //! the first on, once and in the order of each partition.
 
-use crate::wait::spent;
+use crate::{wait::spent, wait_for};
 use rdkafka::{
     ClientConfig, Message, Offset, TopicPartitionList,
     admin::{AdminClient, AdminOptions, AlterConfig, ResourceSpecifier},
@@ -78,6 +78,8 @@ pub struct Record {
     pub partition: i32,
     /// Its offset there.
     pub offset: i64,
+    /// When it was written, in milliseconds since 1970.
+    pub timestamp_ms: i64,
     /// Its key.
     pub key: Option<Vec<u8>>,
     /// Its value.
@@ -92,6 +94,7 @@ impl Record {
         Self {
             partition: message.partition(),
             offset: message.offset(),
+            timestamp_ms: message.timestamp().to_millis().unwrap_or(0),
             key: message.key().map(<[u8]>::to_vec),
             value: message.payload().map(<[u8]>::to_vec),
             headers: headers
@@ -252,10 +255,7 @@ impl Client {
         let mut ends = BTreeMap::new();
         for partition in partitions(&consumer, &topic) {
             asked.add_partition(&topic, partition);
-            ends.insert(
-                partition,
-                must("ask for the ends", consumer.fetch_watermarks(&topic, partition, WAIT)),
-            );
+            ends.insert(partition, ends_of(&consumer, &topic, partition));
         }
         let committed = must("ask for committed offsets", consumer.committed_offsets(asked, WAIT));
         let left = committed.elements().into_iter().map(|element| {
@@ -394,8 +394,7 @@ impl Reader {
     pub fn to_the_end(&mut self, limit: Duration) -> &[Record] {
         let start = Instant::now();
         for partition in partitions(&self.consumer, &self.topic) {
-            let marks = self.consumer.fetch_watermarks(&self.topic, partition, WAIT);
-            let (low, high) = must("ask for the ends", marks);
+            let (low, high) = ends_of(&self.consumer, &self.topic, partition);
             while self.next.get(&partition).copied().unwrap_or(low) < high {
                 spent(&format!("the end of {}/{partition}", self.topic), start, limit);
                 self.poll(Duration::from_millis(100));
@@ -403,6 +402,14 @@ impl Reader {
         }
         &self.records
     }
+}
+
+/// The first offset of a partition, and the one after its last. A leader that is just being elected is waited for.
+#[track_caller]
+fn ends_of(consumer: &BaseConsumer, topic: &str, partition: i32) -> (i64, i64) {
+    wait_for(&format!("the ends of {topic}/{partition}"), WAIT, || {
+        consumer.fetch_watermarks(topic, partition, WAIT).ok()
+    })
 }
 
 /// The value, or the test's end with a word on what could not be done.

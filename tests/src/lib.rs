@@ -7,6 +7,7 @@
     reason = "every caller is a test, and a test that cannot go on says why by panicking"
 )]
 
+mod broker;
 mod client;
 pub mod model;
 mod process;
@@ -14,6 +15,7 @@ pub mod product;
 pub mod services;
 mod wait;
 
+pub use broker::Broker;
 pub use client::{Client, New, Reader, Record};
 pub use process::{Running, forebay, free_port};
 pub use rustix::process::Signal;

@@ -83,7 +83,15 @@ impl Up {
     /// When it does not come up.
     #[track_caller]
     pub fn wait(name: &str, command: &mut Command) -> Self {
-        let mut process = Running::start(name, command);
+        Self::of(name, Running::start(name, command))
+    }
+
+    /// Waits until a process that was started before is up and ready.
+    ///
+    /// # Panics
+    /// When it does not come up.
+    #[track_caller]
+    pub fn of(name: &str, mut process: Running) -> Self {
         let (servers, admin) = wait_for(&format!("{name} to be up"), START, || {
             let said = process.stderr();
             let after = |what: &str| {

@@ -25,8 +25,8 @@ const MARGIN: Duration = Duration::from_secs(2);
 /// What a member knows of its own stillness. Beats come from the thread that polls.
 #[derive(Debug)]
 pub struct Fence {
-    stall_ms_max: u64,
-    proof_ms: u64,
+    stall_ms_max: AtomicU64,
+    proof_ms: AtomicU64,
     beat_at_ms: AtomicU64,
     doubtful_until_ms: AtomicU64,
 }
@@ -34,14 +34,22 @@ pub struct Fence {
 impl Fence {
     /// A fence for a group whose members are given up after `session` and beat every `heartbeat`.
     pub fn new(session: Duration, heartbeat: Duration) -> Self {
-        // The last answered heartbeat may be one interval older than the last beat here.
-        let stall = session.saturating_sub(heartbeat + MARGIN).max(Duration::from_secs(1));
-        Self {
-            stall_ms_max: millis(stall),
-            proof_ms: millis(heartbeat + MARGIN),
+        let fence = Self {
+            stall_ms_max: AtomicU64::default(),
+            proof_ms: AtomicU64::default(),
             beat_at_ms: AtomicU64::new(now_ms()),
             doubtful_until_ms: AtomicU64::new(0),
-        }
+        };
+        fence.set(session, heartbeat);
+        fence
+    }
+
+    /// The same, where it becomes known only later.
+    pub fn set(&self, session: Duration, heartbeat: Duration) {
+        // The last answered heartbeat may be one interval older than the last beat here.
+        let stall = session.saturating_sub(heartbeat + MARGIN).max(Duration::from_secs(1));
+        self.stall_ms_max.store(millis(stall), Ordering::Release);
+        self.proof_ms.store(millis(heartbeat + MARGIN), Ordering::Release);
     }
 
     /// The polling thread is alive.
@@ -63,15 +71,17 @@ impl Fence {
 
     fn beat_at(&self, now_ms: u64) {
         let before = self.beat_at_ms.load(Ordering::Acquire);
-        if now_ms.saturating_sub(before) > self.stall_ms_max {
+        if now_ms.saturating_sub(before) > self.stall_ms_max.load(Ordering::Acquire) {
             // Before the beat itself, so that nobody slips through between the two.
-            self.doubtful_until_ms.store(now_ms + self.proof_ms, Ordering::Release);
+            let proven = now_ms + self.proof_ms.load(Ordering::Acquire);
+            self.doubtful_until_ms.store(proven, Ordering::Release);
         }
         self.beat_at_ms.store(now_ms, Ordering::Release);
     }
 
     fn is_sure_at(&self, now_ms: u64) -> bool {
-        let still = now_ms.saturating_sub(self.beat_at_ms.load(Ordering::Acquire)) > self.stall_ms_max;
+        let since = now_ms.saturating_sub(self.beat_at_ms.load(Ordering::Acquire));
+        let still = since > self.stall_ms_max.load(Ordering::Acquire);
         !still && now_ms >= self.doubtful_until_ms.load(Ordering::Acquire)
     }
 }
@@ -116,6 +126,16 @@ mod tests {
         let (fence, start) = fence();
         fence.beat_at(start + 4_000);
         assert!(fence.is_sure_at(start + 4_000));
+    }
+
+    #[test]
+    fn a_session_that_becomes_known_later_counts_from_then_on() {
+        let (fence, start) = fence();
+        fence.set(Duration::from_secs(45), Duration::from_secs(5));
+        assert!(fence.is_sure_at(start + 38_000));
+        fence.beat_at(start + 38_001);
+        assert!(!fence.is_sure_at(start + 38_001 + 6_999));
+        assert!(fence.is_sure_at(start + 38_001 + 7_000));
     }
 
     proptest! {

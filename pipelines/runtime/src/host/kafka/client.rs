@@ -114,6 +114,10 @@ impl Kafka {
                 return Err(SettingsError::Refused { property: property.clone(), reason });
             }
             config.set(property, value);
+            // Whoever asks for librdkafka's debug contexts wants to see them; FOREBAY_LOG has the last word.
+            if property == "debug" {
+                config.set_log_level(RDKafkaLogLevel::Debug);
+            }
         }
         config.create_native_config().map_err(|error| match error {
             KafkaError::ClientConfig(_, reason, property, value) => {
@@ -138,8 +142,7 @@ impl Kafka {
     /// The settings of a member of a consumer group.
     pub(super) fn group_config(&self, group: &str) -> ClientConfig {
         let mut config = self.config();
-        let kip_848 =
-            config.get("group.protocol").is_some_and(|protocol| protocol.eq_ignore_ascii_case("consumer"));
+        let kip_848 = is_kip_848(&config);
         // Defaults first, so that what the user passed through wins.
         let mut default = |name: &str, value: &str| {
             if config.get(name).is_none() {
@@ -155,9 +158,14 @@ impl Kafka {
         default("fetch.wait.max.ms", "100");
         // A flood is noticed by its lag, which these tell.
         default("statistics.interval.ms", "2000");
-        if !kip_848 {
+        if kip_848 {
+            // Of every topic the same share, and equal numbers at one member: the uniform assignor counts partitions of
+            // all channels alike, and one member may get all live ones.
+            default("group.remote.assignor", "range");
+        } else {
             default("session.timeout.ms", "10000");
-            default("heartbeat.interval.ms", "3000");
+            // A partition that moves stands still until its new owner hears of it.
+            default("heartbeat.interval.ms", "1000");
             config.set("partition.assignment.strategy", "cooperative-sticky");
         }
         config.set("group.id", group);
@@ -211,6 +219,11 @@ impl Kafka {
             self.reader_config().create_with_context(LogContext).map_err(|error| unreachable(Some(error)))?;
         reader.client().fetch_cluster_id(wait).ok_or_else(|| unreachable(None))
     }
+}
+
+/// Whether groups are joined by the protocol of KIP-848.
+pub(super) fn is_kip_848(config: &ClientConfig) -> bool {
+    config.get("group.protocol").is_some_and(|protocol| protocol.eq_ignore_ascii_case("consumer"))
 }
 
 /// Says what librdkafka says, in our log. The context of every client that needs none of its own.

@@ -3,6 +3,7 @@
 mod client;
 mod ledger;
 mod read_back;
+mod session;
 mod sink;
 mod source;
 mod table;

@@ -11,8 +11,9 @@
 //! Invariant: a partition is unassigned only after its progress is committed, or when it was lost already.
 
 use super::{
-    client::{Kafka, SettingsError, log, say, shared_name},
+    client::{Kafka, SettingsError, is_kip_848, log, say, shared_name},
     read_back::read_back,
+    session,
     watch::{Look, Watch, looks},
 };
 use crate::{
@@ -28,7 +29,7 @@ use forebay_schemas::Headers as OwnHeaders;
 use forebay_telemetry::{BEAT_AGE_MAX, Health, StepMeter};
 use futures::future::BoxFuture;
 use rdkafka::{
-    ClientConfig, ClientContext, Message, Offset, Statistics, TopicPartitionList,
+    ClientContext, Message, Offset, Statistics, TopicPartitionList,
     config::RDKafkaLogLevel,
     consumer::{BaseConsumer, CommitMode, Consumer, ConsumerContext},
     error::{KafkaError, KafkaResult},
@@ -92,6 +93,9 @@ const COMPLAIN_EVERY: Duration = Duration::from_secs(10);
 
 /// How long an outage may be that reading back waits for; then the process ends, for another to try.
 const READ_BACK_MAX: Duration = Duration::from_secs(120);
+
+/// How long commits may take to be answered when the group is left; then it is left without.
+const LEAVE_MAX: Duration = Duration::from_secs(1);
 
 /// How long to wait before that is tried again.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
@@ -167,7 +171,7 @@ impl KafkaSource {
         let (events_in, events) = mpsc::unbounded_channel();
         let (commands, commands_out) = sync_mpsc::channel();
         let waiting = Arc::new(Waiting::default());
-        let fence = Arc::new(fence(&config));
+        let fence = Arc::new(session::fence(&config));
         let heart = format!("consumer {group}");
         let of_loop = format!("loop {group}");
         for heart in [&heart, &of_loop] {
@@ -177,6 +181,7 @@ impl KafkaSource {
         let reader = Reader {
             consumer,
             once: once.map(|once| (kafka.clone(), once)),
+            unasked: is_kip_848(&config).then(|| (kafka.clone(), group.to_owned())),
             events: events_in,
             commands: commands_out,
             fence: Arc::clone(&fence),
@@ -309,23 +314,15 @@ impl Source for KafkaSource {
     }
 }
 
-/// The fence of a member with these settings. Under KIP-848 the broker sets both times; its defaults are taken.
-fn fence(config: &ClientConfig) -> Fence {
-    let kip_848 = config.get("partition.assignment.strategy").is_none();
-    let (session, heartbeat) = if kip_848 { (45_000, 5_000) } else { (10_000, 3_000) };
-    let millis = |name: &str, usual: u64| {
-        let set = config.get(name).and_then(|value| value.parse().ok());
-        Duration::from_millis(set.unwrap_or(usual))
-    };
-    Fence::new(millis("session.timeout.ms", session), millis("heartbeat.interval.ms", heartbeat))
-}
-
 /// Commits what is stored, without waiting for the answer.
 fn commit(consumer: &BaseConsumer<Member>) {
-    if let Err(fault) = consumer.commit_consumer_state(CommitMode::Async)
-        && !is_nothing_to_commit(&fault)
-    {
-        warn!(error = %fault, "could not commit; will try again");
+    // Before the answer may come.
+    consumer.context().unanswered.fetch_add(1, Ordering::AcqRel);
+    if let Err(fault) = consumer.commit_consumer_state(CommitMode::Async) {
+        consumer.context().unanswered.fetch_sub(1, Ordering::AcqRel);
+        if !is_nothing_to_commit(&fault) {
+            warn!(error = %fault, "could not commit; will try again");
+        }
     }
 }
 
@@ -355,6 +352,8 @@ struct Member {
     closed: AtomicBool,
     /// What was last seen of the partitions, until the thread looks at it.
     seen: Mutex<Vec<Look>>,
+    /// Commits that are not answered yet.
+    unanswered: AtomicUsize,
     /// When a refused commit was last said aloud.
     complained: Mutex<Option<Instant>>,
     meter: StepMeter,
@@ -367,6 +366,7 @@ impl Member {
             joined: AtomicBool::new(false),
             closed: AtomicBool::new(false),
             seen: Mutex::default(),
+            unanswered: AtomicUsize::new(0),
             complained: Mutex::default(),
             meter,
         }
@@ -424,6 +424,7 @@ impl ConsumerContext for Member {
 
     /// A commit without an offset is answered too, as an error that is none.
     fn commit_callback(&self, result: KafkaResult<()>, _: &TopicPartitionList) {
+        self.unanswered.fetch_sub(1, Ordering::AcqRel);
         let Err(fault) = result else { return };
         let mut complained = self.complained.lock().unwrap_or_else(PoisonError::into_inner);
         if !is_nothing_to_commit(&fault) && complained.is_none_or(|last| last.elapsed() > COMPLAIN_EVERY) {
@@ -443,6 +444,8 @@ struct Reader {
     heart: String,
     /// What the stage writes once, and where that is read back from.
     once: Option<(Kafka, Arc<Once>)>,
+    /// The group whose session only the broker knows, until it is asked.
+    unasked: Option<(Kafka, String)>,
     events: mpsc::UnboundedSender<Event>,
     commands: sync_mpsc::Receiver<Command>,
     waiting: Arc<Waiting>,
@@ -508,11 +511,23 @@ impl Reader {
         if !self.closing {
             self.consumer.unsubscribe();
         }
+        self.leave();
         self.health.retire(&self.heart);
         let Self { consumer, events, .. } = self;
         close(consumer);
         // The loop may be gone already.
         let _ = events.send(ended);
+    }
+
+    /// Waits, for a bounded time, until librdkafka has nothing left to unassign or to commit. Closed before, it does not
+    /// tell the group that it leaves, and its partitions stand still until its session is over.
+    fn leave(&mut self) {
+        let until = Instant::now() + LEAVE_MAX;
+        let answered = |reader: &Self| reader.consumer.context().unanswered.load(Ordering::Acquire) == 0;
+        while !(self.owns_nothing() && answered(self)) && Instant::now() < until {
+            // What is still read here is read again by the next owner.
+            let _ = self.poll(Duration::from_millis(5));
+        }
     }
 
     fn obey(&mut self, command: Command) {
@@ -576,6 +591,9 @@ impl Reader {
                 warn!(error = %fault, "could not follow a rebalance while closing");
             }
             return;
+        }
+        if let Some((kafka, group)) = self.unasked.take() {
+            session::ask(&kafka, &group, &self.fence);
         }
         // Before the first record is read, or a second copy could pass.
         if let Err(fault) = self.read_back(partitions) {
