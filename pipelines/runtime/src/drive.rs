@@ -68,8 +68,8 @@ pub trait Source: Send {
     /// The partitions of the oldest [`Event::Revoked`] are drained and stored: commit, then give them up.
     fn release(&mut self);
 
-    /// What tells whether our partitions are surely still ours; nothing where they cannot be lost unheard.
-    fn fence(&self) -> Option<Arc<Fence>> {
+    /// What tells whether a partition is surely still ours; nothing where it cannot be lost unheard.
+    fn fence(&self, _: &Partition) -> Option<Arc<Fence>> {
         None
     }
 
@@ -477,7 +477,7 @@ impl<S: Source> Loop<S> {
         };
         owned.busy += 1;
         let epoch = owned.epoch;
-        let ours = Ours { fence: self.source.fence(), gone: owned.gone.clone() };
+        let ours = Ours { fence: self.source.fence(&incoming.partition), gone: owned.gone.clone() };
         let (stage, sink) = (Arc::clone(&self.stage), Arc::clone(&self.sink));
         self.tasks.spawn(async move {
             let (incoming, started) = (Arc::new(incoming), Instant::now());

@@ -30,6 +30,15 @@ pub struct Input {
     pub channel: Channel,
 }
 
+/// A consumer group and what it reads.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Group {
+    /// Its name.
+    pub name: String,
+    /// Its topics.
+    pub inputs: Vec<Input>,
+}
+
 /// A message that was read.
 #[derive(Debug)]
 pub struct Incoming {

@@ -111,7 +111,7 @@ impl Launch<'_> {
         for (planned, step) in &self.steps {
             let kept = match self.is_paid && planned.ledger.is_some() {
                 true => {
-                    let log = KafkaLedger::new(self.kafka, sink.clone(), &site.group(planned))?;
+                    let log = KafkaLedger::new(self.kafka, sink.clone(), &site.groups(planned))?;
                     Some(Kept { log: Arc::new(log), health: self.health.clone() })
                 }
                 false => None,
@@ -125,7 +125,7 @@ impl Launch<'_> {
                 health: self.health.clone(),
                 once: stage.once().cloned(),
             };
-            let source = KafkaSource::join(self.kafka, &site.group(planned), &site.inputs(planned), reading)?;
+            let source = KafkaSource::join(self.kafka, &site.groups(planned), reading)?;
             let (sink, all) = (Arc::new(sink.clone()), shutdown.clone());
             stages.spawn(async move {
                 let ended = drive(stage, source, sink, limits, all.clone()).await;

@@ -10,7 +10,7 @@ use crate::{
         self, LeaseClock, Ledgers, Log,
         book::{AMBIGUOUS_MAX, Terms},
     },
-    message::Input,
+    message::{Group, Input},
     once::{Once, REMEMBERED_MAX},
     stage::{CommonTopics, Parts, Patience, RetryTopic, Stage},
 };
@@ -109,6 +109,21 @@ impl Site<'_> {
     /// The consumer group of a step.
     pub fn group(&self, planned: &PlannedStep) -> String {
         self.plan.consumer_group(self.prefix, planned)
+    }
+
+    /// The consumer groups of a step. Each channel has one of its own, but for what was set aside: a group's partitions are
+    /// shared out as one heap, so that in a group of several topics one member may get the whole of one and no other of it.
+    pub fn groups(&self, planned: &PlannedStep) -> Vec<Group> {
+        let group = self.group(planned);
+        let of = |name: &str, channels: &[Channel]| {
+            let inputs = self.inputs(planned).into_iter();
+            let inputs: Vec<_> = inputs.filter(|input| channels.contains(&input.channel)).collect();
+            (!inputs.is_empty()).then(|| Group { name: format!("{group}{name}"), inputs })
+        };
+        let live = of("", &[Channel::Live]);
+        let backfill = of(".backfill", &[Channel::Backfill]);
+        let aside = of(".aside", &[Channel::Retry, Channel::Overflow]);
+        live.into_iter().chain(backfill).chain(aside).collect()
     }
 
     /// The topics that a step reads.

@@ -7,7 +7,7 @@ use forebay_runtime::{
     budget::Budget,
     drive::{Event, Progress, Source},
     host::kafka::{Kafka, KafkaSettings, KafkaSource, ReadBounds, Reading},
-    message::{Input, Partition},
+    message::{Group, Input, Partition},
 };
 use forebay_telemetry::{Health, Settings, Telemetry};
 use rdkafka::{
@@ -56,7 +56,10 @@ impl Cluster {
             once: None,
         };
         let input = Input { topic: "requests".into(), channel: Channel::Live };
-        let source = KafkaSource::join(&self.kafka, "group", &[input], reading).unwrap();
+        let source = {
+            let group = Group { name: "group".to_owned(), inputs: vec![input] };
+            KafkaSource::join(&self.kafka, &[group], reading).unwrap()
+        };
         Member {
             source,
             owned: BTreeSet::new(),

@@ -13,12 +13,12 @@ use super::{
 use crate::{
     drive::SendError,
     ledger::{Chunk, Log},
-    message::{Outgoing, Partition},
+    message::{Group, Input, Outgoing, Partition},
 };
 use forebay_schemas::{Headers, LedgerEntry, Record as _};
 use futures::future::BoxFuture;
 use rdkafka::{
-    Message, Offset, TopicPartitionList,
+    ClientConfig, Message, Offset, TopicPartitionList,
     consumer::{BaseConsumer, Consumer},
     error::KafkaError,
     message::BorrowedMessage,
@@ -55,18 +55,25 @@ enum Asked {
 }
 
 impl KafkaLedger {
-    /// Ledgers of the stage whose consumer group this is; `sink` writes them.
-    pub fn new(kafka: &Kafka, sink: KafkaSink, group: &str) -> Result<Self, SettingsError> {
+    /// Ledgers of the stage whose consumer groups these are; `sink` writes them.
+    pub fn new(kafka: &Kafka, sink: KafkaSink, groups: &[Group]) -> Result<Self, SettingsError> {
         let mut config = kafka.reader_config();
-        // It only asks for the group's offsets, and never joins.
-        config.set("group.id", group);
         config.set("enable.partition.eof", "false");
         config.set("fetch.wait.max.ms", "20");
-        let consumer: BaseConsumer<LogContext> =
-            config.create_with_context(LogContext).map_err(SettingsError::Client)?;
+        let client = |config: &ClientConfig| -> Result<BaseConsumer<LogContext>, SettingsError> {
+            config.create_with_context(LogContext).map_err(SettingsError::Client)
+        };
+        let consumer = client(&config)?;
+        let mut offsets = Vec::with_capacity(groups.len());
+        for group in groups {
+            // It only asks for the group's offsets, and never joins.
+            config.set("group.id", &group.name);
+            offsets.push((group.inputs.clone(), client(&config)?));
+        }
         let (asked, asks) = mpsc::channel();
-        let reader = Reader { consumer, asks, reads: HashMap::new() };
-        let thread = std::thread::Builder::new().name(format!("ledger {group}"));
+        let reader = Reader { consumer, offsets, asks, reads: HashMap::new() };
+        let name = groups.first().map_or("", |group| &group.name);
+        let thread = std::thread::Builder::new().name(format!("ledger {name}"));
         thread
             .spawn(move || reader.run())
             .map_err(|fault| SettingsError::Client(KafkaError::ClientCreation(fault.to_string())))?;
@@ -130,6 +137,8 @@ struct Read {
 
 struct Reader {
     consumer: BaseConsumer<LogContext>,
+    /// Who knows the offsets of which inputs.
+    offsets: Vec<(Vec<Input>, BaseConsumer<LogContext>)>,
     asks: mpsc::Receiver<Asked>,
     reads: HashMap<Partition, Read>,
 }
@@ -159,7 +168,11 @@ impl Reader {
     fn committed(&self, input: &Partition) -> Result<(i64, String), KafkaError> {
         let mut list = TopicPartitionList::new();
         list.add_partition(&input.topic, input.number);
-        let committed = self.consumer.committed_offsets(list, ANSWER_MAX)?;
+        let reads = |inputs: &[Input]| inputs.iter().any(|read| read.topic == input.topic);
+        let Some((_, consumer)) = self.offsets.iter().find(|(inputs, _)| reads(inputs)) else {
+            return Ok((0, String::new()));
+        };
+        let committed = consumer.committed_offsets(list, ANSWER_MAX)?;
         let element = committed.find_partition(&input.topic, input.number);
         Ok(match element.as_ref().map(|element| (element.offset(), element.metadata())) {
             Some((Offset::Offset(offset), metadata)) => (offset, metadata.to_owned()),

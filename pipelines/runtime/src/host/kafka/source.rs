@@ -20,7 +20,7 @@ use crate::{
     budget::Budget,
     drive::{Event, Progress, Source},
     fence::Fence,
-    message::{Incoming, Input, Partition},
+    message::{Group, Incoming, Input, Partition},
     once::Once,
 };
 use bytes::Bytes;
@@ -100,26 +100,58 @@ const LEAVE_MAX: Duration = Duration::from_secs(1);
 /// How long to wait before that is tried again.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
-/// A member of a consumer group.
+/// A member of the consumer groups of a stage.
 pub struct KafkaSource {
-    /// The thread's own: it closes the consumer, and nobody else keeps it open.
-    consumer: Weak<BaseConsumer<Member>>,
-    events: mpsc::UnboundedReceiver<Event>,
-    commands: sync_mpsc::Sender<Command>,
+    members: Vec<Membership>,
+    /// What happens, and in which group.
+    events: mpsc::UnboundedReceiver<(usize, Event)>,
+    /// The groups of which partitions are to be given up, oldest first.
+    leaving: VecDeque<usize>,
     waiting: Arc<Waiting>,
-    inputs: Vec<Input>,
     meter: StepMeter,
-    fence: Arc<Fence>,
     health: Health,
     /// The name under which the life of the loop is known.
     heart: String,
+}
+
+/// What the loop holds of one group.
+struct Membership {
+    /// The thread's own: it closes the consumer, and nobody else keeps it open.
+    consumer: Weak<BaseConsumer<Member>>,
+    commands: sync_mpsc::Sender<Command>,
+    inputs: Vec<Input>,
+    fence: Arc<Fence>,
     /// Whether the thread has said that it ends.
     ended: bool,
+}
+
+impl Membership {
+    fn command(&self, command: Command) {
+        // The thread ends only after it has said so, and then there is nothing left to command.
+        let _ = self.commands.send(command);
+    }
 }
 
 impl Drop for KafkaSource {
     fn drop(&mut self) {
         self.health.retire(&self.heart);
+    }
+}
+
+/// Where a reading thread tells what happens.
+struct Events {
+    group: usize,
+    sender: mpsc::UnboundedSender<(usize, Event)>,
+}
+
+impl Events {
+    /// Where the loop is gone, records stay unfinished, and their next owner reads them.
+    fn send(&self, event: Event) {
+        let _ = self.sender.send((self.group, event));
+    }
+
+    fn is_closed(&self) -> bool {
+        self.sender.is_closed()
     }
 }
 
@@ -157,96 +189,128 @@ impl Waiting {
 }
 
 impl KafkaSource {
-    /// Joins the group.
-    pub fn join(kafka: &Kafka, group: &str, inputs: &[Input], with: Reading) -> Result<Self, SettingsError> {
-        let Reading { bounds, budget, meter, health, once } = with;
-        let member = Member::new(meter.clone());
-        let config = kafka.group_config(group);
-        let consumer: BaseConsumer<Member> =
-            config.create_with_context(member).map_err(SettingsError::Client)?;
-        let names: Vec<&str> = inputs.iter().map(|input| &*input.topic).collect();
-        consumer.subscribe(&names).map_err(SettingsError::Client)?;
-        let consumer = Arc::new(consumer);
-        let handle = Arc::downgrade(&consumer);
-        let (events_in, events) = mpsc::unbounded_channel();
-        let (commands, commands_out) = sync_mpsc::channel();
+    /// Joins the groups.
+    pub fn join(kafka: &Kafka, groups: &[Group], with: Reading) -> Result<Self, SettingsError> {
+        let (sender, events) = mpsc::unbounded_channel();
         let waiting = Arc::new(Waiting::default());
-        let fence = Arc::new(session::fence(&config));
-        let heart = format!("consumer {group}");
-        let of_loop = format!("loop {group}");
-        for heart in [&heart, &of_loop] {
-            health.expect_beat(heart, BEAT_AGE_MAX);
+        let heart = format!("loop {}", groups.first().map_or("", |group| &group.name));
+        with.health.expect_beat(&heart, BEAT_AGE_MAX);
+        let mut members = Vec::with_capacity(groups.len());
+        for (number, group) in groups.iter().enumerate() {
+            let events = Events { group: number, sender: sender.clone() };
+            members.push(join(kafka, group, events, &waiting, &with)?);
         }
-        health.set_ready(&heart, Err("no assignment yet".to_owned()));
-        let reader = Reader {
-            consumer,
-            once: once.map(|once| (kafka.clone(), once)),
-            unasked: is_kip_848(&config).then(|| (kafka.clone(), group.to_owned())),
-            events: events_in,
-            commands: commands_out,
-            fence: Arc::clone(&fence),
-            health: health.clone(),
-            heart,
-            waiting: Arc::clone(&waiting),
-            bounds,
-            budget,
-            topics: inputs.iter().map(|input| Arc::clone(&input.topic)).collect(),
-            inputs: inputs.to_vec(),
-            paused: BTreeSet::new(),
-            rewinds: Vec::new(),
-            holding: BTreeSet::new(),
-            batch: Vec::new(),
-            watch: Watch::default(),
-            revoked: VecDeque::new(),
-            expected: HashMap::new(),
-            closing: false,
-            complained: None,
-        };
-        let thread = std::thread::Builder::new().name(format!("read {group}"));
-        thread
-            .spawn(move || reader.run())
-            .map_err(|fault| SettingsError::Client(KafkaError::ClientCreation(fault.to_string())))?;
-        Ok(Self {
-            consumer: handle,
-            events,
-            commands,
-            waiting,
-            inputs: inputs.to_vec(),
-            meter,
-            fence,
-            health,
-            heart: of_loop,
-            ended: false,
-        })
+        let Reading { meter, health, .. } = with;
+        Ok(Self { members, events, leaving: VecDeque::new(), waiting, meter, health, heart })
     }
 
-    /// Notes whether this is the last that the thread tells.
-    fn told(&mut self, event: Event) -> Event {
-        self.ended |= matches!(event, Event::Ended | Event::Failed(_));
-        event
+    /// What the loop is to hear of what happened: not the end of one group before the end of all.
+    fn told(&mut self, (group, event): (usize, Event)) -> Option<Event> {
+        match &event {
+            Event::Revoked { .. } => self.leaving.push_back(group),
+            Event::Ended => {
+                self.members.get_mut(group)?.ended = true;
+                return self.has_ended().then_some(event);
+            }
+            _ => {}
+        }
+        Some(event)
     }
 
-    fn command(&self, command: Command) {
-        // The thread ends only after it has said so, and then there is nothing left to command.
-        let _ = self.commands.send(command);
+    fn has_ended(&self) -> bool {
+        self.members.iter().all(|member| member.ended)
     }
+
+    fn member(&self, partition: &Partition) -> Option<&Membership> {
+        let reads = |member: &&Membership| member.inputs.iter().any(|input| input.topic == partition.topic);
+        self.members.iter().find(reads)
+    }
+
+    fn command(&self, partition: &Partition, command: Command) {
+        if let Some(member) = self.member(partition) {
+            member.command(command);
+        }
+    }
+}
+
+/// Joins one group.
+fn join(
+    kafka: &Kafka,
+    group: &Group,
+    events: Events,
+    waiting: &Arc<Waiting>,
+    with: &Reading,
+) -> Result<Membership, SettingsError> {
+    let Group { name, inputs } = group;
+    let Reading { bounds, budget, meter, health, once } = with;
+    let config = kafka.group_config(name);
+    let consumer: BaseConsumer<Member> =
+        config.create_with_context(Member::new(meter.clone())).map_err(SettingsError::Client)?;
+    let topics: Vec<&str> = inputs.iter().map(|input| &*input.topic).collect();
+    consumer.subscribe(&topics).map_err(SettingsError::Client)?;
+    let consumer = Arc::new(consumer);
+    let handle = Arc::downgrade(&consumer);
+    let (commands, commands_out) = sync_mpsc::channel();
+    let fence = Arc::new(session::fence(&config));
+    let heart = format!("consumer {name}");
+    health.expect_beat(&heart, BEAT_AGE_MAX);
+    health.set_ready(&heart, Err("no assignment yet".to_owned()));
+    let reader = Reader {
+        consumer,
+        once: once.clone().map(|once| (kafka.clone(), once)),
+        unasked: is_kip_848(&config).then(|| (kafka.clone(), name.clone())),
+        events,
+        commands: commands_out,
+        fence: Arc::clone(&fence),
+        health: health.clone(),
+        heart,
+        waiting: Arc::clone(waiting),
+        bounds: *bounds,
+        budget: Arc::clone(budget),
+        topics: inputs.iter().map(|input| Arc::clone(&input.topic)).collect(),
+        inputs: inputs.clone(),
+        paused: BTreeSet::new(),
+        rewinds: Vec::new(),
+        holding: BTreeSet::new(),
+        batch: Vec::new(),
+        watch: Watch::default(),
+        revoked: VecDeque::new(),
+        expected: HashMap::new(),
+        closing: false,
+        complained: None,
+    };
+    let thread = std::thread::Builder::new().name(format!("read {name}"));
+    thread
+        .spawn(move || reader.run())
+        .map_err(|fault| SettingsError::Client(KafkaError::ClientCreation(fault.to_string())))?;
+    Ok(Membership { consumer: handle, commands, inputs: inputs.clone(), fence, ended: false })
 }
 
 impl Source for KafkaSource {
     fn next(&mut self) -> BoxFuture<'_, Event> {
         Box::pin(async {
-            match self.events.recv().await {
-                Some(event) => self.told(event),
-                None if self.ended => Event::Ended,
-                // It says when it ends; silence is a panic.
-                None => Event::Failed("the reading thread has died".to_owned()),
+            loop {
+                match self.events.recv().await {
+                    Some(told) => {
+                        if let Some(event) = self.told(told) {
+                            return event;
+                        }
+                    }
+                    None if self.has_ended() => return Event::Ended,
+                    // Threads say when they end; silence is a panic.
+                    None => return Event::Failed("the reading thread has died".to_owned()),
+                }
             }
         })
     }
 
     fn try_next(&mut self) -> Option<Event> {
-        let event = self.events.try_recv().ok()?;
-        Some(self.told(event))
+        loop {
+            let told = self.events.try_recv().ok()?;
+            if let Some(event) = self.told(told) {
+                return Some(event);
+            }
+        }
     }
 
     fn dispatched(&mut self, channel: Channel, bytes: usize) {
@@ -256,17 +320,19 @@ impl Source for KafkaSource {
     }
 
     fn lag(&self) -> i64 {
+        let inputs = || self.members.iter().flat_map(|member| &member.inputs);
         self.meter.lag_of_all(|topic| {
-            self.inputs.iter().any(|input| *input.topic == *topic && input.channel != Channel::Retry)
+            inputs().any(|input| *input.topic == *topic && input.channel != Channel::Retry)
         })
     }
 
     fn store(&mut self, progress: &[Progress]) {
-        // Gone where the group was left: then the next owner repeats.
-        let Some(consumer) = self.consumer.upgrade() else { return };
         // One by one: librdkafka refuses the whole list for one partition that has just been lost, and it is right
         // to refuse that one: it fences us off.
         for Progress { partition, offset, metadata } in progress {
+            // Gone where the group was left: then the next owner repeats.
+            let consumer = self.member(partition).and_then(|member| member.consumer.upgrade());
+            let Some(consumer) = consumer else { continue };
             let mut one = TopicPartitionList::new();
             let added = one.add_partition_offset(&partition.topic, partition.number, Offset::Offset(*offset));
             if let Some(mut element) = one.find_partition(&partition.topic, partition.number) {
@@ -284,33 +350,36 @@ impl Source for KafkaSource {
     fn commit(&mut self) {
         // The loop comes here several times a second, whatever else it does.
         self.health.beat(&self.heart);
-        if let Some(consumer) = self.consumer.upgrade() {
+        for consumer in self.members.iter().filter_map(|member| member.consumer.upgrade()) {
             commit(&consumer);
         }
     }
 
     fn pause(&mut self, partition: &Partition) {
-        self.command(Command::Pause(partition.clone()));
+        self.command(partition, Command::Pause(partition.clone()));
     }
 
     fn resume(&mut self, partition: &Partition) {
-        self.command(Command::Resume(partition.clone()));
+        self.command(partition, Command::Resume(partition.clone()));
     }
 
     fn rewind(&mut self, partition: &Partition, offset: i64) {
-        self.command(Command::Rewind(partition.clone(), offset));
+        self.command(partition, Command::Rewind(partition.clone(), offset));
     }
 
     fn release(&mut self) {
-        self.command(Command::Release);
+        let member = self.leaving.pop_front().and_then(|group| self.members.get(group));
+        if let Some(member) = member {
+            member.command(Command::Release);
+        }
     }
 
-    fn fence(&self) -> Option<Arc<Fence>> {
-        Some(Arc::clone(&self.fence))
+    fn fence(&self, partition: &Partition) -> Option<Arc<Fence>> {
+        self.member(partition).map(|member| Arc::clone(&member.fence))
     }
 
     fn close(&mut self) {
-        self.command(Command::Close);
+        self.members.iter().for_each(|member| member.command(Command::Close));
     }
 }
 
@@ -446,7 +515,7 @@ struct Reader {
     once: Option<(Kafka, Arc<Once>)>,
     /// The group whose session only the broker knows, until it is asked.
     unasked: Option<(Kafka, String)>,
-    events: mpsc::UnboundedSender<Event>,
+    events: Events,
     commands: sync_mpsc::Receiver<Command>,
     waiting: Arc<Waiting>,
     bounds: ReadBounds,
@@ -516,7 +585,7 @@ impl Reader {
         let Self { consumer, events, .. } = self;
         close(consumer);
         // The loop may be gone already.
-        let _ = events.send(ended);
+        events.send(ended);
     }
 
     /// Waits, for a bounded time, until librdkafka has nothing left to unassign or to commit. Closed before, it does not
@@ -597,7 +666,7 @@ impl Reader {
         }
         // Before the first record is read, or a second copy could pass.
         if let Err(fault) = self.read_back(partitions) {
-            let _ = self.events.send(Event::Failed(fault));
+            self.events.send(Event::Failed(fault));
             return;
         }
         let owned = self.partitions(partitions);
@@ -618,7 +687,7 @@ impl Reader {
         }
         let held = owned.iter().filter(|one| self.holding.contains(&self.channel(one)));
         self.set_paused(&held.cloned().collect::<Vec<_>>(), true);
-        let _ = self.events.send(Event::Assigned(owned));
+        self.events.send(Event::Assigned(owned));
     }
 
     /// Reads back what was written of late at these partitions' numbers, over an outage that is not too long.
@@ -656,7 +725,7 @@ impl Reader {
             self.consumer.context().meter.revoked(&partition.topic, partition.number);
         }
         self.revoked.push_back(partitions);
-        let _ = self.events.send(Event::Revoked { partitions: gone, lost });
+        self.events.send(Event::Revoked { partitions: gone, lost });
     }
 
     /// Stops reading a channel while too much of it waits, and goes on when half of it is gone.
@@ -689,7 +758,7 @@ impl Reader {
                 self.consumer.seek(&partition.topic, partition.number, Offset::Offset(offset), SEEK_MAX);
             match seek {
                 Ok(()) => {
-                    let _ = self.events.send(Event::Rewound(partition));
+                    self.events.send(Event::Rewound(partition));
                 }
                 // It is being assigned or taken away; what goes is forgotten with the revocation.
                 Err(fault) => {
@@ -734,7 +803,7 @@ impl Reader {
         }
         if !self.batch.is_empty() {
             // Where the loop is gone, records stay unfinished, and their next owner reads them.
-            let _ = self.events.send(Event::Records(std::mem::take(&mut self.batch)));
+            self.events.send(Event::Records(std::mem::take(&mut self.batch)));
         }
         fault
     }
