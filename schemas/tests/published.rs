@@ -7,7 +7,7 @@
 
 use forebay_schemas::{
     Answer, Attempt, CacheEntry, Cancel, Chunks, Column, Completion, DeadLetter, Delta, Document, Ending,
-    Grounded, LedgerEntry, Outcome, Record, Request, dead_letter, header, retry, topics,
+    Grounded, LedgerEntry, Outcome, Record, Request, claim, dead_letter, header, retry, topics,
 };
 use schemars::{JsonSchema, generate::SchemaSettings};
 use serde_json::{Map, Value, json};
@@ -104,13 +104,14 @@ fn rows_page() -> String {
 fn headers_page() -> String {
     let mut page = String::from(
         "# Headers\n\n\
-         What Forebay writes beside a record, as src/envelope.rs, src/retry.rs and src/dead_letter.rs declare it. A test fails where\n\
+         What Forebay writes beside a record, as src/envelope.rs, src/claim.rs, src/retry.rs and src/dead_letter.rs declare it. A test fails where\n\
          this page is stale; `FOREBAY_UPDATE=1 cargo test -p forebay-schemas` writes it anew.\n\n\
          Values are UTF-8 text. On topics that clients write to, headers that start with `forebay-` are dropped, and\n\
          all others are echoed on the result.\n",
     );
     let tables = [
         ("The envelope, on internal topics and results", header::ALL),
+        ("Beside a record whose body lies in the object store", claim::header::ALL),
         ("Beside a record that is tried later", retry::header::ALL),
         ("Beside a dead letter, whose value is the original's bytes", dead_letter::header::ALL),
     ];
@@ -201,7 +202,8 @@ fn the_reference_of_the_headers_is_not_stale() {
 
 #[test]
 fn every_header_bears_our_prefix_but_the_one_that_is_a_standard() {
-    for (name, meaning) in header::ALL.iter().chain(retry::header::ALL).chain(dead_letter::header::ALL) {
+    let ours = [header::ALL, claim::header::ALL, retry::header::ALL, dead_letter::header::ALL];
+    for (name, meaning) in ours.into_iter().flatten() {
         assert!(name.starts_with(header::OURS) || *name == header::TRACEPARENT, "{name}");
         assert!(meaning.ends_with('.'), "{name} says nothing");
     }

@@ -7,6 +7,7 @@ use crate::{
     shipped,
 };
 use anyhow::Context as _;
+use bytes::Bytes;
 use forebay_calls::{Model, Retry, Secret, openai};
 use forebay_operator::{Step, Table};
 use forebay_operators::{
@@ -14,7 +15,9 @@ use forebay_operators::{
     catalogue::{self, Resources},
 };
 use forebay_plan::{Catalogue, Description, Plan, PlannedStep, SettingsFault};
+use forebay_runtime::claims::{self, Claims, ObjectsError};
 use forebay_stores::{Database, Error as StoreError, KeyValue, database, key_value, objects, vectors};
+use futures::{FutureExt, future::BoxFuture};
 use serde_json::Value;
 use std::{collections::BTreeSet, path::Path, sync::Arc};
 
@@ -90,8 +93,49 @@ pub async fn resources(config: &Config, plan: &Plan, cluster: &str) -> anyhow::R
         }
     };
     let vectors = Arc::new(vectors::Embedded::open(&database, "chunks").await?);
-    let objects = Arc::new(objects::Folder::open(config.data.join("objects")).await?);
+    let objects = objects(config).await?;
     resources_of(plan, cache, vectors, objects, model)
+}
+
+/// The object store.
+async fn objects(config: &Config) -> anyhow::Result<Arc<dyn forebay_stores::Objects>> {
+    Ok(Arc::new(objects::Folder::open(config.data.join("objects")).await?))
+}
+
+/// Where bodies lie that are too large to travel.
+pub async fn claims(config: &Config) -> anyhow::Result<Arc<Claims>> {
+    Ok(Arc::new(Claims::new(Arc::new(Bodies(objects(config).await?)), config.claims_over)))
+}
+
+/// An object store as a host sees it.
+struct Bodies(Arc<dyn forebay_stores::Objects>);
+
+impl claims::Objects for Bodies {
+    fn put<'a>(&'a self, key: &'a str, body: Bytes) -> BoxFuture<'a, Result<(), ObjectsError>> {
+        self.0.put_if_absent(key, body).map(|put| put.map(drop).map_err(judged)).boxed()
+    }
+
+    fn get<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Option<Bytes>, ObjectsError>> {
+        self.0.get(key).map(|got| got.map_err(judged)).boxed()
+    }
+
+    fn delete<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<(), ObjectsError>> {
+        self.0.delete(key).map(|deleted| deleted.map_err(judged)).boxed()
+    }
+
+    fn list<'a>(&'a self, prefix: &'a str, limit: usize) -> BoxFuture<'a, Result<Vec<String>, ObjectsError>> {
+        self.0.list(prefix, limit).map(|listed| listed.map_err(judged)).boxed()
+    }
+}
+
+/// Whether waiting may help. A full disk or a lost mount is mended by a person, and no record is worse for it.
+fn judged(fault: StoreError) -> ObjectsError {
+    match fault {
+        StoreError::TooLarge { .. } | StoreError::Key { .. } | StoreError::Refused { .. } => {
+            ObjectsError::Refused(Box::new(fault))
+        }
+        fault => ObjectsError::Unavailable(Box::new(fault)),
+    }
 }
 
 /// The same over stores that are given.

@@ -45,6 +45,7 @@ const SETTINGS: &[Setting] = &[
     Setting { path: "model.key", variable: "FOREBAY_MODEL_API_KEY", default: "", secret: true },
     setting("stores.key_value", "FOREBAY_STORES_KEY_VALUE", ""),
     setting("memory.records", "FOREBAY_MEMORY_RECORDS", "256MiB"),
+    setting("claims.over", "FOREBAY_CLAIMS_OVER", "256KiB"),
     setting("otlp_endpoint", "FOREBAY_OTLP_ENDPOINT", ""),
 ];
 
@@ -78,6 +79,8 @@ pub struct Config {
     pub model_key: Option<String>,
     pub key_value: Option<String>,
     pub memory_bytes: usize,
+    /// Bodies of more bytes go to the object store; none where all stay in their messages.
+    pub claims_over: Option<usize>,
     pub otlp_endpoint: Option<String>,
     pub kafka: BTreeMap<String, String>,
 }
@@ -192,6 +195,16 @@ impl Config {
                 from("memory.records")
             ))
         })?;
+        let claims = text("claims.over").unwrap_or_default();
+        let claims_over = match claims.as_str() {
+            "off" => None,
+            size => Some(bytes(size).ok_or_else(|| {
+                wrong(format!(
+                    "claims.over is {claims:?} (from {}); write a size with its unit, such as 256KiB, or off",
+                    from("claims.over")
+                ))
+            })?),
+        };
         let model_url = text("model.url");
         if let Some(url) = &model_url
             && !url.trim_end_matches('/').ends_with("/v1")
@@ -240,6 +253,7 @@ impl Config {
             model_key,
             key_value: text("stores.key_value"),
             memory_bytes,
+            claims_over,
             otlp_endpoint: text("otlp_endpoint"),
             kafka: kafka.collect(),
             values,
@@ -362,6 +376,7 @@ mod tests {
         assert!(refused("model: {key: abc}").contains("model.key_file"));
         assert!(refused("partitions: none").contains("1 to 10000"));
         assert!(refused("memory: {records: 12}").contains("256MiB"));
+        assert!(refused("claims: {over: never}").contains("or off"));
         assert!(refused("model: {url: 'http://h'}").contains("/v1"));
     }
 }

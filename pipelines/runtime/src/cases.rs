@@ -11,8 +11,9 @@
 //! Invariant: a case ends, and nothing that it started outlives it.
 
 use crate::{
+    claims::{BYTES_OVER_DEFAULT, Claims},
     drive::{DriveError, drive},
-    host::memory::{MemoryLog, MemorySource, Stored},
+    host::memory::{MemoryLog, MemoryObjects, MemorySource, Stored},
     site::Site,
     stage::Patience,
 };
@@ -141,6 +142,7 @@ impl Bench {
         let log = MemoryLog::new(clock, topics::DERIVED_MESSAGE_BYTES_MAX);
         let site = Site {
             cancels: Arc::default(),
+            claims: Arc::new(Claims::new(Arc::new(MemoryObjects::default()), Some(BYTES_OVER_DEFAULT))),
             prefix: "",
             plan,
             cluster: "memory".into(),

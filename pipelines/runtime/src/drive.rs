@@ -422,7 +422,7 @@ impl<S: Source> Loop<S> {
             if let Some(ledger) = stage.ledger_of(&incoming) {
                 ledger.moves_to(&aside.topic).await?;
             }
-            sink.send(vec![aside]).await
+            sink.send(stage.check_in(vec![aside]).await).await
         });
     }
 
@@ -635,6 +635,12 @@ async fn advance(
     ours: &Ours,
 ) -> Result<(), SendError> {
     ours.still().await?;
+    // What lies elsewhere is held until all that becomes of it is written.
+    let whole = tokio::select! {
+        whole = stage.fetch(incoming) => whole,
+        () = ours.gone.cancelled() => return Err(SendError::Closed),
+    };
+    ours.still().await?;
     let ledger = stage.ledger_of(incoming);
     // A paid call is heard out also when its partition is gone: its answer is in the ledger then, for the next owner.
     let gone = async {
@@ -643,15 +649,18 @@ async fn advance(
             ledger.heard_out().await;
         }
     };
-    let messages = tokio::select! {
-        messages = stage.process(incoming, ledger.as_ref()) => messages,
-        () = gone => return Err(SendError::Closed),
+    let (incoming, messages) = match &whole {
+        Ok(whole) => tokio::select! {
+            messages = stage.process(whole, ledger.as_ref()) => (&**whole, messages),
+            () = gone => return Err(SendError::Closed),
+        },
+        Err(messages) => (incoming, messages.clone()),
     };
     // The operator is free for the next record while this one's messages are on their way.
     drop(permit);
     ours.still().await?;
     let write = async {
-        let mut result = sink.send(messages).await;
+        let mut result = sink.send(stage.check_in(messages).await).await;
         for bare in [false, true] {
             let Err(SendError::TooLarge { topic, .. }) = &result else { break };
             result = sink.send(stage.too_large(incoming, topic, bare)).await;

@@ -9,6 +9,7 @@
 pub mod budget;
 pub mod cancels;
 pub mod cases;
+pub mod claims;
 pub mod drive;
 pub mod fence;
 pub mod host;

@@ -91,9 +91,14 @@ impl Incoming {
     pub fn bytes(key: Option<&[u8]>, value: Option<&[u8]>) -> usize {
         // Headers and the struct itself; a message of no bytes is not free.
         const OVERHEAD: usize = 512;
-        // As it was read, decoded, encoded for the next step, and once more in the producer's queue.
+        OVERHEAD + Self::copied(key.map_or(0, <[u8]>::len) + value.map_or(0, <[u8]>::len))
+    }
+
+    /// The memory that a body takes until its record is finished.
+    pub fn copied(bytes: usize) -> usize {
+        // As it was read, decoded, encoded for the next step, and once more on its way there.
         const COPIES: usize = 4;
-        OVERHEAD + COPIES * (key.map_or(0, <[u8]>::len) + value.map_or(0, <[u8]>::len))
+        bytes.saturating_mul(COPIES)
     }
 }
 

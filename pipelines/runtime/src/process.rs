@@ -6,6 +6,7 @@
 use crate::{
     budget::Budget,
     cancels::{Cancels, CancelsTable},
+    claims::Claims,
     drive::{DriveError, drive},
     host::kafka::{
         Kafka, KafkaLedger, KafkaSink, KafkaSource, ReadBounds, Reading, SettingsError, TableError,
@@ -43,6 +44,8 @@ pub struct Launch<'a> {
     pub tables: Vec<(String, Arc<dyn Table>)>,
     /// Whether calls of the model cost something.
     pub is_paid: bool,
+    /// Where bodies lie that are too large to travel.
+    pub claims: Arc<Claims>,
     /// Bytes of records that may be unfinished at a time.
     pub memory_bytes_max: usize,
     /// What is counted.
@@ -106,6 +109,7 @@ impl Launch<'_> {
             patience: Patience::default(),
             retry_delay_max: Duration::MAX,
             cancels,
+            claims: Arc::clone(&self.claims),
         };
         let mut stages = JoinSet::new();
         for (planned, step) in &self.steps {
@@ -136,6 +140,11 @@ impl Launch<'_> {
                 ended
             });
         }
+        let (claims, clock, all) = (self.claims, self.clock, shutdown.clone());
+        stages.spawn(async move {
+            all.run_until_cancelled(claims.sweep_for_ever(clock)).await;
+            Ok(())
+        });
         Ok(Running { stages, tables, sink, shutdown, closed })
     }
 

@@ -9,7 +9,7 @@
 use crate::message::{Incoming, Partition};
 use bytes::Bytes;
 use forebay_plan::Channel;
-use forebay_schemas::{Lane, header};
+use forebay_schemas::{Claim, Lane, header};
 use std::collections::{HashMap, HashSet, VecDeque};
 
 /// Of so many records in a row one is of the backfill lane, where both lanes have some.
@@ -215,7 +215,12 @@ impl Backlogs {
 }
 
 fn tokens(waiting: &Waiting) -> usize {
-    ANSWER_TOKENS + waiting.incoming.len() / TOKEN_BYTES
+    let incoming = &waiting.incoming;
+    // What lies at the object store leaves its message empty.
+    let is_empty = incoming.value.as_ref().is_some_and(Bytes::is_empty);
+    let elsewhere = if is_empty { Claim::read(&incoming.headers).ok().flatten() } else { None };
+    let bytes = elsewhere.map_or(0, |claim| claim.bytes).saturating_add(incoming.len());
+    ANSWER_TOKENS + bytes / TOKEN_BYTES
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@
 
 use crate::{
     cancels::Cancels,
+    claims::Claims,
     drive::Limits,
     ledger::{
         self, LeaseClock, Ledgers, Log,
@@ -16,9 +17,13 @@ use crate::{
 };
 use forebay_operator::{Clock, Host, Step};
 use forebay_plan::{Ambiguous, Channel, Order, Plan, PlannedStep, PlannedTopic};
-use forebay_schemas::topics;
+use forebay_schemas::topics::{self, Cleanup};
 use forebay_telemetry::{Health, Telemetry};
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 /// Where the stages of a pipeline stand: all that they have in common.
 pub(crate) struct Site<'a> {
@@ -40,6 +45,8 @@ pub(crate) struct Site<'a> {
     pub retry_delay_max: Duration,
     /// Requests that their clients took back.
     pub cancels: Arc<Cancels>,
+    /// Where bodies lie that are too large to travel.
+    pub claims: Arc<Claims>,
 }
 
 /// Where the ledgers of a stage are kept, and who waits for them.
@@ -102,6 +109,7 @@ impl Site<'_> {
             }
             _ => stage,
         };
+        let stage = stage.with_claims(Arc::clone(&self.claims), self.claimed(&topics));
         let once = self.written_once(planned);
         Arc::new(if once.is_empty() { stage } else { stage.with_once(Arc::new(Once::new(once))) })
     }
@@ -138,6 +146,14 @@ impl Site<'_> {
         let lanes = topics.iter().map(|topic| (&topic.name, topics::backfill(&topic.name)));
         let lanes = lanes.filter(|(_, lane)| topics.iter().any(|other| other.name == *lane));
         lanes.map(|(topic, lane)| (self.name(topic), self.name(&lane))).collect()
+    }
+
+    /// The full names of the topics between steps: nobody else reads them, and nothing on them is kept for ever.
+    fn claimed(&self, topics: &[PlannedTopic]) -> BTreeSet<Arc<str>> {
+        let is_kept_a_while = |topic: &PlannedTopic| matches!(topic.cleanup, Cleanup::Delete { .. });
+        let is_between =
+            |topic: &&PlannedTopic| !topic.from_clients && !topic.to_clients && is_kept_a_while(topic);
+        topics.iter().filter(is_between).map(|topic| self.name(&topic.name)).collect()
     }
 
     fn retries(&self, planned: &PlannedStep) -> Vec<RetryTopic> {

@@ -7,8 +7,12 @@
 //! Invariant: every record becomes at least one message or was an `Ok` of its operator. A request whose work cannot
 //! go on becomes an ending, whatever happened: bytes that are no record, a panic, a store that is away.
 
+mod claimed;
+
 use crate::{
     cancels::Cancels,
+    claims::Claims,
+    host::memory::MemoryObjects,
     ledger::{Ledgers, RecordLedger},
     message::{Incoming, Outgoing, Partition},
     once::{Known, Once},
@@ -34,6 +38,8 @@ use std::{
 };
 use tokio::time::Instant;
 use tracing::{error, warn};
+
+pub use claimed::Whole;
 
 /// The full names of the topics that every stage may write to.
 #[derive(Clone, Debug)]
@@ -115,6 +121,10 @@ pub struct Stage {
     once: Option<Arc<Once>>,
     /// What was paid for, where the step makes paid calls.
     ledgers: Option<Arc<Ledgers>>,
+    /// Where bodies lie that are too large to travel.
+    claims: Arc<Claims>,
+    /// Full names of the topics whose messages may carry a claim instead of their body.
+    claimed: BTreeSet<Arc<str>>,
     /// Fields that no version of a record knows, each warned of once.
     warned: Mutex<BTreeSet<String>>,
 }
@@ -149,7 +159,16 @@ struct Death<'a> {
 impl Stage {
     /// A stage of these parts.
     pub fn new(parts: Parts) -> Self {
-        Self { parts, cancels: Arc::default(), once: None, ledgers: None, warned: Mutex::default() }
+        let (claims, claimed) = (Claims::new(Arc::new(MemoryObjects::default()), None), BTreeSet::new());
+        Self {
+            parts,
+            cancels: Arc::default(),
+            once: None,
+            ledgers: None,
+            claims: Arc::new(claims),
+            claimed,
+            warned: Mutex::default(),
+        }
     }
 
     /// The same stage, hearing of these cancels.
@@ -194,6 +213,11 @@ impl Stage {
     /// Where the paid calls of a record are remembered.
     pub fn ledger_of(&self, incoming: &Incoming) -> Option<Arc<RecordLedger>> {
         self.ledgers.as_ref().map(|ledgers| ledgers.of(incoming))
+    }
+
+    /// The same stage, leaving bodies that are too large to travel on these topics at an object store.
+    pub fn with_claims(self, claims: Arc<Claims>, claimed: BTreeSet<Arc<str>>) -> Self {
+        Self { claims, claimed, ..self }
     }
 
     /// What was written of late, where the step is the sole writer of a topic.
@@ -531,7 +555,7 @@ impl Stage {
             Death { class: "rejected", code: "output_too_large", message, attempts: 1, since_ms: None };
         let mut envelope = match self.open(incoming).and_then(|opened| self.envelope(incoming, &*opened)) {
             Ok(envelope) => envelope,
-            Err(_) => self.derived_envelope(incoming),
+            Err(_) => self.derived_envelope_of_job(incoming),
         };
         if bare {
             envelope.client.clear();
@@ -539,12 +563,16 @@ impl Stage {
         }
         let mut messages = self.give_up(incoming, &envelope, &death);
         // The record itself may be what is too large: then its copy stays where it lies, and the ending goes without it.
+        let is_elsewhere = matches!(self.claim(incoming), Ok(Some(_)));
         for message in &mut messages {
             if message.topic == self.parts.common.dead_letters {
-                message.value = None;
                 if bare {
                     message.headers.retain(|(name, _)| name != dead::KEY);
                 }
+                if is_elsewhere {
+                    continue;
+                }
+                message.value = None;
                 let omitted = DeadLetter::omitted(incoming.len(), &incoming.source());
                 message.headers.push((dead::BODY.to_owned(), Some(Bytes::from(omitted))));
             } else {
@@ -806,10 +834,15 @@ impl Stage {
         let key = retry.map_or_else(|| incoming.key.clone(), |retry| retry.key);
         let mut headers = envelope.write();
         headers.extend(letter.write(key.as_ref()));
+        let mut value = incoming.value.as_ref().map(|value| value.to_vec());
+        if let Ok(Some(claim)) = self.claim(incoming) {
+            headers.push(claim.header());
+            value = Some(Vec::new());
+        }
         Outgoing {
             topic: Arc::clone(&self.parts.common.dead_letters),
             key: Some(letter.message_key().into_bytes()),
-            value: incoming.value.as_ref().map(|value| value.to_vec()),
+            value,
             headers,
         }
     }

@@ -185,6 +185,20 @@ pub(crate) const SET_ASIDE: Declared = Declared {
     meaning: "Records moved to a topic of the step's own: `retry`, to be tried again; `overflow`, beyond a tenant's share.",
     ..LINE
 };
+pub(crate) const CLAIMS_RECORDS: Declared = Declared {
+    name: "forebay.step.claims.records",
+    unit: "{record}",
+    labels: &["stage", "operator", "way"],
+    meaning: "Records whose body was `put` to the object store because it is too large for a topic, or `fetched` from there.",
+    ..LINE
+};
+pub(crate) const CLAIMS_BYTES: Declared = Declared {
+    name: "forebay.step.claims",
+    unit: "By",
+    labels: &["stage", "operator", "way"],
+    meaning: "Bytes of these bodies.",
+    ..LINE
+};
 pub(crate) const IN_FLIGHT: Declared = Declared {
     name: "forebay.step.in_flight.records",
     kind: Kind::Gauge,
@@ -332,6 +346,8 @@ pub(crate) const DECLARED: &[Declared] = &[
     LEDGER_WAIT,
     DEAD_LETTERS,
     SET_ASIDE,
+    CLAIMS_RECORDS,
+    CLAIMS_BYTES,
     IN_FLIGHT,
     BUFFERED_RECORDS,
     BUFFERED_BYTES,

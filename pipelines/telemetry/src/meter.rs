@@ -104,6 +104,8 @@ pub(crate) struct Instruments {
     ledger_wait: Histogram<f64>,
     dead_letters: Counter<u64>,
     set_aside: Counter<u64>,
+    claims_records: Counter<u64>,
+    claims_bytes: Counter<u64>,
     in_flight: Gauge<u64>,
     buffered_records: Gauge<u64>,
     buffered_bytes: Gauge<u64>,
@@ -134,6 +136,8 @@ impl Instruments {
             ledger_wait: declared::LEDGER_WAIT.histogram_f64(meter),
             dead_letters: declared::DEAD_LETTERS.counter(meter),
             set_aside: declared::SET_ASIDE.counter(meter),
+            claims_records: declared::CLAIMS_RECORDS.counter(meter),
+            claims_bytes: declared::CLAIMS_BYTES.counter(meter),
             in_flight: declared::IN_FLIGHT.gauge_u64(meter),
             buffered_records: declared::BUFFERED_RECORDS.gauge_u64(meter),
             buffered_bytes: declared::BUFFERED_BYTES.gauge_u64(meter),
@@ -244,6 +248,8 @@ struct Step {
     ledger: OnceLock<LedgerMeter>,
     dead_letters: PerWord<BoundCounter<u64>>,
     set_aside: PerWord<BoundCounter<u64>>,
+    claims_put: Flow,
+    claims_fetched: Flow,
     in_flight: BoundGauge<u64>,
     buffered_records: BoundGauge<u64>,
     buffered_bytes: BoundGauge<u64>,
@@ -262,11 +268,18 @@ struct LedgerMeter {
     wait: BoundHistogram<f64>,
 }
 
-/// Records and bytes from or to one topic.
+/// Records and bytes from or to one topic, or the object store.
 #[derive(Clone)]
 struct Flow {
     records: BoundCounter<u64>,
     bytes: BoundCounter<u64>,
+}
+
+impl Flow {
+    fn add(&self, records: u64, bytes: usize) {
+        self.records.add(records);
+        self.bytes.add(number(bytes));
+    }
 }
 
 /// One outcome of a step.
@@ -298,6 +311,8 @@ impl StepMeter {
             ledger: OnceLock::new(),
             dead_letters: PerWord::new(CLASSES_MAX),
             set_aside: PerWord::new(CLASSES_MAX),
+            claims_put: claims(instruments, &labels, "put"),
+            claims_fetched: claims(instruments, &labels, "fetched"),
             in_flight: instruments.in_flight.bind(&labels),
             buffered_records: instruments.buffered_records.bind(&labels),
             buffered_bytes: instruments.buffered_bytes.bind(&labels),
@@ -322,16 +337,14 @@ impl StepMeter {
     pub fn received(&self, topic: &str, bytes: usize) {
         let Instruments { received_records, received_bytes, .. } = &*self.step.instruments;
         let flow = self.step.received.get(topic, |topic| self.flow(received_records, received_bytes, topic));
-        flow.records.add(1);
-        flow.bytes.add(number(bytes));
+        flow.add(1, bytes);
     }
 
     /// A topic acknowledged records.
     pub fn emitted(&self, topic: &str, records: u64, bytes: usize) {
         let Instruments { emitted_records, emitted_bytes, .. } = &*self.step.instruments;
         let flow = self.step.emitted.get(topic, |topic| self.flow(emitted_records, emitted_bytes, topic));
-        flow.records.add(records);
-        flow.bytes.add(number(bytes));
+        flow.add(records, bytes);
     }
 
     /// The step is done with a record, `duration` after its dispatch, before which it waited for `queue_wait`.
@@ -401,6 +414,16 @@ impl StepMeter {
         let counter = &self.step.instruments.set_aside;
         let counter = self.step.set_aside.get(why, |why| counter.bind(&with(&self.step.labels, "why", why)));
         counter.add(1);
+    }
+
+    /// A body of so many bytes was put to the object store.
+    pub fn claim_put(&self, bytes: usize) {
+        self.step.claims_put.add(1, bytes);
+    }
+
+    /// A body of so many bytes was fetched from the object store.
+    pub fn claim_fetched(&self, bytes: usize) {
+        self.step.claims_fetched.add(1, bytes);
     }
 
     /// So many records are being processed.
@@ -474,6 +497,12 @@ impl fmt::Debug for StepMeter {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("StepMeter").field("labels", &self.step.labels).finish_non_exhaustive()
     }
+}
+
+fn claims(instruments: &Instruments, labels: &[KeyValue; 2], way: &str) -> Flow {
+    let labels = with(labels, "way", way);
+    let Instruments { claims_records, claims_bytes, .. } = instruments;
+    Flow { records: claims_records.bind(&labels), bytes: claims_bytes.bind(&labels) }
 }
 
 fn with(labels: &[KeyValue; 2], name: &'static str, word: &str) -> [KeyValue; 3] {

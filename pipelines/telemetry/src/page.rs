@@ -155,6 +155,8 @@ mod tests {
         meter.ledger_waited(Duration::from_secs(3));
         meter.dead_lettered("rejected");
         meter.set_aside("retry");
+        meter.claim_put(300_000);
+        meter.claim_fetched(300_000);
         meter.in_flight(5);
         meter.buffered(7, 700);
         meter.assigned(12);

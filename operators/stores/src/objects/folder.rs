@@ -32,7 +32,8 @@ impl Folder {
         let opened = spawn_blocking(move || {
             std::fs::create_dir_all(&path).map_err(|source| Error::io(&path, source))?;
             let files = LocalFileSystem::new_with_prefix(&path).map_err(|error| stored(&path, error))?;
-            Ok(Self { files: files.with_fsync(true), path })
+            // An object that is deleted takes its folder along, or those of past days would pile up.
+            Ok(Self { files: files.with_fsync(true).with_automatic_cleanup(true), path })
         });
         opened.await.unwrap_or(Err(closed))
     }

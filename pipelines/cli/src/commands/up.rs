@@ -115,6 +115,7 @@ impl Up {
             tables: build::tables(&plan, chosen.iter().copied(), &resources),
             // The extractive model costs nothing: to ask it again is cheaper than to remember.
             is_paid: config.model_url.is_some(),
+            claims: build::claims(&config).await?,
             memory_bytes_max: config.memory_bytes,
             telemetry: &telemetry,
             health: &health,

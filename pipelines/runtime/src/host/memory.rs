@@ -4,6 +4,7 @@
 
 use crate::{
     budget::Budget,
+    claims::{Objects, ObjectsError},
     drive::{Event, Progress, SendError, Sink, Source},
     ledger::{Chunk, Log},
     message::{Incoming, Input, Outgoing, Partition},
@@ -196,6 +197,50 @@ impl Log for MemoryLedger {
         let committed = self.log.committed(&self.group, &input.topic);
         let metadata = self.log.metadata(&self.group, &input.topic);
         Box::pin(async move { Ok((committed, metadata)) })
+    }
+}
+
+/// Objects in a map.
+#[derive(Default)]
+pub struct MemoryObjects(Mutex<BTreeMap<String, Bytes>>);
+
+impl MemoryObjects {
+    /// The keys of all that is there.
+    pub fn keys(&self) -> Vec<String> {
+        self.objects().keys().cloned().collect()
+    }
+
+    /// Damages an object.
+    pub fn replace(&self, key: &str, body: Bytes) {
+        self.objects().insert(key.to_owned(), body);
+    }
+
+    fn objects(&self) -> MutexGuard<'_, BTreeMap<String, Bytes>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Objects for MemoryObjects {
+    fn put<'a>(&'a self, key: &'a str, body: Bytes) -> BoxFuture<'a, Result<(), ObjectsError>> {
+        self.objects().entry(key.to_owned()).or_insert(body);
+        Box::pin(async { Ok(()) })
+    }
+
+    fn get<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Option<Bytes>, ObjectsError>> {
+        let found = self.objects().get(key).cloned();
+        Box::pin(async { Ok(found) })
+    }
+
+    fn delete<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<(), ObjectsError>> {
+        self.objects().remove(key);
+        Box::pin(async { Ok(()) })
+    }
+
+    fn list<'a>(&'a self, prefix: &'a str, limit: usize) -> BoxFuture<'a, Result<Vec<String>, ObjectsError>> {
+        let objects = self.objects();
+        let keys = objects.range(prefix.to_owned()..).map(|(key, _)| key);
+        let keys = keys.take_while(|key| key.starts_with(prefix)).take(limit).cloned().collect();
+        Box::pin(async { Ok(keys) })
     }
 }
 

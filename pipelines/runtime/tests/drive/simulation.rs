@@ -5,17 +5,20 @@
 //! In odd seeds the first stage is ordered: records of one key pass it one after the other, none is passed over, and
 //! the last is the last. A stage that is not ordered sets aside what met a world that failed.
 //!
+//! In every third seed bodies do not travel: they lie at an object store, which is away at times.
+//!
 //! A member crashes at any await point of its loop, and the next one runs on a machine whose clock goes wrong.
 //!
 //! A seed that fails is printed, and goes to [`FAILED`] together with the repair.
 
 use crate::{
     order::Turns,
-    support::{Member, NOW_MS, Run, Spec, World, ending, header, on, pass, script, text},
+    support::{Member, NOW_MS, Run, Spec, Store, World, ending, header, on, pass, script, text},
 };
 use forebay_operator::{Clock, Failure};
-use forebay_runtime::{drive::Limits, stage::Patience};
-use forebay_schemas::header as envelope;
+use forebay_runtime::{claims::Claims, drive::Limits, host::memory::Stored, stage::Patience};
+use forebay_schemas::{Claim, header as envelope};
+use futures::FutureExt as _;
 use std::{
     collections::BTreeMap,
     sync::{
@@ -139,6 +142,8 @@ struct Chain {
     /// How often each stage ran each record, over all its members: a world that failed twice does so once.
     runs: Arc<Mutex<BTreeMap<(&'static str, String), u32>>>,
     members: BTreeMap<&'static str, Member>,
+    /// Where bodies lie.
+    store: Arc<Store>,
     /// Up to where the commits of each topic were checked.
     checked: BTreeMap<&'static str, usize>,
 }
@@ -147,13 +152,31 @@ impl Chain {
     fn new(seed: u64) -> Self {
         let (world, turns, wrong) = (World::new(), Turns::default(), Arc::default());
         let (runs, members, checked) = (Arc::default(), BTreeMap::new(), BTreeMap::new());
-        let mut chain = Self { seed, began: Instant::now(), world, turns, wrong, runs, members, checked };
+        let (store, began) = (Arc::default(), Instant::now());
+        let mut chain = Self { seed, began, world, turns, wrong, runs, members, store, checked };
         STAGES.iter().for_each(|(key, ..)| chain.join(key, 0));
         chain
     }
 
     fn is_ordered(&self, key: &str) -> bool {
         key == "one" && self.seed % 2 == 1
+    }
+
+    /// Where no body travels.
+    fn claims(&self) -> Option<Arc<Claims>> {
+        let claims = || Arc::new(Claims::new(Arc::clone(&self.store) as _, Some(0)));
+        self.seed.is_multiple_of(3).then(claims)
+    }
+
+    /// What a message says, wherever its body lies.
+    fn text(&self, message: &Stored) -> String {
+        let Some(Claim { key, .. }) = Claim::read(&message.headers).unwrap() else { return text(message) };
+        let body = forebay_runtime::claims::Objects::get(&self.store.objects, &key).now_or_never().unwrap();
+        String::from_utf8(body.unwrap().expect("the object comes first").to_vec()).unwrap()
+    }
+
+    fn texts(&self, topic: &str) -> Vec<String> {
+        self.world.log.read(topic).iter().map(|message| self.text(message)).collect()
     }
 
     /// Whether something happened after which records may come twice.
@@ -199,7 +222,8 @@ impl Chain {
         let patience = Patience { waits, outage: Duration::from_millis(200) };
         let limits = Limits { ordered, window, drain, ..Limits::new(in_flight) };
         let retries = self.retries(key);
-        Spec { key, from: vec![from], to, retries, limits, patience, ..Spec::new(run) }
+        let claims = self.claims();
+        Spec { key, from: vec![from], to, retries, limits, patience, claims, ..Spec::new(run) }
     }
 
     fn retries(&self, key: &str) -> Vec<(&'static str, u64)> {
@@ -207,6 +231,12 @@ impl Chain {
     }
 
     async fn befall(&mut self, dice: &mut Dice) {
+        if self.claims().is_some() && dice.below(3) == 0 {
+            // A drain does not wait for it.
+            self.turns.repeat();
+            self.store.away.fetch_xor(true, Ordering::SeqCst);
+            return;
+        }
         let (key, topic, _) = STAGES[usize::try_from(dice.below(3)).unwrap()];
         if self.is_ordered(key) {
             // What is finished beyond a record that still waited for its turn comes again.
@@ -264,12 +294,12 @@ impl Chain {
                 if new.is_empty() {
                     continue;
                 }
-                let mut out = self.world.texts(to);
+                let mut out = self.texts(to);
                 for (topic, _) in retries.iter().filter(|(topic, _)| *topic != input) {
-                    out.extend(self.world.texts(topic));
+                    out.extend(self.texts(topic));
                 }
                 let endings = self.endings();
-                for text in new.iter().map(text) {
+                for text in new.iter().map(|message| self.text(message)) {
                     let ended = endings.iter().any(|(id, stage, _)| *id == text && stage == key);
                     if !ended && !out.contains(&text) {
                         return Err(format!("{key} committed {committed} on {input} with {text} unfinished"));
@@ -292,7 +322,7 @@ impl Chain {
 
     /// Each record has ended as it must.
     fn check_ends(&self, records: &[String]) -> Result<(), String> {
-        let (out, endings) = (self.world.texts("out"), self.endings());
+        let (out, endings) = (self.texts("out"), self.endings());
         for record in records {
             let end =
                 STAGES.iter().find_map(|(key, ..)| Some((*key, Fate::of(self.seed, key, record).code()?)));
@@ -337,6 +367,7 @@ async fn simulate(seed: u64) -> Result<(), String> {
             chain.befall(&mut dice).await;
         }
     }
+    chain.store.away.store(false, Ordering::SeqCst);
     while !chain.world.log.lags().is_empty() {
         if chain.world.clock.now_ms() > NOW_MS + 24 * 3_600_000 {
             return Err(format!("stuck; behind: {:?}", chain.world.log.lags()));

@@ -1,10 +1,12 @@
 //! A log in memory with stages whose operators do as a test says.
 
+use bytes::Bytes;
 use forebay_operator::{Addressed, Clock, Context, Failure, Opened, Port, Quiet, Step};
 use forebay_plan::Channel;
 use forebay_runtime::{
+    claims::{Claims, Objects, ObjectsError},
     drive::{DriveError, Limits, SendError, Sink, drive},
-    host::memory::{MemoryLog, MemorySource, Sentinel, Stored},
+    host::memory::{MemoryLog, MemoryObjects, MemorySource, Sentinel, Stored},
     ledger::{
         self, LeaseClock, Ledgers, Log,
         book::{AMBIGUOUS_MAX, Terms},
@@ -18,11 +20,11 @@ use forebay_schemas::{
 use forebay_telemetry::{Health, Settings, Telemetry};
 use futures::future::BoxFuture;
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     pin::Pin,
     sync::{
         Arc, Mutex, OnceLock,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
     task::{self, Poll},
     time::Duration,
@@ -135,6 +137,8 @@ pub struct Spec {
     pub visits_max: Option<u32>,
     pub limits: Limits,
     pub patience: Patience,
+    /// Where bodies lie that are too large for a topic that is not `end`, where there is such a place.
+    pub claims: Option<Arc<Claims>>,
     pub script: Arc<Script>,
     /// Another operator than one that does as the script says.
     pub step: Option<Arc<dyn Step>>,
@@ -156,6 +160,7 @@ impl Spec {
             visits_max: None,
             limits: Limits::new(64),
             patience: Patience::default(),
+            claims: None,
             script,
             step: None,
             ledger: None,
@@ -300,7 +305,11 @@ impl World {
                 name: "ledger".to_owned(),
             }))
         });
-        let stage = Arc::new(ledgers.into_iter().fold(stage, Stage::with_ledgers));
+        let stage = ledgers.into_iter().fold(stage, Stage::with_ledgers);
+        let stage = Arc::new(match &spec.claims {
+            Some(claims) => stage.with_claims(Arc::clone(claims), claimed(spec)),
+            None => stage,
+        });
         let (source, sentinels) = MemorySource::join(&self.log, spec.key, &inputs(spec));
         let shutdown = CancellationToken::new();
         let polls_left = Arc::new(AtomicU32::new(u32::MAX));
@@ -371,6 +380,11 @@ fn retry_topic((topic, seconds): &(&'static str, u64)) -> RetryTopic {
     RetryTopic { topic: (*topic).into(), delay: Duration::from_secs(*seconds) }
 }
 
+fn claimed(spec: &Spec) -> BTreeSet<Arc<str>> {
+    let between = [spec.to, "out-backfill", "overflow"].into_iter().filter(|topic| *topic != "end");
+    between.chain(spec.retries.iter().map(|(topic, _)| *topic)).map(Arc::from).collect()
+}
+
 fn inputs(spec: &Spec) -> Vec<Input> {
     let channel = |topic: &str| if topic.ends_with("-backfill") { Channel::Backfill } else { Channel::Live };
     let from = spec.from.iter().map(|topic| (*topic, channel(topic)));
@@ -397,5 +411,40 @@ impl Sink for Slow {
             pass(self.ms).await;
             self.log.send(messages).await
         })
+    }
+}
+
+/// An object store that may be away.
+#[derive(Default)]
+pub struct Store {
+    pub objects: MemoryObjects,
+    pub away: AtomicBool,
+}
+
+fn away<'a, T>() -> BoxFuture<'a, Result<T, ObjectsError>> {
+    Box::pin(async { Err(ObjectsError::Unavailable("no route to host".into())) })
+}
+
+impl Store {
+    fn ask<'a, T>(
+        &self,
+        asked: BoxFuture<'a, Result<T, ObjectsError>>,
+    ) -> BoxFuture<'a, Result<T, ObjectsError>> {
+        if self.away.load(Ordering::SeqCst) { away() } else { asked }
+    }
+}
+
+impl Objects for Store {
+    fn put<'a>(&'a self, key: &'a str, body: Bytes) -> BoxFuture<'a, Result<(), ObjectsError>> {
+        if self.away.load(Ordering::SeqCst) { away() } else { self.objects.put(key, body) }
+    }
+    fn get<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Option<Bytes>, ObjectsError>> {
+        self.ask(self.objects.get(key))
+    }
+    fn delete<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<(), ObjectsError>> {
+        self.ask(self.objects.delete(key))
+    }
+    fn list<'a>(&'a self, prefix: &'a str, limit: usize) -> BoxFuture<'a, Result<Vec<String>, ObjectsError>> {
+        self.ask(self.objects.list(prefix, limit))
     }
 }

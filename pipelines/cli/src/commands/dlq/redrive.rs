@@ -18,9 +18,12 @@ use crate::{
 use anyhow::Context as _;
 use forebay_operator::Clock;
 use forebay_plan::{Plan, PlannedStep};
-use forebay_runtime::host::kafka::{Kafka, LogContext, headers};
+use forebay_runtime::{
+    claims::Claims,
+    host::kafka::{Kafka, LogContext, headers},
+};
 use forebay_schemas::{
-    DeadLetter, Envelope, Headers, Origin, Retry, Source,
+    Claim, DeadLetter, Envelope, Headers, Origin, Retry, Source, Tenant,
     dead_letter::{Redriven, original_key},
 };
 use rdkafka::{
@@ -36,7 +39,7 @@ use std::{
     process::ExitCode,
     sync::Arc,
 };
-use tokio::{sync::mpsc, task::JoinSet};
+use tokio::{runtime::Handle, sync::mpsc, task::JoinSet};
 
 /// Copies that are on their way at a time. Each may be as large as its topic takes.
 const ON_THEIR_WAY_MAX: usize = 16;
@@ -74,6 +77,8 @@ pub async fn run(args: DlqRedrive, config: Config) -> anyhow::Result<ExitCode> {
         again: args.again,
         reset_deadline: args.reset_deadline,
         now_ms,
+        bodies: Bodies { claims: build::claims(&config).await?, runtime: Handle::current() },
+        dry_run,
         sources: Sources { reader: scan::reader(&kafka)?, latest: HashMap::new() },
     };
     let (judged_in, judged) = mpsc::channel(WAITING_MAX);
@@ -101,6 +106,23 @@ pub async fn run(args: DlqRedrive, config: Config) -> anyhow::Result<ExitCode> {
     }
     out(told.sum(dry_run));
     Ok(if told.refused == 0 && told.missing.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Where bodies lie that are too large to travel, for a thread that may block.
+struct Bodies {
+    claims: Arc<Claims>,
+    runtime: Handle,
+}
+
+impl Bodies {
+    /// The claim of a copy: to the same body, put anew, so that it is kept as long as any. On a dry run the one that is there.
+    fn claim(&self, said: &Claim, tenant: &Tenant, put_ms: Option<i64>) -> Result<Claim, String> {
+        let text = |fault: anyhow::Error| format!("its body is not to be had: {fault:#}");
+        let body = self.runtime.block_on(self.claims.get(said)).map_err(|fault| text(fault.into()))?;
+        let Some(now_ms) = put_ms else { return Ok(said.clone()) };
+        let put = self.claims.put(tenant.as_str().as_bytes(), body, now_ms);
+        self.runtime.block_on(put).map_err(|fault| text(fault.into()))
+    }
 }
 
 /// What is to be done about a letter.
@@ -151,6 +173,8 @@ struct Judge {
     again: bool,
     reset_deadline: bool,
     now_ms: i64,
+    bodies: Bodies,
+    dry_run: bool,
     sources: Sources,
 }
 
@@ -190,10 +214,23 @@ impl Judge {
         }
         envelope.generation = envelope.generation.saturating_add(1);
         envelope.again = envelope.again.saturating_add(u32::from(self.again));
-        let way = match step.retries().into_iter().next() {
+        let claim = match Claim::read(&headers) {
+            Ok(None) => None,
+            Ok(Some(said)) => {
+                match self.bodies.claim(&said, &envelope.tenant, (!self.dry_run).then_some(self.now_ms)) {
+                    Ok(claim) => Some(claim),
+                    Err(reason) => return Ok(What::Refuse(reason)),
+                }
+            }
+            Err(fault) => return Ok(What::Refuse(fault.to_string())),
+        };
+        let mut way = match step.retries().into_iter().next() {
             Some((retry, _)) => self.by_retry(&said, original.key, &envelope, &retry),
             None => self.by_source(&said, original.key, &envelope, &step)?,
         };
+        if let (Ok(way), Some(claim)) = (&mut way, claim) {
+            way.headers.push(claim.header());
+        }
         let redrives = said.redrives.saturating_add(1);
         let copy = |way| Copy { way, value: original.value, redrives, letter_partition: partition };
         Ok(way.map_or_else(|what| what, |way| What::Send(Box::new(copy(way)))))

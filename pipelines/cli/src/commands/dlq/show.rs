@@ -3,11 +3,14 @@
 use super::{blocking, length, line, open, say_unreadable, time, to_json};
 use crate::{
     args::DlqShow,
+    build,
     config::Config,
     console::{out, say},
     letters::{self, Filter, Letter},
 };
 use forebay_operator::Clock;
+use forebay_runtime::claims::Claims;
+use forebay_schemas::Claim;
 use serde_json::{Value, json};
 use std::{fmt::Write as _, ops::ControlFlow, process::ExitCode};
 
@@ -20,7 +23,7 @@ pub async fn run(args: DlqShow, config: Config) -> anyhow::Result<ExitCode> {
     let since_ms = letters::since_ms(args.since, Clock::System);
     let filter = Filter { names: vec![args.letter.clone()], ..Filter::default() };
     let name = topic.clone();
-    let (found, unreadable) = blocking(&kafka, move |reader| {
+    let (mut found, unreadable) = blocking(&kafka, move |reader| {
         let mut found = Vec::new();
         let unreadable = letters::each(&reader, &name, since_ms, |letter| {
             if filter.wants(&letter) {
@@ -39,6 +42,10 @@ pub async fn run(args: DlqShow, config: Config) -> anyhow::Result<ExitCode> {
         ));
         return Ok(ExitCode::FAILURE);
     }
+    let claims = build::claims(&config).await?;
+    for letter in &mut found {
+        bring(letter, &claims).await;
+    }
     for letter in &found {
         match args.json {
             true => out(json_of(letter)?),
@@ -46,6 +53,22 @@ pub async fn run(args: DlqShow, config: Config) -> anyhow::Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Brings the record of a letter whose body lies at the object store.
+async fn bring(letter: &mut Letter, claims: &Claims) {
+    let brought = match Claim::read(&letter.headers) {
+        Ok(None) => return,
+        Ok(Some(claim)) => claims.get(&claim).await.map_err(anyhow::Error::from),
+        Err(fault) => Err(fault.into()),
+    };
+    letter.value = match brought {
+        Ok(body) => Some(body.into()),
+        Err(fault) => {
+            say(format_args!("forebay: could not bring the record of {}: {fault:#}", line(&letter.key)));
+            None
+        }
+    };
 }
 
 fn json_of(letter: &Letter) -> anyhow::Result<Value> {
