@@ -203,7 +203,7 @@ async fn what_is_of_the_backfill_stays_in_its_lane_and_takes_two_of_ten_places()
 }
 
 #[tokio::test(start_paused = true)]
-async fn behind_one_tenants_flood_anothers_ten_are_served_soon() {
+async fn behind_one_tenants_flood_the_ten_of_another_are_served_soon() {
     let slow = script(|run: Run| async move {
         pass(10).await;
         Ok::<Vec<Addressed>, Failure>(vec![on(&run)])
