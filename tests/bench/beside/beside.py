@@ -6,8 +6,8 @@ Invariant: all contenders of a round get the same records, in the same order, in
 and the same latency for each; and every figure is checked by what lies on `completions` afterwards.
 """
 
-import argparse, asyncio, collections, contextlib, json, logging, os, pathlib, random, re, signal, statistics, subprocess, sys, time
-import urllib.request
+import argparse, asyncio, collections, contextlib, json, logging, os, pathlib, random, re, signal, statistics, subprocess
+import sys, time, urllib.request
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
@@ -247,7 +247,8 @@ async def cpu(name, command, prefix, messages):
         lost, doubled = check(await read(f"{prefix}completions", len(messages)), messages)
     await drop_topics(prefix)
     return {"requests_per_cpu_s": count / took, "requests_per_s": count / wall, "cpus": took / wall,
-            "model_cpus": model_took / wall, "memory_mb": int(memory[1]) // 1024, "lost": lost, "doubled": doubled, "load": os.getloadavg()[0]}
+            "model_cpus": model_took / wall, "memory_mb": int(memory[1]) // 1024, "lost": lost,
+            "doubled": doubled, "load": os.getloadavg()[0]}
 
 
 async def pool(name, command, prefix, messages):
@@ -297,18 +298,19 @@ async def kills(name, command, prefix, messages, port):
         calls = await asyncio.to_thread(served.get, "log")
     await drop_topics(prefix)
     lost, doubled = check(written, messages[:sent])
-    by_number = collections.defaultdict(list)
-    for number, *call in calls:
-        by_number[number].append(call)
+    by_number, ages = collections.defaultdict(list), []
+    for call in calls:
+        by_number[call[0]].append(call)
     repeated = [tries for tries in by_number.values() if len(tries) > 1]
-    # All tries but the last were for nothing; whoever had its answer when killed could have known.
-    answered = [max(ended for _, ended, whole in tries[:-1] if whole)
-                for tries in repeated if any(whole for *_, whole in tries[:-1])]
-    # How long before the next kill the model had answered: what a contender takes to remember an answer.
-    ages = sorted(min(at for at in killed if at > ended) - ended for ended in answered if ended < killed[-1])
-    return {"records": sent, "repeated": len(repeated) / sent, "repeated_though_answered": len(answered) / sent,
-            "repeated_per_kill": len(repeated) / options.kills, "answered_per_kill": len(answered) / options.kills,
-            "answer_age_s": {"median": statistics.median(ages), "greatest": ages[-1]} if ages else None,
+    for tries in repeated:
+        # A call belongs to the life that ends with the next kill; what is answered after that, nobody heard.
+        heard = [at - ended for _, received, ended, whole in tries[:-1] if whole
+                 for at in [min((at for at in killed if at > received), default=received)] if ended < at]
+        ages += heard[-1:]
+    ages.sort()
+    return {"records": sent, "repeated": len(repeated) / sent, "repeated_though_answered": len(ages) / sent,
+            "repeated_per_kill": len(repeated) / options.kills, "answered_per_kill": len(ages) / options.kills,
+            "answer_age_s": {"median": statistics.median(ages), "greatest": ages[-1]} if ages else {"median": 0, "greatest": 0},
             "cut": sum(1 for *_, whole in calls if not whole), "calls": len(calls), "lost": lost,
             "doubled": doubled / sent, "stalls_s": stalls(calls, killed), "load": os.getloadavg()[0]}
 
@@ -353,21 +355,28 @@ async def main():
 
 def summary(every, figures):
     def column(part, name, field, form):
-        values = [figure[field] for figure in figures[f"{part}: {name}"]]
+        values = [value(figure, *field.split(".")) for figure in figures[f"{part}: {name}"]]
         if not values:
             return "–"
         median, least, greatest = (form.format(v) for v in (statistics.median(values), min(values), max(values)))
         return f"{median} ({least}–{greatest})" if len(values) > 1 else median
 
     columns = [("cpu", "requests_per_cpu_s", "{:.0f}", "requests per CPU-s"), ("cpu", "requests_per_s", "{:.0f}", "requests/s"),
+               ("cpu", "memory_mb", "{:.0f}", "MB"),
                ("pool", "pool_use", "{:.1%}", "pool use"), ("kills", "repeated", "{:.1%}", "called again"),
                ("kills", "repeated_per_kill", "{:.0f}", "a kill"),
                ("kills", "answered_per_kill", "{:.0f}", "of these, though answered"),
+               ("kills", "answer_age_s.greatest", "{:.2f} s", "the oldest"),
+               ("kills", "stalls_s.median", "{:.1f} s", "until it calls again"),
                ("kills", "doubled", "{:.1%}", "written twice"), ("kills", "lost", "{}", "lost")]
     print("| Contender | " + " | ".join(title for *_, title in columns) + " |")
     print("|---" * (len(columns) + 1) + "|")
     for name in every:
         print(f"| {name} | " + " | ".join(column(part, name, field, form) for part, field, form, _ in columns) + " |")
+
+
+def value(figure, field, *more):
+    return value(figure[field], *more) if more else figure[field]
 
 
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
