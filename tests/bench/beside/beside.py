@@ -291,13 +291,19 @@ async def kills(name, command, prefix, messages, port):
                 if not still_killing:
                     stop_sending.set()
                 sent = await sending
-                await served.reach("answered", sent, process)
+                ended, deadline = [], time.monotonic() + SILENCE_MAX_S
+                # Forebay gives a call up that was cut three times, and says so on `endings`.
+                while (await asyncio.to_thread(served.get, "count"))["answered"] + len(ended) < sent:
+                    if time.monotonic() > deadline:
+                        raise SystemExit(f"{name} does not come to an end; logs are in {scratch}")
+                    await asyncio.sleep(1)
+                    ended = await read(f"{prefix}endings")
                 written = await read(f"{prefix}completions", sent)
                 await asyncio.sleep(2)
                 written = await read(f"{prefix}completions", sent)
         calls = await asyncio.to_thread(served.get, "log")
     await drop_topics(prefix)
-    lost, doubled = check(written, messages[:sent])
+    lost, doubled = check(written + ended, messages[:sent])
     by_number, ages = collections.defaultdict(list), []
     for call in calls:
         by_number[call[0]].append(call)
@@ -311,7 +317,7 @@ async def kills(name, command, prefix, messages, port):
     return {"records": sent, "repeated": len(repeated) / sent, "repeated_though_answered": len(ages) / sent,
             "repeated_per_kill": len(repeated) / options.kills, "answered_per_kill": len(ages) / options.kills,
             "answer_age_s": {"median": statistics.median(ages), "greatest": ages[-1]} if ages else {"median": 0, "greatest": 0},
-            "cut": sum(1 for *_, whole in calls if not whole), "calls": len(calls), "lost": lost,
+            "cut": sum(1 for *_, whole in calls if not whole), "calls": len(calls), "lost": lost, "given_up": len(ended),
             "doubled": doubled / sent, "stalls_s": stalls(calls, killed), "load": os.getloadavg()[0]}
 
 
