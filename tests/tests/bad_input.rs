@@ -148,7 +148,9 @@ fn a_document_that_is_none_is_put_aside_and_deletes_nothing() {
 #[test]
 fn a_record_of_twenty_megabytes_is_refused_by_its_topic_and_fails_where_the_topic_takes_it() {
     let data = tempfile::tempdir().unwrap();
-    let up = Up::start(data.path(), &[]);
+    // With a store for large bodies it would be answered: here all travels in messages.
+    let mut command = command(data.path(), &["up", "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"]);
+    let up = Up::wait("forebay up", command.env("FOREBAY_CLAIMS_OVER", "off"));
     let client = up.client();
     let huge = || New::from(json!({"id": "huge", "prompt": "x".repeat(20 << 20)}));
     let refused = client.try_write("requests", [huge()], LIMIT).remove(0);

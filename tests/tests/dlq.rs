@@ -200,7 +200,9 @@ fn a_refused_request_is_redriven_once(site: &Site) {
     client.write("retry.infer.10s", [New { key: copy.key, value: copy.value, headers }]);
     client.ask(json!({"id": "after", "tenant": "shop", "prompt": "Does it go on?"}));
     results(&mut told, &["after"], 0, "answered");
-    wait_for("no lag of infer", LIMIT, || (client.lag("answer.infer", "retry.infer.10s") == 0).then_some(()));
+    wait_for("no lag of infer", LIMIT, || {
+        (client.lag("answer.infer.aside", "retry.infer.10s") == 0).then_some(())
+    });
     wait_for("no lag of publish", LIMIT, || (client.lag("answer.publish", "endings") == 0).then_some(()));
     results(&mut told, &ids, 1, "answered");
     assert_eq!(told.to_the_end(LIMIT).len(), 11);
