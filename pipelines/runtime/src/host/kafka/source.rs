@@ -243,7 +243,12 @@ fn join(
 ) -> Result<Membership, SettingsError> {
     let Group { name, inputs } = group;
     let Reading { bounds, budget, meter, health, once } = with;
-    let config = kafka.group_config(name);
+    let mut config = kafka.group_config(name);
+    let is_live = inputs.iter().any(|input| input.channel == Channel::Live);
+    if !is_live && kafka.config().get("fetch.wait.max.ms").is_none() {
+        // What comes is sent at once; how soon a partition is read after a pause matters to nobody here.
+        config.set("fetch.wait.max.ms", "500");
+    }
     let consumer: BaseConsumer<Member> =
         config.create_with_context(Member::new(meter.clone())).map_err(SettingsError::Client)?;
     let topics: Vec<&str> = inputs.iter().map(|input| &*input.topic).collect();
