@@ -447,10 +447,12 @@ async fn no_search_sees_a_group_half_replaced(store: &Arc<dyn Vectors>) -> Outco
     };
     store.replace("g", version(0)).await?;
     store.replace("beside", vec![point("x", "s0", &[0.0, 1.0]), point("y", "s1", &[0.0, 1.0])]).await?;
+    const READERS: usize = 3;
     let done = Arc::new(std::sync::atomic::AtomicBool::new(false));
-    let readers: Vec<_> = (0..3)
+    let saw_two = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+    let readers: Vec<_> = (0..READERS)
         .map(|_| {
-            let (store, done) = (Arc::clone(store), Arc::clone(&done));
+            let (store, done, saw_two) = (Arc::clone(store), Arc::clone(&done), Arc::clone(&saw_two));
             tokio::spawn(async move {
                 let mut seen = HashSet::new();
                 while !done.load(Ordering::SeqCst) {
@@ -460,18 +462,26 @@ async fn no_search_sees_a_group_half_replaced(store: &Arc<dyn Vectors>) -> Outco
                     assert_eq!(versions.len(), SIZE, "{versions:?}");
                     assert!(versions.windows(2).all(|two| two[0] == two[1]), "{versions:?}");
                     assert_eq!(hits.len(), SIZE + 2);
-                    seen.insert(versions[0].clone());
+                    if seen.insert(versions[0].clone()) && seen.len() == 2 {
+                        saw_two.fetch_add(1, Ordering::SeqCst);
+                    }
+                    // A search may be answered in place, and others want this thread too.
+                    tokio::task::yield_now().await;
                 }
-                seen.len()
             })
         })
         .collect();
-    for number in 1..200 {
+    // Until each reader has seen a change, or nothing was tested.
+    let mut number = 1;
+    while number < 200 || saw_two.load(Ordering::SeqCst) < READERS {
+        assert!(number < 1_000_000, "a reader saw one version only");
         store.replace("g", version(number)).await?;
+        tokio::task::yield_now().await;
+        number += 1;
     }
     done.store(true, Ordering::SeqCst);
     for reader in readers {
-        assert!(reader.await? > 1, "a reader saw one version only, so nothing was tested");
+        reader.await?;
     }
     store.clear().await?;
     Ok(())

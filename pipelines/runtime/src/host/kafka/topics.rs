@@ -7,9 +7,16 @@ use rdkafka::{
     error::KafkaError,
     types::RDKafkaErrorCode,
 };
-use std::{collections::BTreeMap, fmt, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    time::{Duration, Instant},
+};
 
 const WAIT: Duration = Duration::from_secs(30);
+
+/// How often to look whether what was made is there.
+const SEEN_EVERY: Duration = Duration::from_millis(100);
 
 /// A topic as a pipeline wants it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -90,6 +97,17 @@ pub enum Change {
         /// How many are wanted.
         wanted: i32,
     },
+}
+
+impl Change {
+    /// The topic and the partitions that it has once this is done, where something is.
+    fn made(&self) -> Option<(&str, i32)> {
+        match self {
+            Self::Create(wanted) => Some((&wanted.name, wanted.partitions)),
+            Self::AddPartitions { name, to, .. } => Some((name, *to)),
+            Self::Keep(_) | Self::CannotGrow { .. } | Self::TooMany { .. } => None,
+        }
+    }
 }
 
 impl fmt::Display for Change {
@@ -210,7 +228,30 @@ pub async fn apply(kafka: &Kafka, changes: &[Change], replication: i32) -> Resul
             Err((topic, code)) => return Err(failed(&topic, code.to_string())),
         }
     }
-    Ok(())
+    let made: Vec<_> = changes.iter().filter_map(Change::made).collect();
+    if made.is_empty() { Ok(()) } else { seen(&admin, &made).await }
+}
+
+/// Waits until the cluster shows what was made, with a leader for each partition: it says that a topic is made before it
+/// is known everywhere, and whoever asks for it then is told that there is none.
+async fn seen(admin: &AdminClient<LogContext>, made: &[(&str, i32)]) -> Result<(), TopicsError> {
+    let until = Instant::now() + WAIT;
+    loop {
+        let metadata = admin.inner().fetch_metadata(None, WAIT);
+        let is_there = |(name, partitions): &(&str, i32)| {
+            let topics = metadata.as_ref().map(rdkafka::metadata::Metadata::topics).unwrap_or_default();
+            topics.iter().find(|topic| topic.name() == *name).is_some_and(|topic| {
+                let led = topic.partitions().iter().filter(|partition| partition.leader() >= 0).count();
+                i32::try_from(led).is_ok_and(|led| led >= *partitions)
+            })
+        };
+        let Some((missing, _)) = made.iter().find(|one| !is_there(one)) else { return Ok(()) };
+        if Instant::now() >= until {
+            let reason = format!("it is not shown with all its partitions after {} s", WAIT.as_secs());
+            return Err(TopicsError::Change { topic: (*missing).to_owned(), reason });
+        }
+        tokio::time::sleep(SEEN_EVERY).await;
+    }
 }
 
 #[cfg(test)]
