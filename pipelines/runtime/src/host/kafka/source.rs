@@ -75,7 +75,7 @@ pub struct Reading {
     pub meter: StepMeter,
     /// Who is well.
     pub health: Health,
-    /// What the stage writes once, where it does.
+    /// What the stage writes once, where it does; read back with each live partition.
     pub once: Option<Arc<Once>>,
 }
 
@@ -262,7 +262,9 @@ fn join(
     health.set_ready(&heart, Err("no assignment yet".to_owned()));
     let reader = Reader {
         consumer,
-        once: once.clone().map(|once| (kafka.clone(), once)),
+        // Reading back begins the memory of a partition number anew. What was set aside comes and goes by itself: doing it
+        // there too would forget what is on its way from the live topic of that number.
+        once: once.clone().filter(|_| is_live).map(|once| (kafka.clone(), once)),
         unasked: is_kip_848(&config).then(|| (kafka.clone(), name.clone())),
         events,
         commands: commands_out,
