@@ -7,8 +7,10 @@ use forebay_runtime::{
     budget::Budget,
     drive::{Event, Progress, Source},
     host::kafka::{Kafka, KafkaSettings, KafkaSource, ReadBounds, Reading},
-    message::{Group, Input, Partition},
+    message::{Group, Input, Outgoing, Partition},
+    once::{Known, Once},
 };
+use forebay_schemas::Headers;
 use forebay_telemetry::{Health, Settings, Telemetry};
 use rdkafka::{
     mocking::MockCluster,
@@ -16,6 +18,7 @@ use rdkafka::{
 };
 use std::{
     collections::BTreeSet,
+    sync::Arc,
     time::{Duration, Instant},
 };
 use tokio::time::timeout;
@@ -48,21 +51,23 @@ impl Cluster {
     }
 
     fn join(&self) -> Member {
+        let input = Input { topic: "requests".into(), channel: Channel::Live };
+        self.join_groups(&[Group { name: "group".to_owned(), inputs: vec![input] }], None)
+    }
+
+    fn join_groups(&self, groups: &[Group], once: Option<Arc<Once>>) -> Member {
         let reading = Reading {
             bounds: ReadBounds::new(64),
             budget: Budget::new(1 << 20),
             meter: self.telemetry.step("step", "none"),
             health: Health::new(),
-            once: None,
+            once,
         };
-        let input = Input { topic: "requests".into(), channel: Channel::Live };
-        let source = {
-            let group = Group { name: "group".to_owned(), inputs: vec![input] };
-            KafkaSource::join(&self.kafka, &[group], reading).unwrap()
-        };
+        let source = KafkaSource::join(&self.kafka, groups, reading).unwrap();
         Member {
             source,
             owned: BTreeSet::new(),
+            assigned: 0,
             revoked: Vec::new(),
             read: BTreeSet::new(),
             told: Vec::new(),
@@ -84,6 +89,8 @@ impl Cluster {
 struct Member {
     source: KafkaSource,
     owned: BTreeSet<i32>,
+    /// How many partitions of any topic it was given so far.
+    assigned: usize,
     /// What is to be given up, oldest first; the test gives it up when it wants.
     revoked: Vec<Vec<Partition>>,
     /// Partition and text.
@@ -100,6 +107,7 @@ impl Member {
         match timeout(Duration::from_millis(50), self.source.next()).await {
             Ok(Event::Assigned(partitions)) => {
                 self.joined = true;
+                self.assigned += partitions.len();
                 self.owned.extend(partitions.iter().map(|one| one.number));
             }
             Ok(Event::Revoked { partitions, lost }) => {
@@ -202,6 +210,42 @@ async fn a_partition_that_is_rewound_while_it_is_paused_is_read_from_there() {
     member.source.resume(&last);
     until(&mut [&mut member], "reading on", |members| members[0].has_read("four") == 4).await;
     assert_eq!(member.told[3..], ["two", "three", "four"]);
+}
+
+#[tokio::test]
+async fn what_is_on_its_way_is_remembered_while_what_was_set_aside_comes_and_goes() {
+    let cluster = Cluster::start();
+    cluster.mock.create_topic("aside", PARTITIONS, 1).unwrap();
+    cluster.mock.create_topic("results", PARTITIONS, 1).unwrap();
+    let group = |name: &str, topic: &str, channel| {
+        let inputs = vec![Input { topic: topic.into(), channel }];
+        Group { name: name.to_owned(), inputs }
+    };
+    let (live, aside) =
+        (group("group", "requests", Channel::Live), group("group.aside", "aside", Channel::Retry));
+    let once = Arc::new(Once::new(vec!["results".into()]));
+    let mut first = cluster.join_groups(&[live, aside.clone()], Some(Arc::clone(&once)));
+    until(&mut [&mut first], "an assignment of both", |members| members[0].assigned == 8).await;
+    let result = Outgoing { topic: "results".into(), key: None, value: None, headers: Headers::new() };
+    for number in 0..PARTITIONS {
+        assert_eq!(once.admit(number, &result), Known::New);
+    }
+    // Another member takes a part of what was set aside and leaves, so that it comes back.
+    let mut second = cluster.join_groups(&[aside], None);
+    until(&mut [&mut first, &mut second], "a rebalance", |members| {
+        members.iter_mut().for_each(|member| member.release_all());
+        members[1].assigned == 2
+    })
+    .await;
+    second.source.close();
+    until(&mut [&mut first, &mut second], "the other's end", |members| {
+        members.iter_mut().for_each(|member| member.release_all());
+        members[1].ended && members[0].assigned == 10
+    })
+    .await;
+    for number in 0..PARTITIONS {
+        assert_eq!(once.admit(number, &result), Known::Written, "{number}");
+    }
 }
 
 #[tokio::test]
