@@ -422,7 +422,7 @@ impl<S: Source> Loop<S> {
             if let Some(ledger) = stage.ledger_of(&incoming) {
                 ledger.moves_to(&aside.topic).await?;
             }
-            sink.send(stage.check_in(vec![aside]).await).await
+            write(&stage, &*sink, &incoming, vec![aside], &ours).await
         });
     }
 
@@ -658,6 +658,17 @@ async fn advance(
     };
     // The operator is free for the next record while this one's messages are on their way.
     drop(permit);
+    write(stage, sink, incoming, messages, ours).await
+}
+
+/// Writes what a record became, while the record is ours; another ending where a topic would not take it.
+async fn write(
+    stage: &Stage,
+    sink: &dyn Sink,
+    incoming: &Incoming,
+    messages: Vec<Outgoing>,
+    ours: &Ours,
+) -> Result<(), SendError> {
     ours.still().await?;
     let write = async {
         let mut result = sink.send(stage.check_in(messages).await).await;

@@ -168,11 +168,12 @@ async fn a_client_that_writes_retry_headers_changes_nothing() {
 }
 
 /// A record as a host wrote it.
-fn of(world: &World, topic: &str, tenant: &str, body: &str) {
-    let id = RequestId::try_from(body.to_owned()).unwrap();
+fn of(world: &World, topic: &str, tenant: &str, id: &str, body: &str) {
+    let key = id;
+    let id = RequestId::try_from(id.to_owned()).unwrap();
     let tenant = Tenant::try_from(tenant.to_owned()).unwrap();
     let headers = Envelope::entering(id, tenant, Origin::default(), NOW_MS, Headers::new()).write();
-    world.write_bytes(topic, Some(body), body.as_bytes(), headers);
+    world.write_bytes(topic, Some(key), body.as_bytes(), headers);
 }
 
 #[tokio::test(start_paused = true)]
@@ -209,8 +210,9 @@ async fn behind_one_tenants_flood_the_ten_of_another_are_served_soon() {
         Ok::<Vec<Addressed>, Failure>(vec![on(&run)])
     });
     let world = World::new();
-    (0..20_000).for_each(|number| of(&world, "prompts", "flood", &format!("f{number}")));
-    (0..10).for_each(|number| of(&world, "prompts", "small", &format!("s{number}")));
+    (0..20_000)
+        .for_each(|number| of(&world, "prompts", "flood", &format!("f{number}"), &format!("f{number}")));
+    (0..10).for_each(|number| of(&world, "prompts", "small", &format!("s{number}"), &format!("s{number}")));
     let spec = Spec { from: vec!["prompts"], fair: true, limits: Limits::new(4), ..Spec::new(slow) };
     let member = world.join(&spec);
     world.settled().await;
@@ -224,11 +226,31 @@ async fn behind_one_tenants_flood_the_ten_of_another_are_served_soon() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_is_too_large_to_be_set_aside_is_a_dead_letter_and_stops_nobody() {
+    let slow = script(|run: Run| async move {
+        pass(10).await;
+        Ok::<Vec<Addressed>, Failure>(vec![on(&run)])
+    });
+    let world = World::new();
+    // More than a topic of this world takes from a stage.
+    let large = "x".repeat(2_000);
+    for number in 0..4_000 {
+        of(&world, "prompts", "flood", &format!("f{number}"), &large);
+    }
+    let spec = Spec { from: vec!["prompts"], fair: true, limits: Limits::new(4), ..Spec::new(slow) };
+    let member = world.join(&spec);
+    world.settled().await;
+    assert_eq!((world.texts("out").len(), world.log.read("overflow").len()), (0, 0));
+    assert_eq!((world.log.read("dead-letters").len(), world.log.read("endings").len()), (4_000, 4_000));
+    member.stop().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_tenant_alone_within_its_share_sets_nothing_aside() {
     let world = World::new();
     let pass_on = script(|run| async move { Ok(vec![on(&run)]) });
     let member = world.join(&Spec { from: vec!["prompts"], fair: true, ..Spec::new(pass_on) });
-    (0..500).for_each(|number| of(&world, "prompts", "a", &format!("f{number}")));
+    (0..500).for_each(|number| of(&world, "prompts", "a", &format!("f{number}"), &format!("f{number}")));
     world.settled().await;
     assert_eq!((world.texts("out").len(), world.log.read("overflow").len()), (500, 0));
     member.stop().await.unwrap();
