@@ -22,7 +22,7 @@ use bytes::Bytes;
 use forebay_plan::Channel;
 use forebay_schemas::Retry;
 use forebay_telemetry::StepMeter;
-use futures::future::BoxFuture;
+use futures::future::{BoxFuture, try_join_all};
 use std::{
     collections::{HashMap, HashSet, VecDeque},
     sync::Arc,
@@ -81,6 +81,9 @@ pub trait Source: Send {
 /// queue that is soon worked off delays nobody by much.
 const LONG_QUEUE: Duration = Duration::from_secs(2);
 
+/// How many records are moved to the overflow topic together.
+const MOVED_MAX: usize = 256;
+
 /// How far a partition has come.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Progress {
@@ -121,7 +124,7 @@ pub trait Sink: Send + Sync + 'static {
 }
 
 /// Why messages were not written.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum SendError {
     /// The topic does not take so large a message; no retry can help.
     #[error("a message of {bytes} bytes is larger than topic {topic} takes")]
@@ -240,11 +243,16 @@ struct Done {
     epoch: u64,
     offset: i64,
     key: Option<Bytes>,
-    /// Bytes that the source still counts as waiting, of a record that was only set aside.
-    waited: Option<(Channel, usize)>,
-    /// From its start until its messages were acknowledged.
-    took: Duration,
+    /// From its start until its messages were acknowledged; nothing for a record that was only set aside.
+    took: Option<Duration>,
     result: Result<(), SendError>,
+}
+
+impl Done {
+    fn of(incoming: &Incoming, epoch: u64, took: Option<Duration>, result: Result<(), SendError>) -> Self {
+        let Incoming { partition, offset, key, .. } = incoming;
+        Self { partition: partition.clone(), epoch, offset: *offset, key: key.clone(), took, result }
+    }
 }
 
 /// Partitions that are being taken away together.
@@ -264,7 +272,9 @@ struct Loop<S> {
     /// Keys whose turn somebody has, with the records that wait for the next one; only where the step is ordered.
     turns: HashMap<Bytes, VecDeque<Incoming>>,
     room: Arc<Semaphore>,
-    tasks: JoinSet<Done>,
+    tasks: JoinSet<Vec<Done>>,
+    /// Records of one partition, one after the other, that are to be moved to the overflow topic together.
+    moving: Vec<Incoming>,
     /// How long a record takes, as an exponentially weighted mean of about the last fifty.
     mean: Option<Duration>,
     /// How long what waits would take.
@@ -292,6 +302,7 @@ pub async fn drive<S: Source>(
         turns: HashMap::new(),
         room,
         tasks: JoinSet::new(),
+        moving: Vec::new(),
         mean: None,
         work_queued: Duration::ZERO,
         leaving: VecDeque::new(),
@@ -321,10 +332,12 @@ impl<S: Source> Loop<S> {
                 }
                 () = until(drained_by), if drained_by.is_some() => self.release_drained(true),
                 Some(done) = self.tasks.join_next() => {
-                    // A task ends by a panic only where our own code has a bug: its record stays unfinished.
-                    self.finish(done.map_err(|panic| self.error(format!("a task panicked: {panic}")))?)?;
-                    while let Some(done) = self.tasks.try_join_next() {
-                        self.finish(done.map_err(|panic| self.error(format!("a task panicked: {panic}")))?)?;
+                    // A task ends by a panic only where our own code has a bug: its records stay unfinished.
+                    let mut next = Some(done);
+                    while let Some(done) = next {
+                        let done = done.map_err(|panic| self.error(format!("a task panicked: {panic}")))?;
+                        done.into_iter().try_for_each(|done| self.finish(done))?;
+                        next = self.tasks.try_join_next();
                     }
                 }
                 permit = Arc::clone(&self.room).acquire_owned(), if !self.queue.is_empty() => {
@@ -342,6 +355,7 @@ impl<S: Source> Loop<S> {
                             return Ok(());
                         }
                     }
+                    self.move_aside();
                 }
             }
         }
@@ -398,31 +412,44 @@ impl<S: Source> Loop<S> {
         self.stage.meter().received(&incoming.partition.topic, incoming.len());
         let (tenant, partition) = (self.stage.tenant(&incoming), incoming.partition.clone());
         let long = self.work_queued >= LONG_QUEUE && channel == Channel::Live;
-        if long && self.queue.is_over_share(&tenant, self.limits.waiting) {
-            self.set_aside(incoming, tenant);
+        let waiting = Waiting { incoming, tenant, has_turn: false };
+        if long && self.queue.is_over_share(&waiting.tenant, self.limits.waiting) {
+            self.set_aside(waiting);
         } else {
-            self.queue.push(Waiting { incoming, tenant, has_turn: false });
+            self.queue.push(waiting);
         }
         // A flood that waits would hide what lies beyond the window.
         if becomes_full && long {
-            for Waiting { incoming, tenant, .. } in self.queue.take_flood(&partition, self.limits.waiting) {
-                self.set_aside(incoming, tenant);
+            for waiting in self.queue.take_flood(&partition, self.limits.waiting) {
+                self.set_aside(waiting);
             }
         }
     }
 
-    /// Moves a record to the overflow topic, where there is one. It counts as waiting until it is there.
-    fn set_aside(&mut self, incoming: Incoming, tenant: Bytes) {
-        let Some(aside) = self.stage.set_aside(&incoming) else {
-            return self.queue.push(Waiting { incoming, tenant, has_turn: false });
-        };
-        let waited = Some((incoming.channel, incoming.held.bytes()));
-        self.spawn(incoming, waited, |stage, sink, incoming, ours| async move {
-            ours.still().await?;
-            if let Some(ledger) = stage.ledger_of(&incoming) {
-                ledger.moves_to(&aside.topic).await?;
-            }
-            write(&stage, &*sink, &incoming, vec![aside], &ours).await
+    /// Moves a record to the overflow topic where that may be, together with those of its partition that come next.
+    fn set_aside(&mut self, waiting: Waiting) {
+        if !self.stage.may_be_set_aside(&waiting.incoming) {
+            return self.queue.push(waiting);
+        }
+        let incoming = waiting.incoming;
+        // It waits for the operator no more; until it is written, the window and the budget bound it.
+        self.source.dispatched(incoming.channel, incoming.held.bytes());
+        if self.moving.first().is_some_and(|first| first.partition != incoming.partition)
+            || self.moving.len() == MOVED_MAX
+        {
+            self.move_aside();
+        }
+        self.moving.push(incoming);
+    }
+
+    fn move_aside(&mut self) {
+        let records = std::mem::take(&mut self.moving);
+        let Some(first) = records.first() else { return };
+        let Some((epoch, ours)) = self.begin(&first.partition.clone(), records.len()) else { return };
+        let (stage, sink) = (Arc::clone(&self.stage), Arc::clone(&self.sink));
+        self.tasks.spawn(async move {
+            let result = set_aside(&stage, &*sink, &records, &ours).await;
+            records.into_iter().map(|incoming| Done::of(&incoming, epoch, None, result.clone())).collect()
         });
     }
 
@@ -457,43 +484,30 @@ impl<S: Source> Loop<S> {
         self.start(incoming, permit);
     }
 
+    /// Lets a record go its way beside the loop.
     fn start(&mut self, incoming: Incoming, permit: OwnedSemaphorePermit) {
-        self.spawn(incoming, None, |stage, sink, incoming, ours| async move {
-            advance(&stage, &*sink, &incoming, permit, &ours).await
+        let Some((epoch, ours)) = self.begin(&incoming.partition, 1) else {
+            return self.next_turn(incoming.key.as_ref());
+        };
+        let (stage, sink) = (Arc::clone(&self.stage), Arc::clone(&self.sink));
+        self.tasks.spawn(async move {
+            let started = Instant::now();
+            let result = advance(&stage, &*sink, &incoming, permit, &ours).await;
+            vec![Done::of(&incoming, epoch, Some(started.elapsed()), result)]
         });
     }
 
-    /// Lets a record go its way beside the loop.
-    fn spawn<F>(
-        &mut self,
-        incoming: Incoming,
-        waited: Option<(Channel, usize)>,
-        go: impl FnOnce(Arc<Stage>, Arc<dyn Sink>, Arc<Incoming>, Ours) -> F + Send + 'static,
-    ) where
-        F: Future<Output = Result<(), SendError>> + Send,
-    {
-        let Some(owned) = self.owned.get_mut(&incoming.partition).filter(|owned| !owned.leaving) else {
-            return self.next_turn(incoming.key.as_ref());
-        };
-        owned.busy += 1;
-        let epoch = owned.epoch;
-        let ours = Ours { fence: self.source.fence(&incoming.partition), gone: owned.gone.clone() };
-        let (stage, sink) = (Arc::clone(&self.stage), Arc::clone(&self.sink));
-        self.tasks.spawn(async move {
-            let (incoming, started) = (Arc::new(incoming), Instant::now());
-            let result = go(stage, sink, Arc::clone(&incoming), ours).await;
-            let took = started.elapsed();
-            let (partition, offset, key) =
-                (incoming.partition.clone(), incoming.offset, incoming.key.clone());
-            Done { partition, epoch, offset, key, waited, took, result }
-        });
+    /// Counts so many records of a partition as busy, while it is ours.
+    fn begin(&mut self, partition: &Partition, records: usize) -> Option<(u64, Ours)> {
+        let owned = self.owned.get_mut(partition).filter(|owned| !owned.leaving)?;
+        owned.busy += records;
+        Some((owned.epoch, Ours { fence: self.source.fence(partition), gone: owned.gone.clone() }))
     }
 
     fn finish(&mut self, done: Done) -> Result<(), DriveError> {
-        let Done { partition, epoch, offset, key, waited, took, result } = done;
-        match waited {
-            Some((channel, bytes)) => self.source.dispatched(channel, bytes),
-            None => self.mean = Some(self.mean.map_or(took, |mean| mean.mul_f64(0.98) + took.mul_f64(0.02))),
+        let Done { partition, epoch, offset, key, took, result } = done;
+        if let Some(took) = took {
+            self.mean = Some(self.mean.map_or(took, |mean| mean.mul_f64(0.98) + took.mul_f64(0.02)));
         }
         self.next_turn(key.as_ref());
         let finished = match result {
@@ -661,6 +675,42 @@ async fn advance(
     write(stage, sink, incoming, messages, ours).await
 }
 
+/// Moves records to the overflow topic together, while their partition is ours.
+async fn set_aside(
+    stage: &Stage,
+    sink: &dyn Sink,
+    records: &[Incoming],
+    ours: &Ours,
+) -> Result<(), SendError> {
+    ours.still().await?;
+    let (mut messages, mut ledgers) = (Vec::with_capacity(records.len()), Vec::new());
+    for incoming in records {
+        match stage.set_aside(incoming) {
+            Some(aside) => {
+                messages.push(aside);
+                ledgers.extend(stage.ledger_of(incoming));
+            }
+            // What cannot be read is no longer whose it says it is.
+            None => messages.extend(stage.process(incoming, None).await),
+        }
+    }
+    if let Some(topic) = stage.overflow() {
+        try_join_all(ledgers.iter().map(|ledger| ledger.moves_to(topic))).await?;
+    }
+    ours.still().await?;
+    let written = unless_gone(ours, async { sink.send(stage.check_in(messages).await).await }).await;
+    let Err(SendError::TooLarge { .. }) = written else { return written };
+    // Which of them, only each alone can tell; a second copy is known by its id.
+    for incoming in records {
+        let messages = match stage.set_aside(incoming) {
+            Some(aside) => vec![aside],
+            None => stage.process(incoming, None).await,
+        };
+        write(stage, sink, incoming, messages, ours).await?;
+    }
+    Ok(())
+}
+
 /// Writes what a record became, while the record is ours; another ending where a topic would not take it.
 async fn write(
     stage: &Stage,
@@ -670,15 +720,22 @@ async fn write(
     ours: &Ours,
 ) -> Result<(), SendError> {
     ours.still().await?;
-    let write = async {
+    unless_gone(ours, async {
         let mut result = sink.send(stage.check_in(messages).await).await;
         for bare in [false, true] {
             let Err(SendError::TooLarge { topic, .. }) = &result else { break };
             result = sink.send(stage.too_large(incoming, topic, bare)).await;
         }
         result
-    };
-    // A log that is away may be waited for beyond the time that the partition is ours.
+    })
+    .await
+}
+
+/// A log that is away may be waited for beyond the time that a partition is ours.
+async fn unless_gone(
+    ours: &Ours,
+    write: impl Future<Output = Result<(), SendError>>,
+) -> Result<(), SendError> {
     tokio::select! {
         result = write => result,
         () = ours.gone.cancelled() => Err(SendError::Closed),

@@ -259,13 +259,14 @@ impl Stage {
         tenant.map(Bytes::from).unwrap_or_default()
     }
 
+    /// Whether a record may go to the overflow topic: what may have been paid for here is finished here.
+    pub fn may_be_set_aside(&self, incoming: &Incoming) -> bool {
+        self.parts.overflow.is_some() && !self.may_have_paid(incoming)
+    }
+
     /// A record as it goes to the overflow topic, where no client writes: with its envelope. `None` where it cannot be read.
     pub fn set_aside(&self, incoming: &Incoming) -> Option<Outgoing> {
         let topic = self.parts.overflow.as_ref()?;
-        // What may have been paid for here is finished here.
-        if self.may_have_paid(incoming) {
-            return None;
-        }
         if !self.enters(incoming) {
             self.parts.meter.set_aside("overflow");
             return Some(copy(incoming, topic, incoming.headers.clone()));
