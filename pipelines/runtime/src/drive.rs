@@ -22,7 +22,11 @@ use bytes::Bytes;
 use forebay_plan::Channel;
 use forebay_schemas::Retry;
 use forebay_telemetry::StepMeter;
-use futures::future::{BoxFuture, try_join_all};
+use futures::{
+    FutureExt as _, StreamExt as _,
+    future::{BoxFuture, try_join_all},
+    stream::FuturesUnordered,
+};
 use std::{
     collections::{HashMap, HashSet, VecDeque},
     sync::Arc,
@@ -30,7 +34,6 @@ use std::{
 };
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
-    task::JoinSet,
     time::{Instant, MissedTickBehavior},
 };
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -272,7 +275,7 @@ struct Loop<S> {
     /// Keys whose turn somebody has, with the records that wait for the next one; only where the step is ordered.
     turns: HashMap<Bytes, VecDeque<Incoming>>,
     room: Arc<Semaphore>,
-    tasks: JoinSet<Vec<Done>>,
+    tasks: FuturesUnordered<BoxFuture<'static, Vec<Done>>>,
     /// Records of one partition, one after the other, that are to be moved to the overflow topic together.
     moving: Vec<Incoming>,
     /// How long a record takes, as an exponentially weighted mean of about the last fifty.
@@ -301,7 +304,7 @@ pub async fn drive<S: Source>(
         queue: Queue::new(),
         turns: HashMap::new(),
         room,
-        tasks: JoinSet::new(),
+        tasks: FuturesUnordered::new(),
         moving: Vec::new(),
         mean: None,
         work_queued: Duration::ZERO,
@@ -331,13 +334,11 @@ impl<S: Source> Loop<S> {
                     self.measure();
                 }
                 () = until(drained_by), if drained_by.is_some() => self.release_drained(true),
-                Some(done) = self.tasks.join_next() => {
-                    // A task ends by a panic only where our own code has a bug: its records stay unfinished.
+                Some(done) = self.tasks.next() => {
                     let mut next = Some(done);
                     while let Some(done) = next {
-                        let done = done.map_err(|panic| self.error(format!("a task panicked: {panic}")))?;
                         done.into_iter().try_for_each(|done| self.finish(done))?;
-                        next = self.tasks.try_join_next();
+                        next = self.tasks.next().now_or_never().flatten();
                     }
                 }
                 permit = Arc::clone(&self.room).acquire_owned(), if !self.queue.is_empty() => {
@@ -447,10 +448,10 @@ impl<S: Source> Loop<S> {
         let Some(first) = records.first() else { return };
         let Some((epoch, ours)) = self.begin(&first.partition.clone(), records.len()) else { return };
         let (stage, sink) = (Arc::clone(&self.stage), Arc::clone(&self.sink));
-        self.tasks.spawn(async move {
+        self.tasks.push(Box::pin(async move {
             let result = set_aside(&stage, &*sink, &records, &ours).await;
             records.into_iter().map(|incoming| Done::of(&incoming, epoch, None, result.clone())).collect()
-        });
+        }));
     }
 
     /// Reads on where a record has become due.
@@ -490,11 +491,11 @@ impl<S: Source> Loop<S> {
             return self.next_turn(incoming.key.as_ref());
         };
         let (stage, sink) = (Arc::clone(&self.stage), Arc::clone(&self.sink));
-        self.tasks.spawn(async move {
+        self.tasks.push(Box::pin(async move {
             let started = Instant::now();
             let result = advance(&stage, &*sink, &incoming, permit, &ours).await;
             vec![Done::of(&incoming, epoch, Some(started.elapsed()), result)]
-        });
+        }));
     }
 
     /// Counts so many records of a partition as busy, while it is ours.

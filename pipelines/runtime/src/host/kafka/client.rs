@@ -157,7 +157,7 @@ impl Kafka {
         default("fetch.max.bytes", "8388608");
         default("fetch.wait.max.ms", "100");
         // A flood is noticed by its lag, which these tell.
-        default("statistics.interval.ms", "2000");
+        default("statistics.interval.ms", "500");
         if kip_848 {
             // Of every topic the same share, and equal numbers at one member: the uniform assignor counts partitions of
             // all channels alike, and one member may get all live ones.

@@ -82,6 +82,13 @@ pub struct Reading {
 /// How long the thread sleeps in a poll that brings nothing: the bound on how late it notices a command.
 const POLL: Duration = Duration::from_millis(20);
 
+/// The same where nothing has happened for [`IDLE_AFTER`]. A record or a rebalance wakes it at once; what it may notice
+/// later is that the stage ends, or that a retry has become due.
+const IDLE_POLL: Duration = Duration::from_millis(100);
+
+/// After so long without a record or a command, a member is idle.
+const IDLE_AFTER: Duration = Duration::from_secs(1);
+
 /// How many records are handed over at once at most.
 const BATCH: usize = 256;
 
@@ -245,9 +252,11 @@ fn join(
     let Reading { bounds, budget, meter, health, once } = with;
     let mut config = kafka.group_config(name);
     let is_live = inputs.iter().any(|input| input.channel == Channel::Live);
-    if !is_live && kafka.config().get("fetch.wait.max.ms").is_none() {
-        // What comes is sent at once; how soon a partition is read after a pause matters to nobody here.
-        config.set("fetch.wait.max.ms", "500");
+    // What comes is sent at once; how soon a partition is read after a pause, or its lag is known, matters to nobody here.
+    for (name, at_leisure) in [("fetch.wait.max.ms", "500"), ("statistics.interval.ms", "2000")] {
+        if !is_live && kafka.config().get(name).is_none() {
+            config.set(name, at_leisure);
+        }
     }
     let consumer: BaseConsumer<Member> =
         config.create_with_context(Member::new(meter.clone())).map_err(SettingsError::Client)?;
@@ -284,6 +293,7 @@ fn join(
         revoked: VecDeque::new(),
         expected: HashMap::new(),
         closing: false,
+        active: Instant::now(),
         complained: None,
     };
     let thread = std::thread::Builder::new().name(format!("read {name}"));
@@ -544,6 +554,8 @@ struct Reader {
     /// Where reading a partition should begin, until it has.
     expected: HashMap<Partition, i64>,
     closing: bool,
+    /// When a record, a command or a rebalance came last.
+    active: Instant,
     /// When an error was last said aloud: one that lasts must not fill the log.
     complained: Option<Instant>,
 }
@@ -607,6 +619,7 @@ impl Reader {
     }
 
     fn obey(&mut self, command: Command) {
+        self.active = Instant::now();
         match command {
             Command::Pause(partition) => {
                 self.set_paused(std::slice::from_ref(&partition), true);
@@ -657,6 +670,7 @@ impl Reader {
                 Some(Rebalance::Revoke(partitions)) => self.revoke(partitions),
                 None => return,
             }
+            self.active = Instant::now();
         }
     }
 
@@ -800,7 +814,8 @@ impl Reader {
 
     /// All messages that are here, handed over together; waits a little where there is none.
     fn read(&mut self) -> Option<String> {
-        let mut fault = self.poll(POLL);
+        let is_idle = self.active.elapsed() > IDLE_AFTER;
+        let mut fault = self.poll(if is_idle { IDLE_POLL } else { POLL });
         while fault.is_none() && !self.batch.is_empty() && self.batch.len() < BATCH {
             let before = self.batch.len();
             fault = self.poll(Duration::ZERO);
@@ -809,6 +824,7 @@ impl Reader {
             }
         }
         if !self.batch.is_empty() {
+            self.active = Instant::now();
             // Where the loop is gone, records stay unfinished, and their next owner reads them.
             self.events.send(Event::Records(std::mem::take(&mut self.batch)));
         }
