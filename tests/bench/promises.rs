@@ -1,11 +1,13 @@
-//! What the promises cost: poison, slow calls, a tenant's flood, a backlog of large records, a long queue.
+//! What the promises cost: poison, slow calls, a tenant's flood, a backlog of large records, a long queue, more processes.
 //!
-//! Run by hand, by `tests/bench/run promises`; see README.md beside this file. Everything runs on `forebay up` with the embedded
-//! broker and a model server inside this program, which does as the question says: `wait 50` answers after 50 ms, `refuse`
+//! Run by hand, by `tests/bench/run promises`; see README.md beside this file. All but the last runs on `forebay up` with the embedded
+//! broker, and a model server inside this program, which does as the question says: `wait 50` answers after 50 ms, `refuse`
 //! gets a 400.
 
 #![expect(clippy::expect_used, reason = "a measurement that cannot go on says why by panicking")]
 #![expect(clippy::print_stdout, reason = "a program run by hand tells its figures")]
+
+mod scaling;
 
 use axum::{
     Router,
@@ -23,7 +25,7 @@ use tokio::{net::TcpListener, runtime::Runtime};
 /// Measures what Forebay's promises cost.
 #[derive(Debug, clap::Parser)]
 struct Args {
-    /// Only the scenario of this name: poison, slow, flood, backlog or drain.
+    /// Only the scenario of this name: poison, slow, flood, backlog, drain or scaling.
     #[arg(long, default_value = "")]
     only: String,
     /// Everything in this proportion of its usual size.
@@ -43,8 +45,14 @@ fn main() {
     let args = Args::parse();
     let runtime = Runtime::new().expect("a runtime");
     let model = serve(&runtime);
-    let scenarios: [(&str, Scenario); 5] =
-        [("poison", poison), ("slow", slow), ("flood", flood), ("backlog", backlog), ("drain", drain)];
+    let scenarios: [(&str, Scenario); 6] = [
+        ("poison", poison),
+        ("slow", slow),
+        ("flood", flood),
+        ("backlog", backlog),
+        ("drain", drain),
+        ("scaling", scaling::scaling),
+    ];
     for (name, scenario) in
         scenarios.into_iter().filter(|(name, _)| args.only.is_empty() || args.only == *name)
     {
