@@ -37,7 +37,7 @@ use std::{
     io,
     net::SocketAddr,
     path::PathBuf,
-    pin::{Pin, pin},
+    pin::pin,
     sync::{
         Arc, PoisonError, RwLock,
         atomic::{AtomicBool, Ordering},
@@ -263,7 +263,7 @@ async fn connection(stream: TcpStream, replica: Arc<Replica>, mut stopped: watch
                 _ = poll_fn(|cx| connection.poll_without_shutdown(cx)) => break,
                 _ = &mut stopping, if !is_told => {
                     is_told = true;
-                    Pin::new(&mut connection).graceful_shutdown();
+                    std::pin::Pin::new(&mut connection).graceful_shutdown();
                 }
             }
         }

@@ -207,6 +207,11 @@ impl Settings {
         Ok(self)
     }
 
+    /// What is wrong with a setting by itself.
+    pub fn check_one(path: &str, value: &str) -> Result<(), String> {
+        Self::bare().set(path, value)
+    }
+
     /// Whether a simulator with these settings may take those.
     pub fn may_become(&self, next: &Self) -> Result<(), Wrong> {
         match FIXED.iter().find(|path| self.texts.get(**path) != next.texts.get(**path)) {

@@ -8,6 +8,7 @@ use crate::{
     call::Call,
     dice::whole,
     faults::{Fate, Fault},
+    serve::written_out,
 };
 use bytes::Bytes;
 use hyper::body::Frame;
@@ -82,6 +83,7 @@ impl Streamed {
                     self.call
                         .note(|line| line.fault = Some(format!("{} before token {place}", fault.name())));
                     self.call.end(None)?;
+                    written_out().await;
                     return Err(Broken);
                 }
             }

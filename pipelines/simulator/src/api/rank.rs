@@ -48,7 +48,9 @@ impl Request {
                 .collect(),
             (None, Some(texts)) => texts,
             _ => {
-                return Err("a rerank has documents (Cohere, vLLM) or texts (TEI), and one of them".to_owned());
+                return Err(
+                    "a rerank has documents (Cohere, vLLM) or texts (TEI), and one of them".to_owned()
+                );
             }
         };
         // A cross-encoder reads the query with each document.

@@ -3,8 +3,7 @@
 use super::{Asked, What};
 use crate::text;
 use base64::{Engine as _, engine::general_purpose::STANDARD};
-use serde::Deserialize;
-use serde_json::{Value, json};
+use serde::{Deserialize, Serialize};
 
 #[derive(Deserialize)]
 pub(super) struct Request {
@@ -74,21 +73,48 @@ impl Vectors {
     /// The vectors.
     pub fn answer(&self, model: &str, seed: u64, dimensions: usize, prompt_tokens: u32) -> Vec<u8> {
         let dimensions = self.dimensions.unwrap_or(dimensions);
-        let data: Vec<Value> = (0..)
-            .zip(&self.texts)
-            .map(|(index, text): (usize, _)| {
-                let vector = text::embedding(seed, text, dimensions);
-                let embedding = match self.is_base64 {
-                    false => json!(vector),
-                    true => json!(
-                        STANDARD
-                            .encode(vector.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<_>>())
-                    ),
-                };
-                json!({"object": "embedding", "index": index, "embedding": embedding})
-            })
-            .collect();
-        let usage = json!({"prompt_tokens": prompt_tokens, "total_tokens": prompt_tokens});
-        json!({"object": "list", "data": data, "model": model, "usage": usage}).to_string().into_bytes()
+        let data = self.texts.iter().enumerate().map(|(index, text)| {
+            let vector = text::embedding(seed, text, dimensions);
+            let embedding = match self.is_base64 {
+                false => Embedding::Floats(vector),
+                true => {
+                    let bytes: Vec<u8> = vector.iter().flat_map(|value| value.to_le_bytes()).collect();
+                    Embedding::Base64(STANDARD.encode(bytes))
+                }
+            };
+            Item { object: "embedding", index, embedding }
+        });
+        let usage = Usage { prompt_tokens, total_tokens: prompt_tokens };
+        let answer = Answer { object: "list", data: data.collect(), model, usage };
+        serde_json::to_vec(&answer).unwrap_or_default()
     }
+}
+
+/// Typed, since a tree of numbers takes longer than the numbers.
+#[derive(Serialize)]
+struct Answer<'a> {
+    object: &'static str,
+    data: Vec<Item>,
+    model: &'a str,
+    usage: Usage,
+}
+
+#[derive(Serialize)]
+struct Item {
+    object: &'static str,
+    index: usize,
+    embedding: Embedding,
+}
+
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Embedding {
+    Floats(Vec<f32>),
+    Base64(String),
+}
+
+#[derive(Serialize)]
+struct Usage {
+    prompt_tokens: u32,
+    total_tokens: u32,
 }
