@@ -74,7 +74,7 @@ async fn obey(shared: &Shared, body: Incoming) -> Response<Body> {
     let text = String::from_utf8_lossy(&body.to_bytes()).into_owned();
     match shared.obey(&text) {
         Ok(settings) => plain(200, TEXT, settings.document()),
-        Err(fault) => plain(400, TEXT, fault),
+        Err(fault) => plain(400, TEXT, format!("{fault}\n")),
     }
 }
 
@@ -122,6 +122,17 @@ async fn called(
     let is_in = |keys: &[String]| key.is_some_and(|key| keys.iter().any(|known| known == key));
     let (is_dead, is_spent) = (is_in(&settings.dead_keys), is_in(&settings.spent_keys));
     let key = key.map_or(0, |key| call::hash(key.as_bytes()));
+    // Read before anything is refused, so that the log says what was asked.
+    let asked = endpoint.read(&body);
+    let prompt_hash = asked.as_ref().map_or(0, |asked| call::hash(asked.prompt.as_bytes()));
+    if let Ok(asked) = &asked {
+        call.note(|line| {
+            line.model.clone_from(&asked.model);
+            line.prompt_tokens = text::tokens(&asked.prompt);
+            line.prompt_hash = format!("{prompt_hash:016x}");
+            line.stream = matches!(asked.what, What::Text { stream: true, .. });
+        });
+    }
     let mut serving = Serving { replica, settings, endpoint, call, fate, headers: HeaderMap::new() };
     if let Some(fault) = serving.fate.fault {
         serving.call.note(|line| line.fault = Some(fault.name()));
@@ -149,8 +160,8 @@ async fn called(
         Some(Fault::Stall) => tokio::time::sleep(serving.settings.stall).await,
         _ => {}
     }
-    match endpoint.read(&body) {
-        Ok(asked) => serving.answer(asked, key).await,
+    match asked {
+        Ok(asked) => serving.answer(asked, prompt_hash, key).await,
         Err(message) => serving.refuse(Refusal::new(400, message)),
     }
 }
@@ -210,16 +221,14 @@ impl Serving<'_> {
         }
     }
 
-    async fn answer(mut self, mut asked: Asked, key: u64) -> Result<Response<Body>, Broken> {
+    async fn answer(
+        mut self,
+        mut asked: Asked,
+        prompt_hash: u64,
+        key: u64,
+    ) -> Result<Response<Body>, Broken> {
         let settings = Arc::clone(&self.settings);
         let prompt_tokens = text::tokens(&asked.prompt);
-        let prompt_hash = call::hash(asked.prompt.as_bytes());
-        self.call.note(|line| {
-            line.model.clone_from(&asked.model);
-            line.prompt_tokens = prompt_tokens;
-            line.prompt_hash = format!("{prompt_hash:016x}");
-            line.stream = matches!(asked.what, What::Text { stream: true, .. });
-        });
         if asked.model.is_empty()
             && let Some(first) = settings.models.first()
         {
@@ -378,6 +387,8 @@ impl Serving<'_> {
         let middle = place.clamp(1, body.len().saturating_sub(1).max(1)).min(body.len());
         let mut response = match self.fate.fault {
             Some(Fault::Malformed) => plain(200, JSON, body.slice(..middle)),
+            // Vectors and ranks have no text that could be missing.
+            Some(Fault::Empty) if self.endpoint.is_without_text() => plain(200, JSON, ""),
             Some(Fault::Blank) => plain(200, JSON, ""),
             Some(fault @ (Fault::Cut | Fault::StallMid)) => {
                 self.call.begin_answer(200);

@@ -2,11 +2,7 @@
 //!
 //! Nothing here waits for a time to pass: what takes long is set to take long, and what must not be waited for is cut short.
 
-#![expect(
-    clippy::expect_used,
-    clippy::unwrap_used,
-    reason = "clippy exempts test functions, but not what they call"
-)]
+#![expect(clippy::unwrap_used, reason = "clippy exempts test functions, but not what they call")]
 
 use eventsource_stream::Eventsource as _;
 use forebay_simulator::{Options, Settings, Simulator};
@@ -334,7 +330,7 @@ async fn seen(sent: reqwest::Result<Response>) -> String {
 #[tokio::test]
 async fn each_fault_is_what_its_name_says() {
     let up = up(&[]).await;
-    let impatient = Client::builder().timeout(Duration::from_millis(300)).build().unwrap();
+    let impatient = Client::builder().timeout(Duration::from_secs(1)).build().unwrap();
     for (fault, whole, streamed) in [
         ("none", "200 whole", "200 whole"),
         ("status_400", "400 whole", "400 whole"),
@@ -474,22 +470,22 @@ async fn settings_change_while_it_runs_and_go_back_to_those_of_the_start() {
 
 #[tokio::test]
 async fn the_first_call_after_a_start_is_slow() {
-    let up = up(&[("cold_start.first_call", "100ms")]).await;
+    let up = up(&[("cold_start.first_call", "300ms")]).await;
     let took = async || {
         let began = Instant::now();
         assert_eq!(up.post(CHAT, &chat("why?", false), &[]).await.0, 200);
         began.elapsed()
     };
-    assert!(took().await >= Duration::from_millis(100));
-    // Ten of them would take a second.
+    assert!(took().await >= Duration::from_millis(300));
+    // Thirty of them would take nine seconds.
     let began = Instant::now();
-    for _ in 0..10 {
+    for _ in 0..30 {
         took().await;
     }
-    assert!(began.elapsed() < Duration::from_millis(900), "{:?}", began.elapsed());
+    assert!(began.elapsed() < Duration::from_secs(6), "{:?}", began.elapsed());
     let restarted = up.client.post(up.url("/simulate/restart")).send().await.unwrap();
     assert_eq!(restarted.status(), StatusCode::NO_CONTENT);
-    assert!(took().await >= Duration::from_millis(100));
+    assert!(took().await >= Duration::from_millis(300));
 }
 
 #[tokio::test]

@@ -147,6 +147,11 @@ impl Endpoint {
         PATHS.iter().find(|(known, _)| *known == path).map(|(known, endpoint)| (*endpoint, *known))
     }
 
+    /// Whether its answers are no texts.
+    pub fn is_without_text(self) -> bool {
+        matches!(self, Self::Embeddings | Self::Rerank)
+    }
+
     /// Reads a call.
     pub fn read(self, body: &[u8]) -> Result<Asked, String> {
         let read = match self {
