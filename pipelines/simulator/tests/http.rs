@@ -460,7 +460,7 @@ async fn settings_change_while_it_runs_and_go_back_to_those_of_the_start() {
     assert_eq!(put(r#"{"cold_start.health": "0s"}"#).await.0, 200);
     assert_eq!((up.get("/health").await.0, up.post(CHAT, &chat("why?", false), &[]).await.0), (200, 200));
     let (status, fault) = put(r#"{"faults.cutt": "1"}"#).await;
-    assert_eq!((status, fault.as_str()), (400, "faults.cutt is no setting"));
+    assert_eq!((status, fault.as_str()), (400, "faults.cutt is no setting\n"));
     assert_eq!(put(r#"{"engine.kv_blocks": "5000"}"#).await.0, 400);
     assert_eq!(up.get("/health").await.0, 200, "what was refused changed nothing");
     assert!(up.get("/simulate").await.1.contains("  health: \"0s\"\n"));
