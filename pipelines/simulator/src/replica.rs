@@ -174,13 +174,15 @@ impl Replica {
         let now_us = self.shared.clock.now_us();
         let mut core = locked(&self.core);
         let core = &mut *core;
-        if core.engine.waiting() > 0 && core.engine.waiting() >= queue_max {
-            return None;
-        }
         let id = core.engine.submit(now_us, job, &mut core.told);
         let mut progress = Progress::default();
         for told in core.told.iter().filter(|told| told.id == id) {
             progress.take(*told);
+        }
+        if progress.admitted_us.is_none() && core.engine.waiting() > queue_max {
+            core.engine.cancel(now_us, id, &mut core.told);
+            core.tell();
+            return None;
         }
         core.tell();
         let updates = progress.done_us.is_none().then(|| {

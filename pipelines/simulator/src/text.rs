@@ -53,16 +53,15 @@ pub fn blocks(salt: &str, prompt: &str, block_tokens: u32) -> Vec<u64> {
 /// begins with a quotation from the one that fits best, marked `[n]`.
 pub fn answer(question: &str, tokens: u32, dice: &mut Dice) -> String {
     let mut answer = cited(question).unwrap_or_default();
-    let bytes = usize::try_from(tokens).unwrap_or(usize::MAX).saturating_mul(BYTES_A_TOKEN);
+    let bytes = usize::try_from(tokens).unwrap_or(usize::MAX).saturating_mul(BYTES_A_TOKEN).max(answer.len());
     while answer.len() < bytes {
         if !answer.is_empty() {
             answer.push(' ');
         }
         answer.push_str(WORDS[dice.below(WORDS.len())]);
     }
-    // A filled answer has its length to the byte.
-    let end = answer.floor_char_boundary(bytes.max(cited(question).map_or(0, |cited| cited.len())));
-    answer.truncate(end);
+    // What is filled up has its length to the byte; the words are ASCII.
+    answer.truncate(bytes);
     answer
 }
 

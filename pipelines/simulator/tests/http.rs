@@ -34,10 +34,14 @@ async fn up(settings: &Pairs) -> Up {
 }
 
 async fn up_with(settings: &Pairs, replicas: usize) -> Up {
+    up_logged(settings, replicas, None).await
+}
+
+async fn up_logged(settings: &Pairs, replicas: usize, log: Option<&str>) -> Up {
     let quick = [("latency", "0ms"), ("answer.tokens", "16")];
     let pairs = quick.iter().chain(settings).map(|(path, value)| ((*path).to_owned(), (*value).to_owned()));
     let folder = tempfile::tempdir().unwrap();
-    let log = folder.path().join("calls.jsonl");
+    let log = log.map_or_else(|| folder.path().join("calls.jsonl"), PathBuf::from);
     let simulator = Simulator::bind(Options {
         settings: Settings::default().with(pairs).unwrap(),
         listen: SocketAddr::from(([127, 0, 0, 1], 0)),
@@ -554,6 +558,34 @@ async fn a_client_that_goes_away_frees_its_slot_and_is_logged() {
         (&left["ended_by"], &left["completion_tokens"], &left["status"]),
         (&json!("client"), &json!(1), &json!(200))
     );
+}
+
+#[tokio::test]
+async fn an_answer_whose_line_cannot_be_written_does_not_go_out() {
+    let up = up_logged(&[], 1, Some("/dev/full")).await;
+    for stream in [false, true] {
+        assert_eq!(seen(up.send(CHAT, &chat("why?", stream), &[]).await).await, "no answer");
+    }
+}
+
+#[tokio::test]
+async fn who_is_urgent_passes_who_waits() {
+    let up = up(&[("latency", "1s"), ("engine.slots", "1")]).await;
+    let ask = async |id: &str, priority: i64| {
+        let mut body = chat("why?", false);
+        body["priority"] = json!(priority);
+        assert_eq!(up.post(CHAT, &body, &[("x-request-id", id)]).await.0, 200);
+    };
+    // One runs and one waits before the urgent one comes.
+    let urgent = async {
+        let waits = "vllm:num_requests_waiting{engine=\"0\",model_name=\"simulated\"} 1\n";
+        while !up.get("/metrics").await.1.contains(waits) {}
+        ask("urgent", -1).await;
+    };
+    tokio::join!(ask("first", 0), ask("second", 0), urgent);
+    let ids: Vec<String> =
+        up.lines().iter().map(|line| line["call_id"].as_str().unwrap().to_owned()).collect();
+    assert_eq!((ids.len(), ids.last().unwrap() == "urgent"), (3, false), "{ids:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -12,7 +12,6 @@ use forebay_plan::{
     leaves::{faults_of, hint, leaves},
 };
 use forebay_simulator::{Options, Settings, Simulator, Wrong, keys};
-use std::net::SocketAddr;
 
 /// Where vLLM listens too.
 const LISTEN_DEFAULT: &str = "127.0.0.1:8000";
@@ -25,9 +24,9 @@ pub async fn run(args: SimulateModel) -> anyhow::Result<()> {
         return Ok(());
     }
     let listen = args.listen.as_deref().unwrap_or(LISTEN_DEFAULT);
-    let address: SocketAddr = listen
-        .parse()
-        .map_err(|_| wrong(format!("--listen is {listen:?}; write an address such as {LISTEN_DEFAULT}")))?;
+    let found = tokio::net::lookup_host(listen).await.ok().and_then(|mut found| found.next());
+    let address = found
+        .ok_or_else(|| wrong(format!("--listen is {listen:?}; write an address such as {LISTEN_DEFAULT}")))?;
     let stop = shutdown::on_signal()?;
     let options = Options {
         settings,

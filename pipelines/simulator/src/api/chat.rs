@@ -8,14 +8,11 @@ pub(super) struct Request {
     #[serde(default)]
     model: String,
     messages: Vec<Turn>,
-    #[serde(default)]
-    stream: bool,
+    stream: Option<bool>,
     stream_options: Option<StreamOptions>,
     max_tokens: Option<u32>,
     max_completion_tokens: Option<u32>,
-    #[serde(default)]
-    priority: i64,
-    #[serde(default)]
+    priority: Option<i64>,
     cache_salt: Option<String>,
 }
 
@@ -31,12 +28,12 @@ impl Request {
         Asked {
             model: self.model,
             prompt,
-            priority: self.priority,
+            priority: self.priority.unwrap_or_default(),
             cache_salt: self.cache_salt.unwrap_or_default(),
             what: What::Text {
                 question,
                 tokens_max: self.max_completion_tokens.or(self.max_tokens),
-                stream: self.stream,
+                stream: self.stream.unwrap_or_default(),
                 usage: self.stream_options.is_some_and(|options| options.include_usage),
             },
         }

@@ -11,15 +11,14 @@ pub(super) struct Request {
     messages: Vec<Turn>,
     system: Option<Content>,
     max_tokens: u32,
-    #[serde(default)]
-    stream: bool,
+    stream: Option<bool>,
 }
 
 impl Request {
     pub(super) fn asked(self) -> Asked {
         let system = self.system.map(|content| Turn { role: "system".to_owned(), content: Some(content) });
         let (prompt, question) = conversation(system.into_iter().chain(self.messages).collect());
-        let (stream, tokens_max) = (self.stream, Some(self.max_tokens));
+        let (stream, tokens_max) = (self.stream.unwrap_or_default(), Some(self.max_tokens));
         let what = What::Text { question, tokens_max, stream, usage: true };
         Asked { model: self.model, prompt, priority: 0, cache_salt: String::new(), what }
     }

@@ -10,11 +10,9 @@ pub(super) struct Request {
     model: String,
     input: Input,
     instructions: Option<String>,
-    #[serde(default)]
-    stream: bool,
+    stream: Option<bool>,
     max_output_tokens: Option<u32>,
-    #[serde(default)]
-    priority: i64,
+    priority: Option<i64>,
     cache_salt: Option<String>,
 }
 
@@ -34,11 +32,11 @@ impl Request {
             Input::Turns(more) => turns.extend(more),
         }
         let (prompt, question) = conversation(turns);
-        let (stream, tokens_max) = (self.stream, self.max_output_tokens);
+        let (stream, tokens_max) = (self.stream.unwrap_or_default(), self.max_output_tokens);
         Asked {
             model: self.model,
             prompt,
-            priority: self.priority,
+            priority: self.priority.unwrap_or_default(),
             cache_salt: self.cache_salt.unwrap_or_default(),
             what: What::Text { question, tokens_max, stream, usage: true },
         }
