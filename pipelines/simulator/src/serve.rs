@@ -133,16 +133,10 @@ async fn called(
             line.stream = matches!(asked.what, What::Text { stream: true, .. });
         });
     }
-    let mut serving = Serving { replica, settings, endpoint, call, fate, headers: HeaderMap::new() };
-    if let Some(fault) = serving.fate.fault {
-        serving.call.note(|line| line.fault = Some(fault.name()));
-    }
-
+    let serving = Serving { replica, settings, endpoint, call, fate, headers: HeaderMap::new() };
     if is_dead {
-        return serving.refuse(Refusal {
-            code: Some("invalid_api_key"),
-            ..Refusal::new(401, "this API key is not valid")
-        });
+        let refusal = Refusal::new(401, "this API key is not valid");
+        return serving.refuse(Refusal { code: Some("invalid_api_key"), ..refusal });
     }
     if is_spent {
         return serving.refuse(usage_limit());
@@ -150,25 +144,29 @@ async fn called(
     if !replica.is_healthy(&serving.settings) {
         return serving.refuse(Refusal::new(503, "the model is still being loaded"));
     }
-    match serving.fate.fault {
-        Some(Fault::Reset) => {
-            serving.call.end(None)?;
-            return Err(Broken);
-        }
-        Some(Fault::Status(status)) => return serving.fail(status).await,
-        Some(Fault::UsageLimit) => return serving.refuse(usage_limit()),
-        Some(Fault::Stall) => tokio::time::sleep(serving.settings.stall).await,
-        _ => {}
-    }
-    match asked {
-        Ok(asked) => serving.answer(asked, prompt_hash, key).await,
-        Err(message) => serving.refuse(Refusal::new(400, message)),
-    }
+    serving.meet_fate(asked, prompt_hash, key).await
 }
 
 fn usage_limit() -> Refusal {
     let message = "You have reached your specified API usage limits.";
     Refusal { code: Some("insufficient_quota"), ..Refusal::new(400, message) }
+}
+
+/// Whether a call asks for what there is, and for no more than may be.
+fn check(asked: &Asked, settings: &Settings) -> Result<(), Refusal> {
+    if !settings.any_model && !settings.models.contains(&asked.model) {
+        let refusal = Refusal::new(404, format!("The model `{}` does not exist.", asked.model));
+        return Err(Refusal { code: Some("model_not_found"), ..refusal });
+    }
+    let checked = match &asked.what {
+        What::Text { tokens_max: Some(0), .. } => {
+            Err("the longest answer must be 1 token at least".to_owned())
+        }
+        What::Text { .. } => Ok(()),
+        What::Vectors(vectors) => vectors.check(crate::settings::DIMENSIONS_MAX),
+        What::Ranking(ranking) => ranking.check(),
+    };
+    checked.map_err(|message| Refusal::new(400, message))
 }
 
 /// Ends a call with a refusal.
@@ -189,8 +187,45 @@ impl Serving<'_> {
         refused(self.call, self.endpoint, &refusal, self.headers)
     }
 
+    /// What goes wrong before anything is served, or else the answer.
+    async fn meet_fate(
+        mut self,
+        asked: Result<Asked, String>,
+        prompt_hash: u64,
+        key: u64,
+    ) -> Result<Response<Body>, Broken> {
+        match self.fate.fault {
+            Some(Fault::Reset) => {
+                self.note_fault();
+                self.call.end(None)?;
+                return Err(Broken);
+            }
+            Some(Fault::Status(status)) => return self.fail(status).await,
+            Some(Fault::UsageLimit) => {
+                self.note_fault();
+                return self.refuse(usage_limit());
+            }
+            Some(Fault::Stall) => {
+                self.note_fault();
+                tokio::time::sleep(self.settings.stall).await;
+            }
+            _ => {}
+        }
+        match asked {
+            Ok(asked) => self.answer(asked, prompt_hash, key).await,
+            Err(message) => self.refuse(Refusal::new(400, message)),
+        }
+    }
+
+    /// The log names a fault where it is met: a call may be refused for another reason before.
+    fn note_fault(&mut self) {
+        let fault = self.fate.fault;
+        self.call.note(|line| line.fault = fault.map(Fault::name));
+    }
+
     /// A status that was to come, after the latency that the caller asked for.
     async fn fail(mut self, status: u16) -> Result<Response<Body>, Broken> {
+        self.note_fault();
         if let Some(latency) = self.fate.latency {
             tokio::time::sleep(latency).await;
         }
@@ -228,56 +263,34 @@ impl Serving<'_> {
         key: u64,
     ) -> Result<Response<Body>, Broken> {
         let settings = Arc::clone(&self.settings);
-        let prompt_tokens = text::tokens(&asked.prompt);
         if asked.model.is_empty()
             && let Some(first) = settings.models.first()
         {
             asked.model.clone_from(first);
         }
-        if !settings.any_model && !settings.models.contains(&asked.model) {
-            let message = format!("The model `{}` does not exist.", asked.model);
-            return self.refuse(Refusal { code: Some("model_not_found"), ..Refusal::new(404, message) });
+        if let Err(refusal) = check(&asked, &settings) {
+            return self.refuse(refusal);
         }
-        let checked = match &asked.what {
-            What::Text { tokens_max: Some(0), .. } => {
-                Err("the longest answer must be 1 token at least".to_owned())
-            }
-            What::Text { .. } => Ok(()),
-            What::Vectors(vectors) => vectors.check(16_384),
-            What::Ranking(ranking) => ranking.check(),
-        };
-        if let Err(message) = checked {
-            return self.refuse(Refusal::new(400, message));
-        }
-
-        // What it says hangs on what was asked alone, and not on which try this is.
-        let mut dice = Dice::of(settings.seed, &[b"answer", &prompt_hash.to_le_bytes()]);
-        let (said, tokens_max) = match &asked.what {
-            What::Text { question, tokens_max, .. } => {
-                let drawn = u32::try_from(whole(settings.answer_tokens.draw(&mut dice))).unwrap_or(u32::MAX);
-                let tokens = self.fate.tokens.unwrap_or(drawn).min(tokens_max.unwrap_or(u32::MAX));
-                let tokens = tokens.clamp(1, crate::settings::TOKENS_MAX);
-                (Some(text::answer(question, tokens, &mut dice)), tokens_max.unwrap_or(tokens))
-            }
-            _ => (None, 0),
-        };
+        let prompt_tokens = text::tokens(&asked.prompt);
+        let (said, tokens_max) = self.said(&asked, prompt_hash);
 
         let verdict = self.replica.admit(key, prompt_tokens.saturating_add(tokens_max), &settings);
         self.tell_limits(verdict);
         if let Some(wait) = verdict.wait {
             self.add_header("retry-after", &seconds_up(wait));
             self.add_header("retry-after-ms", &wait.as_millis().to_string());
-            let message = "Rate limit reached; see the headers.";
-            return self.refuse(Refusal { code: Some("rate_limit_exceeded"), ..Refusal::new(429, message) });
+            let refusal = Refusal::new(429, "Rate limit reached; see the headers.");
+            return self.refuse(Refusal { code: Some("rate_limit_exceeded"), ..refusal });
         }
 
+        self.note_fault();
         let answer = said.map(|said| self.written(&asked, said, prompt_tokens));
         let output = answer.as_ref().map_or(0, Answer::tokens);
         let wanted = prompt_tokens.saturating_add(output);
         if wanted > settings.context_tokens || self.fate.fault == Some(Fault::ContextLength) {
+            let context = settings.context_tokens;
             let message = format!(
-                "This model's maximum context length is {} tokens. However, your request has {wanted}.",
-                settings.context_tokens
+                "This model's maximum context length is {context} tokens. However, your request has {wanted}."
             );
             return self
                 .refuse(Refusal { code: Some("context_length_exceeded"), ..Refusal::new(400, message) });
@@ -289,34 +302,53 @@ impl Serving<'_> {
         }
         let job = Job { priority: asked.priority, output, work: self.work(&asked, prompt_tokens) };
         let Some(ticket) = self.replica.submit(job, settings.queue) else {
-            return self
-                .refuse(Refusal::new(503, format!("the queue is full: {} calls wait", settings.queue)));
+            let message = format!("the queue is full: {} calls wait", settings.queue);
+            return self.refuse(Refusal::new(503, message));
         };
         self.call.serve(ticket);
-        match (asked.what, answer) {
-            (What::Text { stream: true, usage, .. }, Some(answer)) => Ok(self.stream(answer, usage)),
+        self.served(asked, answer, prompt_hash, prompt_tokens).await
+    }
+
+    /// The words of an answer, where one is wanted, and the most tokens that it may have.
+    fn said(&self, asked: &Asked, prompt_hash: u64) -> (Option<String>, u32) {
+        let What::Text { question, tokens_max, .. } = &asked.what else { return (None, 0) };
+        // They hang on what was asked alone, and not on which try this is.
+        let mut dice = Dice::of(self.settings.seed, &[b"answer", &prompt_hash.to_le_bytes()]);
+        let drawn = u32::try_from(whole(self.settings.answer_tokens.draw(&mut dice))).unwrap_or(u32::MAX);
+        let tokens = self.fate.tokens.unwrap_or(drawn).min(tokens_max.unwrap_or(u32::MAX));
+        let tokens = tokens.clamp(1, crate::settings::TOKENS_MAX);
+        (Some(text::answer(question, tokens, &mut dice)), tokens_max.unwrap_or(tokens))
+    }
+
+    /// What the engine is at work on, handed on as it was asked for.
+    async fn served(
+        mut self,
+        asked: Asked,
+        answer: Option<Answer>,
+        prompt_hash: u64,
+        prompt_tokens: u32,
+    ) -> Result<Response<Body>, Broken> {
+        let answer = match (&asked.what, answer) {
+            (What::Text { stream: true, usage, .. }, Some(answer)) => return Ok(self.stream(answer, *usage)),
+            (_, answer) => answer,
+        };
+        let progress = self.call.beyond(u32::MAX).await;
+        let body = match (&asked.what, answer) {
+            (What::Vectors(vectors), _) => self.vectors(vectors, &asked.model, prompt_tokens),
+            (What::Ranking(ranking), _) => {
+                ranking.answer(&format!("{prompt_hash:016x}"), &asked.model, prompt_tokens)
+            }
             (What::Text { .. }, Some(mut answer)) => {
-                let progress = self.call.beyond(u32::MAX).await;
                 answer.cached_tokens = progress.cached;
                 if self.fate.fault == Some(Fault::Empty) {
                     (answer.text, answer.pieces) = (String::new(), Vec::new());
                 }
-                let body = self.endpoint.whole(&answer);
-                self.deliver(body)
-            }
-            (What::Vectors(vectors), _) => {
-                self.call.beyond(u32::MAX).await;
-                let body = self.vectors(&vectors, &asked.model, prompt_tokens);
-                self.deliver(body)
-            }
-            (What::Ranking(ranking), _) => {
-                self.call.beyond(u32::MAX).await;
-                let body = ranking.answer(&format!("{prompt_hash:016x}"), &asked.model, prompt_tokens);
-                self.deliver(body)
+                self.endpoint.whole(&answer)
             }
             // A text always has its answer.
-            (What::Text { .. }, None) => Err(Broken),
-        }
+            (What::Text { .. }, None) => return Err(Broken),
+        };
+        self.deliver(body)
     }
 
     fn vectors(&self, vectors: &Vectors, model: &str, prompt_tokens: u32) -> Vec<u8> {

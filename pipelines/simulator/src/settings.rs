@@ -15,6 +15,9 @@ use std::{collections::BTreeMap, fmt::Write as _, time::Duration};
 /// The longest answer, in tokens.
 pub const TOKENS_MAX: u32 = 1_000_000;
 
+/// The longest vector.
+pub const DIMENSIONS_MAX: usize = 16_384;
+
 /// A setting: its path in a file, where dots lead into maps; its default; what it means.
 struct Key {
     path: &'static str,
@@ -275,7 +278,7 @@ impl Settings {
                 self.answer_tokens =
                     Spread::of_counts(text).map_err(|wanted| format!("is {text:?}; {wanted}"))?;
             }
-            "embedding.dimensions" => self.dimensions = number(text, 1..=16_384)?,
+            "embedding.dimensions" => self.dimensions = number(text, 1..=DIMENSIONS_MAX)?,
             "limits.requests_per_minute" => self.per_minute.requests = limit(text)?,
             "limits.tokens_per_minute" => self.per_minute.tokens = limit(text)?,
             "limits.headers" => self.limit_headers = truth(text)?,

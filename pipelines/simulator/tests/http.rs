@@ -434,6 +434,9 @@ async fn keys_die_and_limits_are_kept_for_each_key() {
             |name: &str| response.headers().get(name).map(|value| value.to_str().unwrap().to_owned());
         (response.status().as_u16(), header("x-ratelimit-remaining-requests"), header("retry-after"))
     };
+    let faulty = [("authorization", "Bearer sk-dead"), ("x-simulate-fault", "cut")];
+    assert_eq!(up.post(CHAT, &chat("why?", false), &faulty).await.0, 401);
+    assert_eq!(up.last_line()["fault"], Value::Null, "it was not met");
     assert_eq!(with("sk-dead").await, (401, None, None));
     assert_eq!(with("sk-spent").await, (400, None, None));
     let left = |left: &str| Some(left.to_owned());
@@ -445,7 +448,7 @@ async fn keys_die_and_limits_are_kept_for_each_key() {
     let lines = up.lines();
     assert!(
         lines.iter().all(|line| line["key"].as_str().unwrap().len() == 8)
-            && lines[2]["key"] == lines[3]["key"]
+            && lines[3]["key"] == lines[4]["key"]
     );
     let body = json!({"max_tokens": 5, "messages": [{"role": "user", "content": "why?"}]});
     let response = up.send("/v1/messages", &body, &[("x-api-key", "sk-3")]).await.unwrap();
