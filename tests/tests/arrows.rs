@@ -24,6 +24,8 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
     ("forebay-operators", &["forebay-calls", "forebay-operator", "forebay-schemas", "forebay-stores"]),
     // A Kafka broker knows records as bytes only.
     ("forebay-broker", &[]),
+    // Nor does a model server know who calls it.
+    ("forebay-simulator", &[]),
     ("forebay-plan", &["forebay-schemas"]),
     ("forebay-telemetry", &["forebay-operator", "forebay-schemas"]),
     ("forebay-runtime", &["forebay-operator", "forebay-plan", "forebay-schemas", "forebay-telemetry"]),

@@ -111,6 +111,8 @@ pub enum Command {
     /// Looks paid calls up in their ledgers.
     #[command(subcommand)]
     Ledger(Ledger),
+    /// Serves a model that needs no GPU: a modelled engine, with faults on demand.
+    SimulateModel(SimulateModel),
     /// Shows the settings.
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -375,6 +377,48 @@ pub struct ShowCall {
     /// Prints the entries as they are, one a line.
     #[arg(long)]
     pub json: bool,
+}
+
+/// `forebay simulate-model`.
+///
+/// Its settings are its own, so --config and --listen mean other things here than elsewhere, and Forebay's file and
+/// environment are not read.
+#[derive(Debug, ClapArgs)]
+#[command(after_help = "\
+Examples:
+  forebay simulate-model                                            one replica with a modelled engine
+  forebay simulate-model --latency 'log-normal 50ms..5s, 1% 30s'    given times; one call in a hundred takes 30 s
+  forebay simulate-model --replicas 4 --set speeds=1,1,0.5,0.25     four replicas of unequal speed
+  forebay simulate-model --set faults.status_429=5% --set faults.cut=1% --call-log calls.jsonl
+  forebay simulate-model --print-config > pool.yaml                 every setting, its meaning and its value
+
+It serves /v1/chat/completions, /v1/responses, /v1/messages, /v1/embeddings, /v1/rerank, /rerank, /v1/models, /health
+and /metrics. PUT /simulate takes a document of settings while it runs.")]
+pub struct SimulateModel {
+    /// Reads its settings from this YAML file.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Where the first replica listens [default: 127.0.0.1:8000].
+    #[arg(long, value_name = "HOST:PORT")]
+    pub listen: Option<String>,
+    /// How many replicas, each on a port of its own, the one behind the other.
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    pub replicas: usize,
+    /// What all chance follows from.
+    #[arg(long, value_name = "N")]
+    pub seed: Option<String>,
+    /// How long until the first token, or `modelled`.
+    #[arg(long, value_name = "50ms|…")]
+    pub latency: Option<String>,
+    /// Any setting by its path; see --print-config. May be given often.
+    #[arg(long, value_name = "PATH=VALUE")]
+    pub set: Vec<String>,
+    /// Appends a line for each call to this file.
+    #[arg(long, value_name = "FILE")]
+    pub call_log: Option<PathBuf>,
+    /// Prints every setting, its meaning and its value, as a file that --config takes.
+    #[arg(long)]
+    pub print_config: bool,
 }
 
 /// `forebay config`.

@@ -5,10 +5,7 @@
 //!
 //! Invariant: a secret is never shown and never comes by a flag, since others see a process's arguments.
 
-use crate::{
-    args::{Args, Settings},
-    console::wrong,
-};
+use crate::{args::Settings, console::wrong};
 use anyhow::Context as _;
 use forebay_plan::{
     Place,
@@ -86,8 +83,8 @@ pub struct Config {
 }
 
 /// Reads the settings of this process.
-pub fn load(args: &Args) -> anyhow::Result<Config> {
-    let file = args.settings.config.clone().or_else(|| std::env::var_os("FOREBAY_CONFIG").map(PathBuf::from));
+pub fn load(settings: &Settings) -> anyhow::Result<Config> {
+    let file = settings.config.clone().or_else(|| std::env::var_os("FOREBAY_CONFIG").map(PathBuf::from));
     let file = match file {
         Some(path) => {
             let name = path.display().to_string();
@@ -98,7 +95,7 @@ pub fn load(args: &Args) -> anyhow::Result<Config> {
         None => None,
     };
     let file = file.as_ref().map(|(name, text)| (name.as_str(), text.as_str()));
-    merge(file, |variable| std::env::var(variable).ok(), &flags(&args.settings))
+    merge(file, |variable| std::env::var(variable).ok(), &flags(settings))
 }
 
 fn flags(settings: &Settings) -> Vec<(&'static str, String)> {

@@ -47,9 +47,8 @@ fn main() -> ExitCode {
 
 fn run(args: Args) -> anyhow::Result<ExitCode> {
     logging::init(args.log_format(), filter(&args.command))?;
-    let config = config::load(&args)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let code = runtime.block_on(commands::run(args.command, config));
+    let code = runtime.block_on(commands::run(args.command, &args.settings));
     // Threads that are stuck in a client of ours must not keep the process from ending.
     runtime.shutdown_timeout(std::time::Duration::from_millis(500));
     code

@@ -44,6 +44,7 @@ pub const GUIDES: &[(&str, &str)] = &[
     ("requests.md", include_str!("../../guides/requests.md")),
     ("results.md", include_str!("../../guides/results.md")),
     ("retrieval.md", include_str!("../../guides/retrieval.md")),
+    ("simulator.md", include_str!("../../guides/simulator.md")),
     ("topics.md", include_str!("../../guides/topics.md")),
 ];
 
