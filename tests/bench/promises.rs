@@ -242,6 +242,23 @@ fn flood(site: &Site) {
         written.as_secs_f64(),
         behind.as_secs_f64(),
     );
+    for topic in ["requests", "questions", "prompts", "completions", "endings", "results"] {
+        let mut reader = work.client.read(topic);
+        let records = reader.to_the_end(LIMIT);
+        let (small, flood): (Vec<_>, Vec<_>) =
+            records.iter().filter(|record| !is_of(record, "warm-")).partition(|record| is_of(record, "behind-"));
+        let last = |records: &[&Record]| records.iter().map(|record| record.timestamp_ms).max().unwrap_or(0);
+        let first = flood.first().map_or(0, |record| record.timestamp_ms);
+        println!(
+            "    {topic}: the flood's first at {first}; the last of the ten {} ms later; {} of the flood",
+            last(&small) - first,
+            flood.len()
+        );
+    }
+}
+
+fn is_of(record: &Record, kind: &str) -> bool {
+    record.key_text().starts_with(kind)
 }
 
 /// Two thousand records of half a mebibyte wait.
