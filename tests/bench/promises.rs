@@ -245,8 +245,10 @@ fn flood(site: &Site) {
     for topic in ["requests", "questions", "prompts", "completions", "endings", "results"] {
         let mut reader = work.client.read(topic);
         let records = reader.to_the_end(LIMIT);
-        let (small, flood): (Vec<_>, Vec<_>) =
-            records.iter().filter(|record| !is_of(record, "warm-")).partition(|record| is_of(record, "behind-"));
+        let (small, flood): (Vec<_>, Vec<_>) = records
+            .iter()
+            .filter(|record| !is_of(record, "warm-"))
+            .partition(|record| is_of(record, "behind-"));
         let last = |records: &[&Record]| records.iter().map(|record| record.timestamp_ms).max().unwrap_or(0);
         let first = flood.first().map_or(0, |record| record.timestamp_ms);
         println!(

@@ -45,6 +45,11 @@ impl Budget {
         self.used.load(Ordering::Relaxed) >= self.bytes_max
     }
 
+    /// Whether it is so far spent that not even the few may be read which come to whoever only listens.
+    pub fn is_overdrawn(&self) -> bool {
+        self.used.load(Ordering::Relaxed) >= self.bytes_max.saturating_add(self.bytes_max / 8)
+    }
+
     /// Whether there is room enough to read on after a pause. Half, so that readers do not start and stop at each record.
     pub fn is_roomy(&self) -> bool {
         self.used.load(Ordering::Relaxed) <= self.bytes_max / 2

@@ -153,8 +153,11 @@ impl Kafka {
         // Small prefetch: what librdkafka holds counts against no budget of ours.
         default("queued.min.messages", "1000");
         default("queued.max.messages.kbytes", "4096");
-        // Twice the largest message.
+        // Twice the largest message; of one partition a little at a time, since a pause throws it away. What is larger than
+        // that comes alone.
         default("fetch.max.bytes", "8388608");
+        default("max.partition.fetch.bytes", "262144");
+        default("fetch.queue.backoff.ms", "20");
         default("fetch.wait.max.ms", "100");
         // A flood is noticed by its lag, which these tell.
         default("statistics.interval.ms", "500");

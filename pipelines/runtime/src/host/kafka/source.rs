@@ -89,6 +89,9 @@ const IDLE_POLL: Duration = Duration::from_millis(100);
 /// After so long without a record or a command, a member is idle.
 const IDLE_AFTER: Duration = Duration::from_secs(1);
 
+/// How long the thread rests between two looks while too much waits.
+const REST: Duration = Duration::from_millis(5);
+
 /// How many records are handed over at once at most.
 const BATCH: usize = 256;
 
@@ -170,7 +173,7 @@ enum Command {
     Close,
 }
 
-/// What was read and is not dispatched yet, by channel.
+/// What was read and is not dispatched yet: live, backfill, retries, overflow.
 #[derive(Default)]
 struct Waiting([Counts; 4]);
 
@@ -179,9 +182,6 @@ struct Counts {
     records: AtomicUsize,
     bytes: AtomicUsize,
 }
-
-/// In the order of [`Waiting`].
-const CHANNELS: [Channel; 4] = [Channel::Live, Channel::Backfill, Channel::Retry, Channel::Overflow];
 
 impl Waiting {
     fn of(&self, channel: Channel) -> &Counts {
@@ -287,7 +287,10 @@ fn join(
         inputs: inputs.clone(),
         paused: BTreeSet::new(),
         rewinds: Vec::new(),
+        channels: inputs.iter().map(|input| input.channel).collect(),
+        full: BTreeSet::new(),
         holding: BTreeSet::new(),
+        rests: false,
         batch: Vec::new(),
         watch: Watch::default(),
         revoked: VecDeque::new(),
@@ -543,8 +546,14 @@ struct Reader {
     paused: BTreeSet<Partition>,
     /// Partitions that are to be read from another offset on.
     rewinds: Vec<(Partition, i64)>,
-    /// Channels that are not read, because too much of them waits.
+    /// The channels of its inputs.
+    channels: BTreeSet<Channel>,
+    /// Those of which too much waits.
+    full: BTreeSet<Channel>,
+    /// Those that are paused for that.
     holding: BTreeSet<Channel>,
+    /// Whether all are full, and none is paused yet.
+    rests: bool,
     /// What was read and is not handed over yet.
     batch: Vec<Incoming>,
     /// Finds what stands still in silence.
@@ -750,26 +759,41 @@ impl Reader {
     }
 
     /// Stops reading a channel while too much of it waits, and goes on when half of it is gone.
+    ///
+    /// A pause throws away what librdkafka has fetched, and all of that is fetched again behind it: measured, a stage with a
+    /// long queue of small records read each of them twenty times. So first the thread rests: it takes one record now and
+    /// then, since whoever polls for rebalances must take what comes. Only where that becomes too much it pauses.
     fn hold_or_go_on(&mut self) {
-        for channel in CHANNELS {
+        let mut rests = true;
+        for channel in self.channels.clone() {
+            let (bounds, budget) = (&self.bounds, &self.budget);
             let waiting = self.waiting.of(channel);
             let (records, bytes) =
                 (waiting.records.load(Ordering::Relaxed), waiting.bytes.load(Ordering::Relaxed));
-            let full = records >= self.bounds.records || bytes >= self.bounds.bytes || self.budget.is_spent();
-            let roomy = records <= self.bounds.records / 2
-                && bytes <= self.bounds.bytes / 2
-                && self.budget.is_roomy();
-            let holding = self.holding.contains(&channel);
-            if !holding && full {
+            if records >= bounds.records || bytes >= bounds.bytes || budget.is_spent() {
+                self.full.insert(channel);
+            } else if records <= bounds.records / 2 && bytes <= bounds.bytes / 2 && budget.is_roomy() {
+                self.full.remove(&channel);
+            }
+            let over = |bound: usize| bound + bound / 8;
+            rests &= self.full.contains(&channel)
+                && records < over(bounds.records)
+                && bytes < over(bounds.bytes)
+                && !budget.is_overdrawn();
+        }
+        for channel in self.channels.clone() {
+            let (is_full, is_held) = (self.full.contains(&channel), self.holding.contains(&channel));
+            if is_full && !is_held && !rests {
                 self.holding.insert(channel);
                 self.set_paused(&self.owned_of(channel), true);
-            } else if holding && roomy {
+            } else if !is_full && is_held {
                 self.holding.remove(&channel);
                 let owned = self.owned_of(channel).into_iter();
                 let reading: Vec<_> = owned.filter(|one| !self.paused.contains(one)).collect();
                 self.set_paused(&reading, false);
             }
         }
+        self.rests = rests && self.holding.is_empty();
     }
 
     /// Reads partitions from other offsets on, as soon as librdkafka lets us.
@@ -814,6 +838,15 @@ impl Reader {
 
     /// All messages that are here, handed over together; waits a little where there is none.
     fn read(&mut self) -> Option<String> {
+        if self.rests {
+            // What comes now is one of the few that may be beyond the bounds.
+            let fault = self.poll(Duration::ZERO);
+            self.hand_over();
+            if let Ok(command) = self.commands.recv_timeout(REST) {
+                self.obey(command);
+            }
+            return fault;
+        }
         let is_idle = self.active.elapsed() > IDLE_AFTER;
         let mut fault = self.poll(if is_idle { IDLE_POLL } else { POLL });
         while fault.is_none() && !self.batch.is_empty() && self.batch.len() < BATCH {
@@ -823,12 +856,16 @@ impl Reader {
                 break;
             }
         }
+        self.hand_over();
+        fault
+    }
+
+    fn hand_over(&mut self) {
         if !self.batch.is_empty() {
             self.active = Instant::now();
             // Where the loop is gone, records stay unfinished, and their next owner reads them.
             self.events.send(Event::Records(std::mem::take(&mut self.batch)));
         }
-        fault
     }
 
     /// One message, if any comes; the fault where the consumer cannot go on.
