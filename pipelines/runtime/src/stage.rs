@@ -197,6 +197,9 @@ impl Stage {
         if let Some(ledgers) = &self.ledgers {
             ledgers.assigned(partition);
         }
+        if let Some(outlook) = &self.outlook {
+            outlook.forget(partition);
+        }
     }
 
     /// A partition is ours no more.
