@@ -3,7 +3,7 @@
 //! Invariant: an envelope is made once, by the host, where a record enters from a client; a client's own headers
 //! can never pose as one. Every later hop reads it from headers and writes it back with its own time added.
 
-use crate::{Headers, NanoUsd, RequestId, Source, Tenant};
+use crate::{Headers, NanoUsd, RequestId, Source, Tenant, retry::text};
 use bytes::Bytes;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -298,6 +298,16 @@ impl Envelope {
             })?;
         }
         Ok(Some(envelope))
+    }
+
+    /// Whose request it is, and which, by the envelope that a host wrote; the rest of it is not read.
+    pub fn whose(headers: &Headers) -> Option<(Tenant, RequestId)> {
+        let id = RequestId::try_from(text(headers, header::ID)?.to_owned()).ok()?;
+        let tenant = match text(headers, header::TENANT) {
+            Some(tenant) => Tenant::try_from(tenant.to_owned()).ok()?,
+            None => Tenant::default(),
+        };
+        Some((tenant, id))
     }
 
     /// The envelope as headers, for the next hop. What has its usual value is left out.

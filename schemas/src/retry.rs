@@ -22,6 +22,9 @@ pub mod header {
         KEY = "forebay-retry-key";
         /// How often it was redriven from dead letters in this step; absent for 0.
         REDRIVES = "forebay-retry-redrives";
+        /// On a message that is no record: the offset, in the same partition, of a record whose request was taken back and
+        /// ended before the record's turn.
+        ENDED = "forebay-retry-ended";
     }
 }
 
@@ -50,6 +53,29 @@ impl Retry {
         text(headers, header::DUE)?.parse().ok()
     }
 
+    /// The record that the step read first, and its key; `None` where nobody set the record aside.
+    pub fn first(headers: &Headers) -> Option<(Source, Option<Bytes>)> {
+        Some((text(headers, header::SOURCE)?.parse().ok()?, value(headers, header::KEY)))
+    }
+
+    /// Notes which record a step read first.
+    pub fn write_first(headers: &mut Headers, source: &Source, key: Option<&Bytes>) {
+        headers.push((header::SOURCE.to_owned(), Some(Bytes::from(source.to_string()))));
+        if let Some(key) = key {
+            headers.push((header::KEY.to_owned(), Some(key.clone())));
+        }
+    }
+
+    /// The offset of the record that was ended before its turn, where this message says so.
+    pub fn ended(headers: &Headers) -> Option<i64> {
+        text(headers, header::ENDED)?.parse().ok()
+    }
+
+    /// The headers of a message that says so of the record at this offset.
+    pub fn note_ended(offset: i64) -> Headers {
+        [(header::ENDED.to_owned(), Some(Bytes::from(offset.to_string())))].into_iter().collect()
+    }
+
     /// Reads what was noted; `None` where nothing was.
     pub fn read(headers: &Headers) -> Result<Option<Self>, HeaderError> {
         let text = |name| text(headers, name);
@@ -58,7 +84,7 @@ impl Retry {
         let source = source.parse().map_err(|_| {
             HeaderError::new(header::SOURCE, source, "is not topic/partition/offset@milliseconds")
         })?;
-        let key = headers.iter().find(|(name, _)| name == header::KEY).and_then(|(_, value)| value.clone());
+        let key = value(headers, header::KEY);
         Ok(Some(Self {
             due_ms,
             tries: number(header::TRIES, text(header::TRIES))?.unwrap_or(0),
@@ -77,19 +103,20 @@ impl Retry {
         put(header::TRIES, self.tries.to_string());
         put(header::ROUND, self.round.to_string());
         put(header::SINCE, self.since_ms.to_string());
-        put(header::SOURCE, self.source.to_string());
         if self.redrives > 0 {
             put(header::REDRIVES, self.redrives.to_string());
         }
-        if let Some(key) = &self.key {
-            headers.push((header::KEY.to_owned(), Some(key.clone())));
-        }
+        Self::write_first(headers, &self.source, self.key.as_ref());
     }
 }
 
 pub(crate) fn text<'h>(headers: &'h Headers, name: &str) -> Option<&'h str> {
     let (_, value) = headers.iter().find(|(key, _)| key == name)?;
     std::str::from_utf8(value.as_deref()?).ok()
+}
+
+fn value(headers: &Headers, name: &str) -> Option<Bytes> {
+    headers.iter().find(|(key, _)| key == name).and_then(|(_, value)| value.clone())
 }
 
 #[cfg(test)]
@@ -113,6 +140,8 @@ mod tests {
         assert_eq!(Retry::due_ms(&headers), Some(12));
         assert_eq!(Retry::read(&headers).unwrap(), Some(retry));
         assert_eq!(Retry::read(&Headers::new()).unwrap(), None);
+        assert_eq!(Retry::ended(&headers), None);
+        assert_eq!(Retry::ended(&Retry::note_ended(7)), Some(7));
     }
 
     #[test]

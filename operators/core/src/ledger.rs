@@ -34,7 +34,8 @@ pub enum Known<'a> {
     },
 }
 
-/// The right to make a call. Dropped without a word after its start, the call may have been paid for.
+/// The right to make a call. Dropped without a word after its start, the call may have been paid for; the host closes it
+/// where it knows why, as when the request was taken back.
 pub trait Turn: Send {
     /// Notes that the call is sent. To be sent at once when this returns true; where it returns false it must not be sent
     /// after all, and is to be asked for again. `row` is what is told of it if nobody ever hears how it ended.

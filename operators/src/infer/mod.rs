@@ -82,7 +82,7 @@ impl Infer {
         let replied = tokio::select! {
             biased;
             stop = cx.cancelled() => {
-                rows.given_up();
+                rows.given_up(stop);
                 return Err(stop.into());
             }
             replied = self.model.complete(&call, &rows) => replied,

@@ -3,7 +3,7 @@
 //! Invariant: a try that was started leaves one row, however it ends.
 
 use forebay_calls::{CallError, Class, Listener, Reply, Tried};
-use forebay_operator::{Context, Event};
+use forebay_operator::{Context, Event, Failure, Stop};
 use forebay_schemas::Attempt;
 use futures::future::BoxFuture;
 use std::{
@@ -39,12 +39,13 @@ impl<'a> Rows<'a> {
         Self { cx, provider, state }
     }
 
-    /// The caller gave the call up.
-    pub(super) fn given_up(&self) {
+    /// The call was given up, for this reason. What it had cost by then nobody says.
+    pub(super) fn given_up(&self, stop: Stop) {
         let Some(open) = self.take() else { return };
         let duration_us = self.cx.clock().now_us().saturating_sub(open.started_at_us);
         let mut row = self.row(&open, duration_us);
         "cancelled".clone_into(&mut row.status);
+        row.error_code = Some(Failure::from(stop).code().to_owned());
         self.cx.record(row);
     }
 

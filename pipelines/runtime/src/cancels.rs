@@ -1,7 +1,8 @@
 //! Which requests their clients took back, and whom to tell.
 //!
-//! Every process reads the topic `cancels` whole. A cancel reaches a record that waits when its turn comes, and a
-//! record that is running at once: its upstream call is dropped, and it ends as `cancelled`.
+//! Every process reads the topic `cancels` whole. A cancel reaches a record that is running at once: its upstream call is
+//! dropped, and it ends as `cancelled`. One that waits hears of it when its turn comes; one that was set aside, whose turn
+//! may be minutes away, is looked for ([`crate::ahead`]).
 //!
 //! Invariant: a cancel that came first is known when its request comes, for the last [`CANCELS_MAX`] cancels.
 
@@ -27,6 +28,8 @@ pub struct Cancels(Mutex<State>);
 struct State {
     cancelled: HashSet<Job>,
     order: VecDeque<Job>,
+    /// How many came so far, also those that are forgotten.
+    heard: u64,
     /// Each running request with the number of its registration: two deliveries of one may run side by side.
     running: HashMap<Job, Vec<(u64, watch::Sender<bool>)>>,
     registrations: u64,
@@ -63,6 +66,11 @@ impl Cancels {
         !state.cancelled.is_empty() && state.cancelled.contains(&(tenant.clone(), id.clone()))
     }
 
+    /// How many requests were taken back so far, as far as this process has heard.
+    pub fn heard(&self) -> u64 {
+        self.lock().heard
+    }
+
     fn cancel(&self, job: Job) {
         let mut state = self.lock();
         for (_, switch) in state.running.get(&job).into_iter().flatten() {
@@ -70,6 +78,7 @@ impl Cancels {
         }
         if state.cancelled.insert(job.clone()) {
             state.order.push_back(job);
+            state.heard += 1;
         }
         while state.order.len() > CANCELS_MAX {
             if let Some(oldest) = state.order.pop_front() {
@@ -160,6 +169,7 @@ mod tests {
         assert_eq!(apply(&cancels, r#"{"id": "a"}"#).await, 0);
         running.signal().given().await;
         assert!(cancels.contains(&tenant, &id));
+        assert_eq!((apply(&cancels, r#"{"id": "a"}"#).await, cancels.heard()), (0, 1), "it was known");
         cancels.register(&tenant, &id).signal().given().await;
         let (_, other) = job("b");
         assert!(!cancels.contains(&tenant, &other));

@@ -13,7 +13,7 @@
 use crate::{
     claims::{BYTES_OVER_DEFAULT, Claims},
     drive::{DriveError, drive},
-    host::memory::{MemoryLog, MemoryObjects, MemorySource, Stored},
+    host::memory::{MemoryAhead, MemoryLog, MemoryObjects, MemorySource, Stored},
     site::Site,
     stage::Patience,
 };
@@ -159,11 +159,12 @@ impl Bench {
             let (_, step) = step.ok_or_else(|| format!("step {:?} has no operator", planned.key))?;
             let inputs = site.inputs(planned);
             let (source, _) = MemorySource::join(&log, &site.group(planned), &inputs);
-            read.extend(inputs.into_iter().map(|input| input.topic));
+            read.extend(inputs.iter().map(|input| Arc::clone(&input.topic)));
             let mut limits = site.limits(planned);
             // Every act waits for the commits of the one before.
             limits.commit_every = Duration::from_millis(1);
-            let (stage, sink) = (site.stage(planned, Arc::clone(step), None), Arc::clone(&log));
+            let ahead = Arc::new(MemoryAhead { log: Arc::clone(&log), inputs });
+            let (stage, sink) = (site.stage(planned, Arc::clone(step), None, ahead), Arc::clone(&log));
             at_work.spawn(drive(stage, source, sink, limits, shutdown.clone()));
         }
         for (topic, table) in operators.tables {

@@ -5,11 +5,14 @@
 //! order; offsets go on in theirs ([`crate::tracker`]).
 //!
 //! A record of a retry topic that is not due yet is not held: its partition is paused, and read again from there when it
-//! is. What a tenant has beyond its share of a fair queue is moved to the step's overflow topic.
+//! is. What a tenant has beyond its share of a fair queue is moved to the step's overflow topic. Requests that are taken back
+//! while their records wait on either end at once (`drive/ahead.rs`).
 //!
 //! Invariants: an offset is stored only after every message that its record became is acknowledged. A partition that
 //! is taken away is first drained, then its progress is stored, then it is given up; what still finishes later is
 //! fenced off by the assignment's epoch. Every queue here has a bound.
+
+mod ahead;
 
 use crate::{
     fence::Fence,
@@ -214,6 +217,10 @@ struct Owned {
     due_ms: Option<i64>,
     /// Set until it is read again from that record on.
     rewinding: bool,
+    /// From where on records wait that were set aside and are not read yet, where that is known.
+    waits_from: Option<i64>,
+    /// How many requests had been taken back when these were last looked through.
+    looked: u64,
     /// Set when it is being taken away: nothing of it is dispatched any more.
     leaving: bool,
 }
@@ -231,12 +238,18 @@ impl Owned {
             full: false,
             due_ms: None,
             rewinding: false,
+            waits_from: None,
+            looked: 0,
             leaving: false,
         }
     }
 
     fn is_paused(&self) -> bool {
         self.full || self.due_ms.is_some()
+    }
+
+    fn is_to_be_looked_through(&self, taken_back: u64) -> bool {
+        !self.leaving && self.waits_from.is_some() && self.looked < taken_back
     }
 }
 
@@ -283,6 +296,7 @@ struct Loop<S> {
     /// How long what waits would take.
     work_queued: Duration,
     leaving: VecDeque<Leaving>,
+    looks: ahead::Looks,
 }
 
 /// Runs a stage until `shutdown` is given and its partitions are drained, or until it cannot go on.
@@ -309,6 +323,7 @@ pub async fn drive<S: Source>(
         mean: None,
         work_queued: Duration::ZERO,
         leaving: VecDeque::new(),
+        looks: ahead::Looks::default(),
     };
     state.run(shutdown).await
 }
@@ -331,6 +346,7 @@ impl<S: Source> Loop<S> {
                     self.store();
                     self.source.commit();
                     self.wake_due();
+                    self.look_ahead();
                     self.measure();
                 }
                 () = until(drained_by), if drained_by.is_some() => self.release_drained(true),
@@ -398,6 +414,7 @@ impl<S: Source> Loop<S> {
         };
         if let Some(due_ms) = due_ms(&incoming).filter(|due_ms| *due_ms > self.stage.now_ms()) {
             (owned.due_ms, owned.rewinding) = (Some(due_ms), true);
+            owned.waits_from = Some(incoming.offset);
             self.source.pause(&incoming.partition);
             self.source.rewind(&incoming.partition, incoming.offset);
             return self.source.dispatched(channel, bytes);
@@ -405,6 +422,8 @@ impl<S: Source> Loop<S> {
         if !owned.tracker.begin(incoming.offset) {
             return self.source.dispatched(channel, bytes);
         }
+        // On a retry topic more may be due: only where one stands still others wait behind it.
+        owned.waits_from = (channel == Channel::Overflow).then_some(incoming.offset + 1);
         let becomes_full = !owned.full && owned.tracker.span() > self.limits.window;
         if becomes_full {
             owned.full = true;

@@ -6,6 +6,7 @@
 //! Architecture invariant: this crate knows no operator. An operator reaches it as a `dyn Step`, and its settings,
 //! stores and models are somebody else's business.
 
+pub mod ahead;
 pub mod budget;
 pub mod cancels;
 pub mod cases;

@@ -7,7 +7,8 @@
 //! Works because a record and what it becomes lie at the same partition number: equal keys, equal partition counts.
 //!
 //! Invariant: of the last [`REMEMBERED_MAX`] messages of a partition no (tenant, id, generation) is written twice by
-//! the partition's owner. Residual: a process that was cut off beyond its session with a message on its way.
+//! the partition's owner. Residual: a process that was cut off beyond its session with a message on its way; what it
+//! wrote twice is found when the partition is next read back.
 //!
 //! Sans-IO: reading back is the host's.
 
@@ -33,6 +34,19 @@ type Payload = Option<[u8; 8]>;
 pub struct Once {
     topics: Vec<Arc<str>>,
     partitions: Mutex<HashMap<i32, Remembered>>,
+    /// Up to which offset of each partition of a topic repeats were told of: a partition may be read back often.
+    told: Mutex<HashMap<(Arc<str>, i32), i64>>,
+}
+
+/// A message as it was read back.
+#[derive(Clone, Copy, Debug)]
+pub struct Written<'m> {
+    /// Its topic.
+    pub topic: &'m Arc<str>,
+    /// Its offset there.
+    pub offset: i64,
+    /// Its headers.
+    pub headers: &'m Headers,
 }
 
 #[derive(Debug, Default)]
@@ -56,7 +70,7 @@ pub enum Known {
 impl Once {
     /// A memory for the messages of these topics.
     pub fn new(topics: Vec<Arc<str>>) -> Self {
-        Self { topics, partitions: Mutex::default() }
+        Self { topics, partitions: Mutex::default(), told: Mutex::default() }
     }
 
     /// The topics whose messages are remembered.
@@ -69,13 +83,27 @@ impl Once {
         self.topics.iter().any(|covered| **covered == *topic)
     }
 
-    /// Replaces what is remembered of a partition by what was read back from the log, oldest first.
-    pub fn restore<'m>(&self, partition: i32, messages: impl IntoIterator<Item = (&'m str, &'m Headers)>) {
-        let mut remembered = Remembered::default();
-        for (topic, headers) in messages {
-            remembered.remember(identity(topic, headers), payload(headers), self.bound());
+    /// Replaces what is remembered of a partition by what was read back from the log, each topic's oldest first. Gives topic
+    /// and offset of those that say once more what was written before, each once.
+    pub fn restore<'m>(
+        &self,
+        partition: i32,
+        messages: impl IntoIterator<Item = Written<'m>>,
+    ) -> Vec<(Arc<str>, i64)> {
+        let (mut remembered, mut repeats) = (Remembered::default(), Vec::new());
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        for Written { topic, offset, headers } in messages {
+            let identity = identity(topic, headers);
+            let is_repeat = remembered.payloads.contains_key(&identity);
+            remembered.remember(identity, payload(headers), self.bound());
+            let told = told.entry((Arc::clone(topic), partition)).or_insert(-1);
+            if is_repeat && offset > *told {
+                *told = offset;
+                repeats.push((Arc::clone(topic), offset));
+            }
         }
         self.lock().insert(partition, remembered);
+        repeats
     }
 
     /// Whether this message may be written.
@@ -167,6 +195,15 @@ mod tests {
         Outgoing { topic: "results".into(), key: Some(id.into()), value: None, headers }
     }
 
+    /// A log as it is read back.
+    fn read_back(log: &[Outgoing]) -> impl Iterator<Item = Written<'_>> {
+        (0..).zip(log).map(|(offset, message)| Written {
+            topic: &message.topic,
+            offset,
+            headers: &message.headers,
+        })
+    }
+
     fn once() -> Once {
         Once::new(vec!["results".into()])
     }
@@ -189,9 +226,22 @@ mod tests {
         let once = once();
         once.admit(3, &message("lost on its way", A));
         let written = message("written", A);
-        once.restore(3, [("results", &written.headers)]);
+        assert_eq!(once.restore(3, read_back(std::slice::from_ref(&written))), []);
         assert_eq!(once.admit(3, &written), Known::Written);
         assert_eq!(once.admit(3, &message("lost on its way", A)), Known::New);
+    }
+
+    #[test]
+    fn what_lies_twice_on_the_log_is_told_of_once() {
+        let once = once();
+        let [x, y] = ["x", "y"].map(|id| message(id, A));
+        let mut log = vec![x.clone(), y.clone(), x.clone()];
+        assert_eq!(once.restore(3, read_back(&log)), [("results".into(), 2)]);
+        assert_eq!(once.restore(3, read_back(&log)), [], "it is known");
+        assert_eq!(once.restore(4, read_back(&log)), [("results".into(), 2)], "partitions are apart");
+        log.extend([y, x.clone(), x]);
+        let places = once.restore(3, read_back(&log));
+        assert_eq!(places, [("results".into(), 3), ("results".into(), 4), ("results".into(), 5)]);
     }
 
     #[test]
@@ -218,7 +268,7 @@ mod tests {
                     log.push(message);
                 } else if crashes {
                     once = self::once();
-                    once.restore(0, log.iter().map(|message| (&*message.topic, &message.headers)));
+                    prop_assert!(once.restore(0, read_back(&log)).is_empty());
                 }
             }
             let mut ids: Vec<_> = log.iter().map(|message| message.key.clone()).collect();

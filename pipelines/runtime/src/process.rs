@@ -9,8 +9,8 @@ use crate::{
     claims::Claims,
     drive::{DriveError, drive},
     host::kafka::{
-        Kafka, KafkaLedger, KafkaSink, KafkaSource, ReadBounds, Reading, SettingsError, TableError,
-        TableReader,
+        Kafka, KafkaAhead, KafkaLedger, KafkaSink, KafkaSource, ReadBounds, Reading, SettingsError,
+        TableError, TableReader,
     },
     message::Outgoing,
     site::{Kept, Site, full_name},
@@ -120,7 +120,8 @@ impl Launch<'_> {
                 }
                 false => None,
             };
-            let stage = site.stage(planned, Arc::clone(step), kept);
+            let ahead = KafkaAhead::new(self.kafka, site.inputs(planned), Arc::clone(&budget));
+            let stage = site.stage(planned, Arc::clone(step), kept, Arc::new(ahead));
             let limits = site.limits(planned);
             let reading = Reading {
                 bounds: ReadBounds::new(limits.waiting),

@@ -4,6 +4,7 @@
 //! alone; a host adds only what it reads from and writes to.
 
 use crate::{
+    ahead::Ahead,
     cancels::Cancels,
     claims::Claims,
     drive::Limits,
@@ -58,8 +59,15 @@ pub(crate) struct Kept {
 }
 
 impl Site<'_> {
-    /// The stage of a step; its ledgers of paid calls, where it has any, are kept in `kept`.
-    pub fn stage(&self, planned: &PlannedStep, step: Arc<dyn Step>, kept: Option<Kept>) -> Arc<Stage> {
+    /// The stage of a step; its ledgers of paid calls, where it has any, are kept in `kept`. `ahead` reads on where it sets
+    /// records aside.
+    pub fn stage(
+        &self,
+        planned: &PlannedStep,
+        step: Arc<dyn Step>,
+        kept: Option<Kept>,
+        ahead: Arc<dyn Ahead>,
+    ) -> Arc<Stage> {
         let meter = self.telemetry.step(&planned.key, step.operator()).in_group(&self.group(planned));
         let topics = self.plan.topics();
         let inputs = planned.inputs();
@@ -87,7 +95,7 @@ impl Site<'_> {
             patience: self.patience.clone(),
             meter: meter.clone(),
         });
-        let stage = stage.with_cancels(Arc::clone(&self.cancels));
+        let stage = stage.with_cancels(Arc::clone(&self.cancels)).with_ahead(ahead);
         let stage = match (planned.ledger, kept) {
             (Some(ambiguous), Some(Kept { log, health })) => {
                 stage.with_ledgers(Arc::new(Ledgers::new(ledger::Parts {

@@ -4,9 +4,11 @@
 //! which messages follow: outputs, rows about upstream calls, the record itself on a retry topic where the world failed,
 //! an ending for a request that goes no further, a dead letter for a record that nobody can process.
 //!
-//! Invariant: every record becomes at least one message or was an `Ok` of its operator. A request whose work cannot
+//! Invariant: every record becomes at least one message or was an `Ok` of its operator; but for one whose request was taken
+//! back and ended before its turn ([`crate::ahead`]). A request whose work cannot
 //! go on becomes an ending, whatever happened: bytes that are no record, a panic, a store that is away.
 
+mod ahead;
 mod claimed;
 
 use crate::{
@@ -24,7 +26,7 @@ use forebay_operator::{
 use forebay_plan::Channel;
 use forebay_schemas::{
     Attempt, CallId, DeadLetter, Ending, Envelope, Fault, Headers, Lane, NanoUsd, Origin, Record, Request,
-    RequestId, Retry, Status, Tenant, dead_letter::header as dead, header,
+    RequestId, Retry, Source, Status, Tenant, dead_letter::header as dead, header,
 };
 use forebay_telemetry::{Outcome, StepMeter};
 use futures::FutureExt;
@@ -39,6 +41,7 @@ use std::{
 use tokio::time::Instant;
 use tracing::{error, warn};
 
+use ahead::Outlook;
 pub use claimed::Whole;
 
 /// The full names of the topics that every stage may write to.
@@ -125,6 +128,8 @@ pub struct Stage {
     claims: Arc<Claims>,
     /// Full names of the topics whose messages may carry a claim instead of their body.
     claimed: BTreeSet<Arc<str>>,
+    /// What looks ahead for requests that were taken back, where it can.
+    outlook: Option<Outlook>,
     /// Fields that no version of a record knows, each warned of once.
     warned: Mutex<BTreeSet<String>>,
 }
@@ -167,6 +172,7 @@ impl Stage {
             ledgers: None,
             claims: Arc::new(claims),
             claimed,
+            outlook: None,
             warned: Mutex::default(),
         }
     }
@@ -191,12 +197,18 @@ impl Stage {
         if let Some(ledgers) = &self.ledgers {
             ledgers.assigned(partition);
         }
+        if let Some(outlook) = &self.outlook {
+            outlook.forget(partition);
+        }
     }
 
     /// A partition is ours no more.
     pub fn given_up(&self, partition: &Partition) {
         if let Some(ledgers) = &self.ledgers {
             ledgers.given_up(partition);
+        }
+        if let Some(outlook) = &self.outlook {
+            outlook.forget(partition);
         }
     }
 
@@ -267,15 +279,18 @@ impl Stage {
     /// A record as it goes to the overflow topic, where no client writes: with its envelope. `None` where it cannot be read.
     pub fn set_aside(&self, incoming: &Incoming) -> Option<Outgoing> {
         let topic = self.parts.overflow.as_ref()?;
-        if !self.enters(incoming) {
-            self.parts.meter.set_aside("overflow");
-            return Some(copy(incoming, topic, incoming.headers.clone()));
-        }
-        let opened = self.open(incoming).ok()?;
-        let envelope = self.envelope(incoming, &*opened).ok()?;
+        let (source, key) = self.first(incoming);
+        let mut aside = match self.enters(incoming) {
+            false => copy(incoming, topic, incoming.headers.clone()),
+            true => {
+                let envelope = self.envelope(incoming, &*self.open(incoming).ok()?).ok()?;
+                let key = Some(envelope.id.as_str().as_bytes().to_vec());
+                Outgoing { key, ..copy(incoming, topic, envelope.write()) }
+            }
+        };
+        Retry::write_first(&mut aside.headers, &source, key.as_ref());
         self.parts.meter.set_aside("overflow");
-        let key = Some(envelope.id.as_str().as_bytes().to_vec());
-        Some(Outgoing { key, ..copy(incoming, topic, envelope.write()) })
+        Some(aside)
     }
 
     /// What is counted.
@@ -358,6 +373,9 @@ impl Stage {
         let running = self.cancels.register(&envelope.tenant, &envelope.id);
         let failure = loop {
             if let Some(stop) = self.stopped(&envelope) {
+                // Calls of a reading that crashed have cost something too.
+                let earlier = ledger.filter(|_| tries == 0).map(|ledger| ledger.rows_of_all());
+                rows.extend(self.spend(&mut envelope, earlier.unwrap_or_default()));
                 break stop;
             }
             let attempt = match opened.take() {
@@ -375,7 +393,15 @@ impl Stage {
             if let Some(hop) = self.parts.step.hop() {
                 envelope.timings.add(hop, micros);
             }
-            rows.extend(self.spend(&mut envelope, cx.take_rows()));
+            let mut recorded = cx.take_rows();
+            if let Some(ledger) = ledger {
+                let stop = match &result {
+                    Ok(Err(stop @ (Failure::Cancelled | Failure::Expired))) => Some(stop.code()),
+                    _ => None,
+                };
+                recorded.extend(ledger.drop_calls(stop, &recorded).await);
+            }
+            rows.extend(self.spend(&mut envelope, recorded));
             // An outage makes a row a try: the first and the last tell of it, and memory is bounded.
             if rows.len() > ROWS_MAX {
                 rows.drain(ROWS_MAX / 2..rows.len() - ROWS_MAX / 2);
@@ -396,6 +422,10 @@ impl Stage {
                     };
                 }
                 Ok(Err(Failure::Unavailable { outage, retry_after, what, code, source })) => {
+                    // Taken back meanwhile: what is set aside hears of that late.
+                    if let Some(stop) = self.stopped(&envelope) {
+                        break stop;
+                    }
                     since_ms.get_or_insert_with(|| self.now_ms());
                     self.parts.meter.retried();
                     let wait = match self.next_try(&envelope, retry.as_ref(), tries) {
@@ -499,14 +529,14 @@ impl Stage {
         to: &RetryTopic,
     ) -> Outgoing {
         self.parts.meter.set_aside("retry");
-        let now_ms = self.now_ms();
+        let (now_ms, (source, key)) = (self.now_ms(), self.first(incoming));
         let mut retry = before.unwrap_or_else(|| Retry {
             due_ms: now_ms,
             tries: 0,
             round: 0,
             since_ms,
-            source: incoming.source(),
-            key: incoming.key.clone(),
+            source,
+            key,
             redrives: 0,
         });
         retry.due_ms = now_ms.saturating_add(i64::try_from(to.delay.as_millis()).unwrap_or(i64::MAX));
@@ -584,11 +614,10 @@ impl Stage {
     }
 
     fn open(&self, incoming: &Incoming) -> Result<Box<dyn Opened + '_>, Box<dyn Error + Send + Sync>> {
-        // On a retry topic the key is the request's id: what the step read first may have been another, which names what
-        // a tombstone takes away.
-        let retry = self.set_aside_before(incoming);
-        let key = retry.as_ref().map_or(incoming.key.as_deref(), |retry| retry.key.as_deref());
-        let key = key.and_then(|key| std::str::from_utf8(key).ok());
+        // What was set aside lies under its request's id: the key that the step read first may have been another, which names
+        // what a tombstone takes away.
+        let (_, key) = self.first(incoming);
+        let key = key.as_deref().and_then(|key| std::str::from_utf8(key).ok());
         let open = || self.parts.step.open(key, incoming.value.as_deref());
         // Whatever the bytes are, they must not stop what lies behind them.
         match catch_unwind(AssertUnwindSafe(open)) {
@@ -629,6 +658,12 @@ impl Stage {
     /// What was noted when this record was set aside, as far as it can be read.
     fn set_aside_before(&self, incoming: &Incoming) -> Option<Retry> {
         Retry::read(&incoming.headers).ok().flatten().filter(|_| !self.enters(incoming))
+    }
+
+    /// The record that the step read first, and its key: another than this where it was set aside meanwhile.
+    fn first(&self, incoming: &Incoming) -> (Source, Option<Bytes>) {
+        let noted = Retry::first(&incoming.headers).filter(|_| !self.enters(incoming));
+        noted.unwrap_or_else(|| (incoming.source(), incoming.key.clone()))
     }
 
     /// Whether a record comes from a client, so that its headers are the client's.
@@ -803,7 +838,7 @@ impl Stage {
         let Envelope { tenant, id, again, visit, .. } = envelope;
         let stage = &*self.parts.key;
         let retry = self.set_aside_before(incoming);
-        let first = retry.as_ref().map_or_else(|| incoming.source(), |retry| retry.source.clone());
+        let (first, key) = self.first(incoming);
         let letter = DeadLetter {
             schema: self.parts.step.input().to_owned(),
             id: id.clone(),
@@ -832,7 +867,6 @@ impl Stage {
             redrives: retry.as_ref().map_or(0, |retry| retry.redrives),
             body: None,
         };
-        let key = retry.map_or_else(|| incoming.key.clone(), |retry| retry.key);
         let mut headers = envelope.write();
         headers.extend(letter.write(key.as_ref()));
         let mut value = incoming.value.as_ref().map(|value| value.to_vec());

@@ -10,9 +10,10 @@ use forebay_runtime::{
     message::{Group, Input, Outgoing, Partition},
     once::{Known, Once},
 };
-use forebay_schemas::Headers;
+use forebay_schemas::{Headers, header};
 use forebay_telemetry::{Health, Settings, Telemetry};
 use rdkafka::{
+    message::{Header, OwnedHeaders},
     mocking::MockCluster,
     producer::{DefaultProducerContext, FutureProducer, FutureRecord},
 };
@@ -246,6 +247,26 @@ async fn what_is_on_its_way_is_remembered_while_what_was_set_aside_comes_and_goe
     for number in 0..PARTITIONS {
         assert_eq!(once.admit(number, &result), Known::Written, "{number}");
     }
+}
+
+#[tokio::test]
+async fn a_result_that_lies_twice_on_its_topic_is_counted() {
+    let cluster = Cluster::start();
+    cluster.mock.create_topic("results", PARTITIONS, 1).unwrap();
+    for id in ["a", "b", "a"] {
+        let header = Header { key: header::ID, value: Some(id) };
+        let record = FutureRecord::<str, str>::to("results").partition(2).payload("{}");
+        let record = record.headers(OwnedHeaders::new().insert(header));
+        cluster.producer.send(record, LONG).await.unwrap();
+    }
+    let input = Input { topic: "requests".into(), channel: Channel::Live };
+    let group = Group { name: "group".to_owned(), inputs: vec![input] };
+    let once = Arc::new(Once::new(vec!["results".into()]));
+    let mut member = cluster.join_groups(&[group], Some(once));
+    until(&mut [&mut member], "an assignment", |members| members[0].owned.len() == 4).await;
+    let shown = cluster.telemetry.prometheus();
+    let repeated = shown.lines().find(|line| line.starts_with("forebay_results_repeated_total{")).unwrap();
+    assert!(repeated.ends_with(" 1"), "{repeated}");
 }
 
 #[tokio::test]

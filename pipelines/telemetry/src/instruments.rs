@@ -143,6 +143,13 @@ pub(crate) const DEDUPLICATED: Declared = Declared {
     meaning: "Messages not written again, because their request's was written before.",
     ..LINE
 };
+pub(crate) const REPEATED: Declared = Declared {
+    name: "forebay.results.repeated",
+    unit: "{message}",
+    meaning: "Messages that lie twice on a topic whose messages are written once, as its writer found when it read back what \
+              was written of late. A process was cut off beyond its session with them on their way.",
+    ..LINE
+};
 pub(crate) const LEDGER_ENTRIES: Declared = Declared {
     name: "forebay.ledger.entries",
     unit: "{entry}",
@@ -340,6 +347,7 @@ pub(crate) const DECLARED: &[Declared] = &[
     QUEUE_WAIT,
     RETRIES,
     DEDUPLICATED,
+    REPEATED,
     LEDGER_ENTRIES,
     LEDGER_REPLAYED,
     LEDGER_AMBIGUOUS,

@@ -98,6 +98,7 @@ pub(crate) struct Instruments {
     queue_wait: Histogram<f64>,
     retries: Counter<u64>,
     deduplicated: Counter<u64>,
+    repeated: Counter<u64>,
     ledger_entries: Counter<u64>,
     ledger_replayed: Counter<u64>,
     ledger_ambiguous: Counter<u64>,
@@ -130,6 +131,7 @@ impl Instruments {
             queue_wait: declared::QUEUE_WAIT.histogram_f64(meter),
             retries: declared::RETRIES.counter(meter),
             deduplicated: declared::DEDUPLICATED.counter(meter),
+            repeated: declared::REPEATED.counter(meter),
             ledger_entries: declared::LEDGER_ENTRIES.counter(meter),
             ledger_replayed: declared::LEDGER_REPLAYED.counter(meter),
             ledger_ambiguous: declared::LEDGER_AMBIGUOUS.counter(meter),
@@ -244,6 +246,7 @@ struct Step {
     queue_wait: BoundHistogram<f64>,
     retries: BoundCounter<u64>,
     deduplicated: BoundCounter<u64>,
+    repeated: BoundCounter<u64>,
     /// Bound when a ledger is there: most steps have none.
     ledger: OnceLock<LedgerMeter>,
     dead_letters: PerWord<BoundCounter<u64>>,
@@ -308,6 +311,7 @@ impl StepMeter {
             queue_wait: instruments.queue_wait.bind(&labels),
             retries: instruments.retries.bind(&labels),
             deduplicated: instruments.deduplicated.bind(&labels),
+            repeated: instruments.repeated.bind(&labels),
             ledger: OnceLock::new(),
             dead_letters: PerWord::new(CLASSES_MAX),
             set_aside: PerWord::new(CLASSES_MAX),
@@ -367,6 +371,11 @@ impl StepMeter {
     /// A message was not written again.
     pub fn deduplicated(&self) {
         self.step.deduplicated.add(1);
+    }
+
+    /// So many messages lie on their topic twice that were to be written once.
+    pub fn repeated(&self, messages: usize) {
+        self.step.repeated.add(number(messages));
     }
 
     /// The ledger of the step's paid calls acknowledged an entry.

@@ -149,6 +149,7 @@ mod tests {
         meter.finished(Outcome::Rejected, Duration::from_millis(1), Duration::ZERO);
         meter.retried();
         meter.deduplicated();
+        meter.repeated(1);
         meter.ledger_written("started");
         meter.ledger_replayed();
         meter.ledger_ambiguous(1);

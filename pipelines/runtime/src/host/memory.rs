@@ -3,6 +3,7 @@
 //! Pipeline cases and simulation run here, over the same loop as production.
 
 use crate::{
+    ahead::{Ahead, Found, Wanted},
     budget::Budget,
     claims::{Objects, ObjectsError},
     drive::{Event, Progress, SendError, Sink, Source},
@@ -200,6 +201,40 @@ impl Log for MemoryLedger {
     }
 }
 
+/// Reads on in the same log.
+pub struct MemoryAhead {
+    /// The log.
+    pub log: Arc<MemoryLog>,
+    /// What the stage reads.
+    pub inputs: Vec<Input>,
+}
+
+impl Ahead for MemoryAhead {
+    fn read(&self, at: &Partition, from: i64, wanted: Wanted) -> BoxFuture<'static, Result<Found, String>> {
+        let budget = Budget::new(usize::MAX);
+        let mut found = Found::default();
+        for (offset, stored) in (0..).zip(self.log.read(&at.topic)) {
+            if offset >= from && wanted(&stored.headers) {
+                let input = self.inputs.iter().find(|input| input.topic == at.topic);
+                let channel = input.map_or(Channel::Live, |input| input.channel);
+                found.records.push(incoming(at, channel, offset, stored, &budget));
+            }
+        }
+        // A look takes its time, as it does over Kafka.
+        Box::pin(async {
+            tokio::task::yield_now().await;
+            Ok(found)
+        })
+    }
+}
+
+/// A message as a stage gets it.
+fn incoming(at: &Partition, channel: Channel, offset: i64, stored: Stored, budget: &Arc<Budget>) -> Incoming {
+    let Stored { timestamp_ms, key, value, headers } = stored;
+    let held = budget.take(Incoming::bytes(key.as_deref(), value.as_deref()));
+    Incoming { partition: at.clone(), channel, offset, timestamp_ms, key, value, headers, held }
+}
+
 /// Objects in a map.
 #[derive(Default)]
 pub struct MemoryObjects(Mutex<BTreeMap<String, Bytes>>);
@@ -367,12 +402,9 @@ impl MemorySource {
                 continue;
             }
             let Some(stored) = self.log.at(&partition.topic, *position) else { continue };
-            let Stored { timestamp_ms, key, value, headers } = stored;
-            let held = self.budget.take(Incoming::bytes(key.as_deref(), value.as_deref()));
-            let (partition, offset) = (partition.clone(), *position);
+            let incoming = incoming(partition, channel, *position, stored, &self.budget);
             *position += 1;
             *waiting += 1;
-            let incoming = Incoming { partition, channel, offset, timestamp_ms, key, value, headers, held };
             return Some(Event::Records(vec![incoming]));
         }
         None

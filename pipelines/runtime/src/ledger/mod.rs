@@ -226,6 +226,7 @@ impl Ledgers {
             source_offset: incoming.offset,
             input: blake3::hash(bytes).to_hex()[..16].to_owned(),
             told: Mutex::default(),
+            dropped: Mutex::default(),
         })
     }
 
@@ -391,6 +392,16 @@ pub struct RecordLedger {
     input: String,
     /// Attempt ids whose rows this reading has told.
     told: Mutex<HashSet<String>>,
+    /// Tries that were begun and dropped without a word. Their calls count as under way until it is said what became of them.
+    dropped: Mutex<Vec<Dropped>>,
+}
+
+/// A try that was begun and dropped without a word.
+#[derive(Clone)]
+struct Dropped {
+    call: CallId,
+    /// As it was begun.
+    row: Attempt,
 }
 
 impl RecordLedger {
@@ -406,6 +417,45 @@ impl RecordLedger {
             }
             changed.await;
         }
+    }
+
+    /// Says what became of tries that the operator dropped. Where its request was taken back or came too late, under this
+    /// code, they are closed as failed, with the rows that it recorded of them; else nobody knows whether they were paid for.
+    /// Gives rows about tries of which it recorded none.
+    pub async fn drop_calls(&self, stop: Option<&str>, recorded: &[Attempt]) -> Vec<Attempt> {
+        let mut more = Vec::new();
+        while let Some((account, Dropped { call, row })) = self.account.as_ref().zip(self.first_dropped()) {
+            if let Some(code) = stop {
+                let known = recorded.iter().rfind(|known| known.attempt_id == row.attempt_id).cloned();
+                let row = known.unwrap_or_else(|| {
+                    let (status, error_code) = ("cancelled".to_owned(), Some(code.to_owned()));
+                    more.push(Attempt { status, error_code, ..row.clone() });
+                    more[more.len() - 1].clone()
+                });
+                let closed = self.entry(account, EntryKind::Failed, &call, Some(row.attempt));
+                let closed = LedgerEntry { code: Some(code.to_owned()), row: Some(row), ..closed };
+                if let Err(fault) = account.append(closed).await {
+                    warn!(call = call.as_str(), ledger = %account.at, error = %fault,
+                        "could not close a call that was given up; it may look as if it went on");
+                }
+            }
+            self.let_go(&call);
+        }
+        more
+    }
+
+    fn first_dropped(&self) -> Option<Dropped> {
+        self.dropped.lock().unwrap_or_else(PoisonError::into_inner).first().cloned()
+    }
+
+    /// Its tries of this call that were dropped are not under way any more.
+    fn let_go(&self, call: &CallId) {
+        let mut dropped = self.dropped.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = dropped.len();
+        dropped.retain(|one| one.call != *call);
+        let Some(account) = self.account.as_ref().filter(|_| dropped.len() < before) else { return };
+        account.book().ended(call);
+        account.tell();
     }
 
     /// Notes that the record goes to another topic, where its calls are made from now on. Before it goes: delivered here
@@ -480,6 +530,14 @@ impl RecordLedger {
     }
 }
 
+impl Drop for RecordLedger {
+    fn drop(&mut self) {
+        while let Some(Dropped { call, .. }) = self.first_dropped() {
+            self.let_go(&call);
+        }
+    }
+}
+
 impl RecordLedger {
     /// What an entry says that answered the call for a record which is done.
     fn replayed<'a>(&self, account: &Account, call: &CallId, entry: LedgerEntry) -> Known<'a> {
@@ -497,6 +555,8 @@ impl Ledger for RecordLedger {
         Box::pin(async move {
             // Whoever has lost its partition waits to be dropped: anything else might lead to a call.
             let Some(account) = &self.account else { return std::future::pending().await };
+            // Whoever asks again has heard of no end.
+            self.let_go(call);
             let asked = Instant::now();
             loop {
                 let changed = account.changed.notified();
@@ -533,8 +593,8 @@ impl Ledger for RecordLedger {
                     )),
                     Verdict::Go(attempt) => {
                         account.shared.meter.ledger_waited(asked.elapsed());
-                        let (id, number) = (call.clone(), None);
-                        Known::Open { attempt, turn: Box::new(Call { of: self, account, id, number, term }) }
+                        let (id, begun) = (call.clone(), None);
+                        Known::Open { attempt, turn: Box::new(Call { of: self, account, id, begun, term }) }
                     }
                 };
                 return Ok(Found { rows: self.rows(account, call), known });
@@ -564,15 +624,16 @@ struct Call<'a> {
     of: &'a RecordLedger,
     account: &'a Arc<Account>,
     id: CallId,
-    /// The number of the try that is under way.
-    number: Option<i32>,
+    /// The try that is under way.
+    begun: Option<Attempt>,
     /// The term of the lease in which it was decided.
     term: u64,
 }
 
 impl Call<'_> {
     fn entry(&self, kind: EntryKind, row: Option<Attempt>) -> LedgerEntry {
-        LedgerEntry { row, ..self.of.entry(self.account, kind, &self.id, self.number) }
+        let number = self.begun.as_ref().map(|row| row.attempt);
+        LedgerEntry { row, ..self.of.entry(self.account, kind, &self.id, number) }
     }
 
     async fn append(&self, entry: LedgerEntry) -> Result<(), Failure> {
@@ -583,7 +644,7 @@ impl Call<'_> {
 impl Turn for Call<'_> {
     fn start(&mut self, row: Attempt) -> BoxFuture<'_, Result<bool, Failure>> {
         Box::pin(async move {
-            self.number = Some(row.attempt);
+            self.begun = Some(row.clone());
             let attempt_id = row.attempt_id.clone();
             self.append(self.entry(EntryKind::Started, Some(row))).await?;
             {
@@ -596,7 +657,9 @@ impl Turn for Call<'_> {
             }
             // Somebody else may have come meanwhile.
             let code = Some("not_sent".to_owned());
-            self.append(LedgerEntry { code, ..self.entry(EntryKind::Failed, None) }).await?;
+            let failed = LedgerEntry { code, ..self.entry(EntryKind::Failed, None) };
+            self.begun = None;
+            self.append(failed).await?;
             Ok(false)
         })
     }
@@ -604,6 +667,8 @@ impl Turn for Call<'_> {
     fn done(&mut self, answer: Vec<u8>, row: Option<Attempt>) -> BoxFuture<'_, Result<(), Failure>> {
         Box::pin(async move {
             let entry = self.entry(EntryKind::Done, row);
+            // From here on its end is known, and on its way.
+            self.begun = None;
             if answer.len() <= ANSWER_BYTES_MAX {
                 let kept = LedgerEntry { answer: serde_json::from_slice(&answer).ok(), ..entry.clone() };
                 match self.account.append(kept).await {
@@ -620,13 +685,19 @@ impl Turn for Call<'_> {
     fn failed(&mut self, row: Option<Attempt>) -> BoxFuture<'_, Result<(), Failure>> {
         Box::pin(async move {
             let code = row.as_ref().and_then(|row| row.error_code.clone());
-            self.append(LedgerEntry { code, ..self.entry(EntryKind::Failed, row) }).await
+            let failed = LedgerEntry { code, ..self.entry(EntryKind::Failed, row) };
+            self.begun = None;
+            self.append(failed).await
         })
     }
 }
 
 impl Drop for Call<'_> {
     fn drop(&mut self) {
+        if let Some(row) = self.begun.take() {
+            let mut dropped = self.of.dropped.lock().unwrap_or_else(PoisonError::into_inner);
+            return dropped.push(Dropped { call: self.id.clone(), row });
+        }
         self.account.book().ended(&self.id);
         self.account.tell();
     }

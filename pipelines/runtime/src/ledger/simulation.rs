@@ -1,9 +1,9 @@
 //! Owners of one ledger partition, and all that can happen to them, at random moments of virtual time: they crash between
 //! any two steps, stand still, are given up by the group without hearing of it, and wait for acknowledgements that come
-//! late or never; the log is compacted under them.
+//! late or never; the log is compacted under them. Some calls are given up by their clients.
 //!
 //! Oracle: a call is sent a second time only if each earlier sending was closed as failed, or is told of as ambiguous by
-//! whoever sends. The residual that is promised no better, an owner that stands still between its look at the clock
+//! whoever sends. A call whose record is over is closed in the log, unless its owner crashed. The residual that is promised no better, an owner that stands still between its look at the clock
 //! and the socket, is made to happen too and counted apart.
 
 use super::book::{AMBIGUOUS_MAX, Book, Next, Terms, Verdict};
@@ -74,7 +74,7 @@ enum Task {
         fails: bool,
     },
     Closing {
-        done: bool,
+        over: bool,
     },
     Finished,
 }
@@ -104,6 +104,7 @@ struct Sending {
 #[derive(Default)]
 struct Seen {
     sendings: usize,
+    given_up: usize,
     ambiguous: usize,
     residual: usize,
     dead: usize,
@@ -121,6 +122,8 @@ struct World {
     replay_from: Option<i64>,
     finished: BTreeSet<i64>,
     sendings: BTreeMap<i64, Vec<Sending>>,
+    /// Tries that the log says were started and not how they ended: owner, record, number.
+    open: BTreeSet<(String, i64, i32)>,
     seen: Seen,
 }
 
@@ -168,6 +171,7 @@ impl World {
             replay_from: None,
             finished: BTreeSet::new(),
             sendings: BTreeMap::new(),
+            open: BTreeSet::new(),
             seen: Seen::default(),
         };
         world.follow_group();
@@ -284,6 +288,15 @@ impl World {
                 if one.offset.is_none() && one.appended_at <= self.now {
                     one.offset = Some(i64::try_from(self.log.len()).unwrap());
                     self.log.push(Some(one.entry.clone()));
+                    let LedgerEntry { owner, source_offset, attempt, kind, .. } = one.entry.clone();
+                    if let Some(key) =
+                        source_offset.zip(attempt).map(|(record, number)| (owner, record, number))
+                    {
+                        match kind {
+                            EntryKind::Started => _ = self.open.insert(key),
+                            _ => _ = self.open.remove(&key),
+                        }
+                    }
                 }
             }
         }
@@ -373,7 +386,7 @@ impl World {
         let next = match task {
             Task::Starting { number: attempt, term, told } => {
                 if !owner.book.may_send(now) || owner.book.term() != term {
-                    owner.tasks.insert(record, Task::Closing { done: false });
+                    owner.tasks.insert(record, Task::Closing { over: false });
                     let mut entry = self.entry(number, EntryKind::Failed, Some(record), Some(attempt));
                     entry.row = None;
                     return self.send(number, entry, Some(record));
@@ -383,9 +396,9 @@ impl World {
                 }
                 Task::Stuck { number: attempt, told, looked_at: self.now }
             }
-            Task::Closing { done } => {
+            Task::Closing { over } => {
                 owner.book.ended(&call(record));
-                if done { Task::Finished } else { Task::Asks }
+                if over { Task::Finished } else { Task::Asks }
             }
             task => task,
         };
@@ -451,20 +464,38 @@ impl World {
                 Task::Calling { number: attempt, until, fails: self.dice.one_in(4) }
             }
             Task::Calling { number: attempt, until, fails } if until <= self.now => {
-                let kind = if fails { EntryKind::Failed } else { EntryKind::Done };
+                // A call that is given up ends its record, and nobody asks for it again but who has not heard of that.
+                let given_up = self.dice.one_in(8);
+                let kind = if fails || given_up { EntryKind::Failed } else { EntryKind::Done };
                 let entry = self.entry(number, kind, Some(record), Some(attempt));
-                if fails {
+                self.seen.given_up += usize::from(given_up);
+                if kind == EntryKind::Failed {
                     let id = format!("{}/{attempt}", self.owners[number].book.owner());
                     let sendings = self.sendings.entry(record).or_default();
                     sendings.iter_mut().filter(|one| one.attempt == id).for_each(|one| one.failed = true);
                 }
                 self.send(number, entry, Some(record));
-                Task::Closing { done: !fails }
+                Task::Closing { over: !fails || given_up }
             }
             _ => return Ok(()),
         };
         self.owners[number].tasks.insert(record, next);
         Ok(())
+    }
+}
+
+impl World {
+    fn check_closed(self) -> Result<Seen, String> {
+        for owner in self.owners.iter().filter(|owner| !owner.crashed) {
+            let over = owner.tasks.iter().filter(|(_, task)| **task == Task::Finished);
+            for (record, _) in over {
+                let left = |(of, at, _): &&(String, i64, i32)| **of == **owner.book.owner() && at == record;
+                if let Some(open) = self.open.iter().find(left) {
+                    return Err(format!("{open:?} is not closed, though its record is over"));
+                }
+            }
+        }
+        Ok(self.seen)
     }
 }
 
@@ -477,7 +508,7 @@ fn simulate(seed: u64) -> Result<Seen, String> {
             world.befall();
         }
         if world.committed == RECORDS && world.now > peaceful_from {
-            return Ok(world.seen);
+            return world.check_closed();
         }
     }
     let tasks: Vec<_> =
@@ -493,6 +524,7 @@ fn no_call_is_sent_again_unless_it_failed_or_is_told_of_as_ambiguous() {
         match simulate(seed) {
             Ok(seen) => {
                 all.sendings += seen.sendings;
+                all.given_up += seen.given_up;
                 all.ambiguous += seen.ambiguous;
                 all.residual += seen.residual;
                 all.dead += seen.dead;
@@ -501,8 +533,8 @@ fn no_call_is_sent_again_unless_it_failed_or_is_told_of_as_ambiguous() {
         }
     }
     println!(
-        "{seeds} seeds: {} calls sent, {} told of as ambiguous, {} given up; {} repeats after standing still before the socket",
-        all.sendings, all.ambiguous, all.dead, all.residual
+        "{seeds} seeds: {} calls sent, {} given up by clients, {} told of as ambiguous, {} given up; {} repeats after standing still before the socket",
+        all.sendings, all.given_up, all.ambiguous, all.dead, all.residual
     );
     assert!(failed.is_empty(), "{} failed: {:#?}", failed.len(), &failed[..failed.len().min(3)]);
     assert!(all.ambiguous > 0 && all.dead > 0, "nothing befell anybody");

@@ -35,8 +35,11 @@ impl Deref for Whole<'_> {
 }
 
 impl Stage {
-    /// The record with its body; or what it becomes where that is not to be had.
+    /// The record with its body; or what it becomes where that is not to be had. That is nothing where its request has ended.
     pub async fn fetch<'i>(&self, incoming: &'i Incoming) -> Result<Whole<'i>, Vec<Outgoing>> {
+        if self.has_ended(incoming).await {
+            return Err(Vec::new());
+        }
         let claim = match self.claim(incoming) {
             Ok(None) => return Ok(Whole::Inline(incoming)),
             Ok(Some(claim)) => claim,

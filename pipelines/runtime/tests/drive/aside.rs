@@ -226,6 +226,42 @@ async fn behind_one_tenants_flood_the_ten_of_another_are_served_soon() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_goes_round_by_the_overflow_topic_dies_as_what_its_step_read_first() {
+    let slow = script(|run: Run| async move {
+        pass(10).await;
+        match run.body.starts_with("bad") {
+            true if run.body.ends_with("down") => Err(Failure::unavailable("down", "the model", "refused")),
+            true => Err(Failure::rejected("wrong", "it is wrong")),
+            false => Ok::<Vec<Addressed>, Failure>(vec![on(&run)]),
+        }
+    });
+    let world = World::new();
+    for number in 0..6_000 {
+        world.write("requests", None, &format!("f{number}"));
+        of(&world, "prompts", "flood", &format!("g{number}"), &format!("g{number}"));
+    }
+    let of_client = ["bad", "bad-down"].map(|body| world.write("requests", Some("k"), body));
+    let of_host = world.log.end("prompts");
+    of(&world, "prompts", "flood", "x", "bad");
+    let from = vec!["requests", "prompts"];
+    let member = world.join(&Spec { from, fair: true, limits: Limits::new(4), ..spec(slow) });
+    world.settled().await;
+    member.stop().await.unwrap();
+    let overflown: Vec<_> =
+        world.texts("overflow").into_iter().filter(|text| text.starts_with("bad")).collect();
+    assert_eq!(overflown.len(), 3, "they went round");
+    let letters = world.log.read("dead-letters").into_iter().map(|letter| {
+        let key = dead_letter::original_key(&letter.headers);
+        (DeadLetter::read(&letter.headers).unwrap().message_key(), key.unwrap())
+    });
+    let mut letters: Vec<_> = letters.collect();
+    letters.sort();
+    let mut expected = of_client.map(|offset| (format!("step/requests/0/{offset}"), "k".into())).to_vec();
+    expected.insert(0, (format!("step/prompts/0/{of_host}"), "x".into()));
+    assert_eq!(letters, expected);
+}
+
+#[tokio::test(start_paused = true)]
 async fn what_is_too_large_to_be_set_aside_is_a_dead_letter_and_stops_nobody() {
     let slow = script(|run: Run| async move {
         pass(10).await;

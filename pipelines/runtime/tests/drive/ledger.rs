@@ -1,6 +1,6 @@
 //! A step that pays for its calls: killed at every moment, drained, cut off, and the same request delivered twice.
 
-use crate::support::{Member, Slow, Spec, World, ending, pass, script, text};
+use crate::support::{Member, NOW_MS, Slow, Spec, World, ending, pass, script, text};
 use forebay_operator::{Addressed, Context, Failure, Opened, Port, Step};
 use forebay_runtime::{
     drive::{Limits, SendError},
@@ -49,7 +49,7 @@ impl Step for Paying {
     }
 }
 
-/// A text; its first word is the id.
+/// A text; its first word is the id, and its second, where it is a number, the milliseconds until its deadline.
 struct Read<'s> {
     step: &'s Paying,
     body: String,
@@ -57,8 +57,9 @@ struct Read<'s> {
 
 impl Opened for Read<'_> {
     fn identity(&self) -> Identity {
-        let id = self.body.split(' ').next().and_then(|id| RequestId::try_from(id.to_owned()).ok());
-        Identity { id, ..Identity::default() }
+        let mut words = self.body.split(' ');
+        let id = words.next().and_then(|id| RequestId::try_from(id.to_owned()).ok());
+        Identity { id, deadline_ms: words.next().and_then(|word| word.parse().ok()), ..Identity::default() }
     }
     fn request(&self) -> Option<&Request> {
         None
@@ -89,7 +90,11 @@ impl Opened for Read<'_> {
                 cx.record(self::row(cx, attempt, if failed { "failed" } else { "ok" }));
                 if failed { Err(Failure::unavailable("down", "it", "busy")) } else { Ok(format!("{body}!")) }
             };
-            let answer = cx.paid(0, row, call).await?;
+            let answer = tokio::select! {
+                biased;
+                stop = cx.cancelled() => return Err(stop.into()),
+                answer = cx.paid(0, row, call) => answer?,
+            };
             Ok(vec![Addressed { port: "out", key: None, body: Some(answer.into_bytes()) }])
         })
     }
@@ -263,6 +268,60 @@ async fn a_call_that_outlives_its_partition_is_heard_out_for_the_next_owner() {
             "lost: {lost}"
         );
         shop.check("a", "heard out");
+    }
+}
+
+/// The code of each entry that closes a call as failed, with the status and the cost of its row.
+fn failures(shop: &Shop) -> Vec<(String, String, Option<i64>)> {
+    let entries = shop.world.log.read("ledger.step.requests");
+    let entries = entries.iter().map(|entry| LedgerEntry::decode(entry.value.as_deref().unwrap()).unwrap());
+    let failed = entries.filter(|entry| entry.kind == EntryKind::Failed);
+    let told = failed.map(|entry| {
+        let row = entry.row.unwrap();
+        (entry.code.unwrap(), row.status, row.cost_nano_usd)
+    });
+    told.collect()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_call_that_a_cancel_or_a_deadline_cuts_is_closed_with_its_reason() {
+    for (body, code) in [("a", "cancelled"), ("a 3000", "deadline")] {
+        let shop = Shop::new(60_000, 0);
+        let member = shop.join();
+        shop.ask(body);
+        pass(2_000).await;
+        assert_eq!((shop.made(body), failures(&shop)), (1, Vec::new()), "it is under way");
+        if code == "cancelled" {
+            shop.world.cancel("a").await;
+        }
+        shop.world.settled().await;
+        member.stop().await.unwrap();
+        assert_eq!(failures(&shop), [(code.to_owned(), "cancelled".to_owned(), None)]);
+        assert_eq!(shop.rows(), BTreeMap::from([("cancelled".to_owned(), 1)]));
+        assert_eq!(ending(&shop.world.log.read("endings")[0]).error.unwrap().code, code);
+        assert!(shop.world.clock.now_ms() - NOW_MS < 10_000, "nobody waited for the answer");
+        assert_eq!(shop.entries(EntryKind::Started), 1);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn killed_at_any_moment_a_call_that_was_cut_leaves_one_row_and_is_not_made_again() {
+    for after in 0..120 {
+        let shop = Shop::new(60_000, 0);
+        let first = shop.join();
+        shop.ask("a");
+        pass(1_000).await;
+        shop.world.cancel("a").await;
+        pass(after).await;
+        first.kill().await;
+        let second = shop.join();
+        shop.world.settled().await;
+        second.stop().await.unwrap();
+        let rows = shop.rows();
+        let told = ["cancelled", "ambiguous"].map(|status| rows.get(status).copied().unwrap_or(0));
+        assert!(rows.len() == 1 && told.iter().sum::<usize>() == 1, "killed after {after} ms: {rows:?}");
+        assert_eq!(shop.made("a"), 1, "killed after {after} ms");
+        assert!(shop.world.texts("out").is_empty() && !shop.world.log.read("endings").is_empty());
     }
 }
 

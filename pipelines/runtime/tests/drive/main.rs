@@ -3,6 +3,7 @@
 #![cfg(test)]
 
 mod aside;
+mod cancels;
 mod claims;
 mod endings;
 mod flow;

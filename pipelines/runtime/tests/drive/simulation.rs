@@ -7,6 +7,8 @@
 //!
 //! In every third seed bodies do not travel: they lie at an object store, which is away at times.
 //!
+//! In even seeds some requests are taken back, at any moment: such a one ends as it would have or as cancelled, and as often as another.
+//!
 //! A member crashes at any await point of its loop, and the next one runs on a machine whose clock goes wrong.
 //!
 //! A seed that fails is printed, and goes to [`FAILED`] together with the repair.
@@ -17,10 +19,10 @@ use crate::{
 };
 use forebay_operator::{Clock, Failure};
 use forebay_runtime::{claims::Claims, drive::Limits, host::memory::Stored, stage::Patience};
-use forebay_schemas::{Claim, header as envelope};
+use forebay_schemas::{Claim, Retry, header as envelope};
 use futures::FutureExt as _;
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{
         Arc, Mutex,
         atomic::{AtomicU64, Ordering},
@@ -146,6 +148,10 @@ struct Chain {
     store: Arc<Store>,
     /// Up to where the commits of each topic were checked.
     checked: BTreeMap<&'static str, usize>,
+    /// Requests that were taken back.
+    taken_back: BTreeSet<String>,
+    /// Whether a partition moved, which may interrupt a look for these.
+    moved: bool,
 }
 
 impl Chain {
@@ -153,7 +159,9 @@ impl Chain {
         let (world, turns, wrong) = (World::new(), Turns::default(), Arc::default());
         let (runs, members, checked) = (Arc::default(), BTreeMap::new(), BTreeMap::new());
         let (store, began) = (Arc::default(), Instant::now());
-        let mut chain = Self { seed, began, world, turns, wrong, runs, members, store, checked };
+        let (taken_back, moved) = (BTreeSet::new(), false);
+        let mut chain =
+            Self { seed, began, world, turns, wrong, runs, members, store, checked, taken_back, moved };
         STAGES.iter().for_each(|(key, ..)| chain.join(key, 0));
         chain
     }
@@ -245,6 +253,7 @@ impl Chain {
         let retries = self.retries(key);
         let aside = usize::try_from(dice.below(4)).unwrap();
         let topic = retries.get(aside).map_or(topic, |(topic, _)| topic);
+        self.moved = true;
         match dice.below(8) {
             0..4 => self.members[key].rebalance(topic),
             4 => {
@@ -299,7 +308,8 @@ impl Chain {
                     out.extend(self.texts(topic));
                 }
                 let endings = self.endings();
-                for text in new.iter().map(|message| self.text(message)) {
+                let records = new.iter().filter(|message| Retry::ended(&message.headers).is_none());
+                for text in records.map(|message| self.text(message)) {
                     let ended = endings.iter().any(|(id, stage, _)| *id == text && stage == key);
                     if !ended && !out.contains(&text) {
                         return Err(format!("{key} committed {committed} on {input} with {text} unfinished"));
@@ -328,7 +338,10 @@ impl Chain {
                 STAGES.iter().find_map(|(key, ..)| Some((*key, Fate::of(self.seed, key, record).code()?)));
             let passed = out.iter().filter(|text| *text == record).count();
             let ended: Vec<_> = endings.iter().filter(|(id, ..)| id == record).collect();
+            let is_taken_back = |(_, _, told): &&&_| self.taken_back.contains(record) && told == "cancelled";
+            let is_cancelled = ended.iter().filter(is_taken_back).count();
             let right = match end {
+                _ if is_cancelled > 0 => self.repeats() || (passed == 0 && (self.moved || ended.len() == 1)),
                 None => passed > 0 && ended.is_empty(),
                 Some((key, code)) => {
                     passed == 0
@@ -365,6 +378,11 @@ async fn simulate(seed: u64) -> Result<(), String> {
         chain.live(dice.below(400)).await?;
         if dice.below(4) == 0 {
             chain.befall(&mut dice).await;
+        }
+        if dice.below(3) == 0 && !records.is_empty() && !chain.is_ordered("one") {
+            let record = &records[usize::try_from(dice.below(records.len() as u64)).unwrap()];
+            chain.world.cancel(record).await;
+            chain.taken_back.insert(record.clone());
         }
     }
     chain.store.away.store(false, Ordering::SeqCst);

@@ -1,12 +1,14 @@
 //! A log in memory with stages whose operators do as a test says.
 
 use bytes::Bytes;
-use forebay_operator::{Addressed, Clock, Context, Failure, Opened, Port, Quiet, Step};
+use forebay_operator::{Addressed, Change, Clock, Context, Failure, Opened, Port, Quiet, Step, Table as _};
 use forebay_plan::Channel;
 use forebay_runtime::{
+    ahead::Ahead,
+    cancels::{Cancels, CancelsTable},
     claims::{Claims, Objects, ObjectsError},
     drive::{DriveError, Limits, SendError, Sink, drive},
-    host::memory::{MemoryLog, MemoryObjects, MemorySource, Sentinel, Stored},
+    host::memory::{MemoryAhead, MemoryLog, MemoryObjects, MemorySource, Sentinel, Stored},
     ledger::{
         self, LeaseClock, Ledgers, Log,
         book::{AMBIGUOUS_MAX, Terms},
@@ -146,6 +148,8 @@ pub struct Spec {
     pub ledger: Option<Arc<dyn Log>>,
     /// How many ambiguous tries are followed by another.
     pub ambiguous_max: usize,
+    /// Another way to read on than in the world's log.
+    pub ahead: Option<Arc<dyn Ahead>>,
 }
 
 impl Spec {
@@ -165,6 +169,7 @@ impl Spec {
             step: None,
             ledger: None,
             ambiguous_max: AMBIGUOUS_MAX,
+            ahead: None,
         }
     }
 }
@@ -237,12 +242,21 @@ impl Member {
 pub struct World {
     pub log: Arc<MemoryLog>,
     pub clock: Clock,
+    pub cancels: Arc<Cancels>,
 }
 
 impl World {
     pub fn new() -> Self {
         let clock = Clock::starting_at(NOW_MS);
-        Self { log: MemoryLog::new(clock, 1_000), clock }
+        Self { log: MemoryLog::new(clock, 1_000), clock, cancels: Arc::default() }
+    }
+
+    /// A client takes its request back, and every process has read that.
+    pub async fn cancel(&self, id: &str) {
+        let value = Some(format!(r#"{{"id": "{id}"}}"#).into());
+        let change = Change { partition: 0, offset: 0, key: String::new(), value };
+        let refused = CancelsTable(Arc::clone(&self.cancels)).apply(vec![change]).await.unwrap();
+        assert!(refused.is_empty());
     }
 
     /// A client writes a text, under a key where it has one.
@@ -253,6 +267,11 @@ impl World {
     pub fn write_bytes(&self, topic: &str, key: Option<&str>, body: &[u8], headers: Headers) -> i64 {
         let key = key.map(|key| key.to_owned().into());
         self.log.append(&topic.into(), key, Some(body.to_vec().into()), headers)
+    }
+
+    /// Reads on for a stage.
+    pub fn ahead(&self, spec: &Spec) -> MemoryAhead {
+        MemoryAhead { log: Arc::clone(&self.log), inputs: inputs(spec) }
     }
 
     /// A member of the stage's group, over the log.
@@ -305,6 +324,8 @@ impl World {
                 name: "ledger".to_owned(),
             }))
         });
+        let ahead = spec.ahead.clone().unwrap_or_else(|| Arc::new(self.ahead(spec)));
+        let stage = stage.with_cancels(Arc::clone(&self.cancels)).with_ahead(ahead);
         let stage = ledgers.into_iter().fold(stage, Stage::with_ledgers);
         let stage = Arc::new(match &spec.claims {
             Some(claims) => stage.with_claims(Arc::clone(claims), claimed(spec)),

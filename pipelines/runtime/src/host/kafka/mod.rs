@@ -1,5 +1,6 @@
 //! Over Kafka: a consumer group for each stage, one producer for each process.
 
+mod ahead;
 mod client;
 mod ledger;
 mod read_back;
@@ -10,6 +11,7 @@ mod table;
 pub mod topics;
 mod watch;
 
+pub use ahead::KafkaAhead;
 pub use client::{Kafka, KafkaSettings, LogContext, SettingsError, UnreachableError, may_be_secret};
 pub use ledger::KafkaLedger;
 pub use sink::KafkaSink;

@@ -3,7 +3,7 @@
 use super::client::{Kafka, LogContext};
 use crate::{
     host::kafka::source::headers,
-    once::{Once, REMEMBERED_MAX},
+    once::{Once, REMEMBERED_MAX, Written},
 };
 use forebay_schemas::Headers;
 use rdkafka::{
@@ -42,13 +42,14 @@ pub enum ReadBackError {
     TooLong,
 }
 
-/// Lets `once` remember the last messages of these partition numbers. Blocks, and says meanwhile that it is alive.
+/// Lets `once` remember the last messages of these partition numbers; gives the places, `topic/partition/offset`, of those
+/// that lie on their topic a second time. Blocks, and says meanwhile that it is alive.
 pub(super) fn read_back(
     kafka: &Kafka,
     once: &Once,
     numbers: &BTreeSet<i32>,
     alive: impl Fn(),
-) -> Result<(), ReadBackError> {
+) -> Result<Vec<String>, ReadBackError> {
     let failed = |topic: &str| {
         let topic = topic.to_owned();
         move |source| ReadBackError::Kafka { topic, source }
@@ -74,7 +75,7 @@ pub(super) fn read_back(
         }
     }
     reader.assign(&assignment).map_err(failed(&joined))?;
-    let mut found: BTreeMap<i32, Vec<(Arc<str>, Headers)>> = BTreeMap::new();
+    let mut found: BTreeMap<i32, Vec<(Arc<str>, i64, Headers)>> = BTreeMap::new();
     let until = Instant::now() + READ_MAX;
     while !behind.is_empty() {
         if Instant::now() > until {
@@ -91,7 +92,7 @@ pub(super) fn read_back(
                 if behind.get(&place).is_some_and(|end| message.offset() + 1 >= *end) {
                     behind.remove(&place);
                 }
-                found.entry(number).or_default().push((place.0, headers(&message)));
+                found.entry(number).or_default().push((place.0, message.offset(), headers(&message)));
             }
             // These topics are neither compacted nor written in transactions: a partition's last message comes.
             Some(Err(KafkaError::PartitionEOF(_))) => {}
@@ -99,9 +100,13 @@ pub(super) fn read_back(
             None => {}
         }
     }
+    let mut repeated = Vec::new();
     for &number in numbers {
         let messages = found.remove(&number).unwrap_or_default();
-        once.restore(number, messages.iter().map(|(topic, headers)| (&**topic, headers)));
+        let written =
+            messages.iter().map(|(topic, offset, headers)| Written { topic, offset: *offset, headers });
+        let places = once.restore(number, written).into_iter();
+        repeated.extend(places.map(|(topic, offset)| format!("{topic}/{number}/{offset}")));
     }
-    Ok(())
+    Ok(repeated)
 }

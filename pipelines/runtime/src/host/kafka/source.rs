@@ -727,7 +727,18 @@ impl Reader {
         let until = Instant::now() + READ_BACK_MAX;
         loop {
             match read_back(&kafka, &once, &numbers, || self.health.beat(&self.heart)) {
-                Ok(()) => return Ok(()),
+                Ok(repeated) => {
+                    if let Some(first) = repeated.first() {
+                        self.consumer.context().meter.repeated(repeated.len());
+                        warn!(
+                            repeated = repeated.len(),
+                            first,
+                            "messages that are written once lie on their topic twice: \
+                            a process was cut off beyond its session with them on their way"
+                        );
+                    }
+                    return Ok(());
+                }
                 Err(fault) => {
                     let cause = std::error::Error::source(&fault);
                     let fault = cause.map_or_else(|| fault.to_string(), |cause| format!("{fault}: {cause}"));
