@@ -12,14 +12,23 @@
 //! Invariant: every try is told to the [`Listener`], also the one that fails, so that its cost is never lost; and a
 //! key never reaches a log, an error or a row.
 
+pub mod breaker;
+mod budget;
 mod error;
+pub mod limits;
 mod model;
 pub mod openai;
 pub mod retry;
+mod route;
 mod secret;
+pub mod throttle;
+mod window;
 
-pub use error::{CallError, Class};
-pub use model::{Call, Listener, Model, Reply, Tried};
+pub use budget::Budget;
+pub use error::{CallError, Class, Health};
+pub use limits::Limits;
+pub use model::{Call, Listener, Model, Reply, Tried, Upstream};
 pub use openai::OpenAi;
 pub use retry::Retry;
+pub use route::Route;
 pub use secret::Secret;

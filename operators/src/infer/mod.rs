@@ -11,7 +11,7 @@ use crate::{
     cache::Shape,
     catalogue::{Resources, Shipped},
 };
-use forebay_calls::{Call, Model, Reply};
+use forebay_calls::{Call, Model, Reply, Route};
 use forebay_operator::{Context, Failure, Operator, ports};
 use forebay_schemas::{CacheStatus, Completion, Generated, Grounded, Hop, Request};
 use schemars::JsonSchema;
@@ -78,13 +78,10 @@ impl Operator for Infer {
 impl Infer {
     async fn ask(&self, grounded: &Grounded, cx: &Context) -> Result<Generated, Failure> {
         let call = self.call(grounded, cx);
-        let rows = rows::Rows::new(cx, self.model.provider());
+        let rows = rows::Rows::new(cx);
         let replied = tokio::select! {
             biased;
-            stop = cx.cancelled() => {
-                rows.given_up();
-                return Err(stop.into());
-            }
+            stop = cx.cancelled() => return Err(stop.into()),
             replied = self.model.complete(&call, &rows) => replied,
         };
         let reply = replied.map_err(|error| error.into_failure(format!("model {}", self.model.name())))?;
@@ -108,6 +105,8 @@ impl Infer {
             sampling,
             stream: cx.envelope().stream,
             deadline: cx.remaining().map(|left| Instant::now() + left),
+            tenant: cx.envelope().tenant.clone(),
+            route: Route::default(),
         }
     }
 
@@ -117,7 +116,7 @@ impl Infer {
             citations,
             text: reply.text,
             model: reply.model,
-            provider: self.model.provider().to_owned(),
+            provider: reply.fallback.unwrap_or_else(|| self.model.provider().to_owned()),
             usage: reply.usage,
             cost_nano_usd: reply.cost_nano_usd,
             finish_reason: reply.finish_reason,

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::{Extractive, samples};
-use forebay_calls::{CallError, Class, Listener, Tried};
+use forebay_calls::{CallError, Class, Listener, Tried, Upstream};
 use forebay_operator::{Clock, Delivery, Event, Found, Host, Known, Ledger, StopSignal, Turn, compliance};
 use forebay_schemas::{Attempt, CallId, Delta, Record as _, Retrieval};
 use futures::future::BoxFuture;
@@ -10,6 +10,8 @@ use std::{sync::Mutex, time::Duration};
 
 /// Makes one try that ends as told; without an end it never does.
 struct Told(Option<Result<&'static str, Class>>);
+
+const HERE: Upstream<'_> = Upstream { provider: "told", endpoint: Some("http://here"), model: "small" };
 
 impl Model for Told {
     fn provider(&self) -> &'static str {
@@ -23,15 +25,13 @@ impl Model for Told {
         call: &'a Call<'_>,
         listener: &'a dyn Listener,
     ) -> BoxFuture<'a, Result<Reply, CallError>> {
-        Box::pin(async move {
-            listener.paid(Some("http://here"), "small", Box::pin(self.told(call, listener))).await
-        })
+        Box::pin(async move { listener.paid(HERE, Box::pin(self.told(call, listener))).await })
     }
 }
 
 impl Told {
     async fn told(&self, call: &Call<'_>, listener: &dyn Listener) -> Result<Reply, CallError> {
-        listener.started(Some("http://here"), "small");
+        listener.started(HERE);
         if call.stream {
             listener.token("so ");
             listener.token("far");
@@ -46,18 +46,12 @@ impl Told {
                 cost_nano_usd: None,
                 finish_reason: None,
                 ttft: None,
+                fallback: None,
             }),
             Some(Err(class)) => Err(CallError::new(class, "model_unavailable", "it failed").with_status(500)),
         };
         let duration = Duration::from_millis(5);
-        let result_ref = result.as_ref();
-        listener.ended(&Tried {
-            endpoint: Some("http://here"),
-            model: "small",
-            duration,
-            ttft: None,
-            result: result_ref,
-        });
+        listener.ended(&Tried { to: HERE, duration, ttft: None, result: result.as_ref() });
         result
     }
 }

@@ -175,7 +175,7 @@ fn model(config: &Config) -> anyhow::Result<Arc<dyn Model>> {
     };
     let key = config.model_key.as_deref().map(Secret::new);
     let server = openai::OpenAi::new(url, name, key, openai::Timeouts::default()).map_err(wrong)?;
-    Ok(Arc::new(Retry::new(Arc::new(server))))
+    Ok(Arc::new(Retry::new(Arc::new(server), Arc::default())))
 }
 
 /// The operators of these steps.
