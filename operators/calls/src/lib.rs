@@ -18,9 +18,12 @@ mod error;
 pub mod limits;
 mod model;
 pub mod openai;
+pub mod pool;
 pub mod retry;
 mod route;
 mod secret;
+#[cfg(test)]
+mod testing;
 pub mod throttle;
 mod window;
 
@@ -29,6 +32,7 @@ pub use error::{CallError, Class, Health};
 pub use limits::Limits;
 pub use model::{Call, Listener, Model, Reply, Tried, Upstream};
 pub use openai::OpenAi;
+pub use pool::Pool;
 pub use retry::Retry;
 pub use route::Route;
 pub use secret::Secret;
