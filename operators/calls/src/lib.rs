@@ -15,6 +15,7 @@
 pub mod breaker;
 mod budget;
 mod error;
+pub mod hedge;
 pub mod limits;
 mod model;
 pub mod openai;
@@ -29,6 +30,7 @@ mod window;
 
 pub use budget::Budget;
 pub use error::{CallError, Class, Health};
+pub use hedge::Hedge;
 pub use limits::Limits;
 pub use model::{Call, Listener, Model, Reply, Tried, Upstream};
 pub use openai::OpenAi;
