@@ -60,6 +60,10 @@ impl Model for Extractive {
         NAME
     }
 
+    fn is_local(&self) -> bool {
+        true
+    }
+
     fn complete<'a>(
         &'a self,
         call: &'a Call<'_>,

@@ -12,6 +12,7 @@ use std::time::Duration;
 /// | `Transient` | 408, other 5xx, no first token in time, an empty 200, a body that is cut or no answer | elsewhere | counts | | unavailable |
 /// | `Limited` | 429 | after the wait it names, by another key, or elsewhere | no | yes | outage |
 /// | `Account` | 401, 402, 403, a 400 or 429 that says nothing is left | by another key, or elsewhere | no | | outage |
+/// | `Closed` | no endpoint is up, or none had room: nothing was sent | never here | no | | outage |
 /// | `Rejected` | 400, 404, 413, 422, other 4xx, context length, a refusal | never | **no** | | rejected |
 /// | `Cut` | a stream that broke after its first token | never | counts | | rejected |
 /// | `Lost` | a hedge that another try was faster than | never | no | | |
@@ -27,6 +28,8 @@ pub enum Class {
     Limited,
     /// The key is not good, or nothing is left on it. Another try with it gives the same; a person must act.
     Account,
+    /// Nothing was sent, as no endpoint is up or none had room. Whoever can wait longer than a call may come again.
+    Closed,
     /// The request is at fault; no try can help.
     Rejected,
     /// The stream broke after somebody had read its beginning. Another answer must not be spliced onto it.
@@ -54,7 +57,7 @@ impl Class {
         match self {
             Self::Unreachable => Health::Unreachable,
             Self::Outage | Self::Transient | Self::Cut => Health::Failed,
-            Self::Limited | Self::Account | Self::Rejected | Self::Lost => Health::Unknown,
+            Self::Limited | Self::Account | Self::Closed | Self::Rejected | Self::Lost => Health::Unknown,
         }
     }
 }
@@ -101,8 +104,13 @@ impl CallError {
         match self.class {
             Class::Unreachable | Class::Outage | Class::Transient | Class::Limited => true,
             Class::Account => elsewhere,
-            Class::Rejected | Class::Cut | Class::Lost => false,
+            Class::Closed | Class::Rejected | Class::Cut | Class::Lost => false,
         }
+    }
+
+    /// Whether another model may answer what this one could not.
+    pub fn may_fall_back(&self) -> bool {
+        self.class == Class::Closed || self.is_retryable(true)
     }
 
     /// Whether it says that whoever was asked has too much to do.
@@ -117,7 +125,7 @@ impl CallError {
             Class::Rejected | Class::Cut => Failure::rejected(code, self.message),
             Class::Transient | Class::Lost => Failure::unavailable(code, what, self),
             // A key that ran out fails every request alike: none of them may be dropped for it.
-            Class::Unreachable | Class::Outage | Class::Limited | Class::Account => {
+            Class::Unreachable | Class::Outage | Class::Limited | Class::Account | Class::Closed => {
                 Failure::outage(code, what, self)
             }
         };

@@ -145,6 +145,11 @@ pub trait Model: Send + Sync + 'static {
         true
     }
 
+    /// Whether it answers in this process, at no cost and no load for anyone.
+    fn is_local(&self) -> bool {
+        false
+    }
+
     /// Whether the call, tried again at once, would go where its last try did not: to another endpoint, by another key.
     fn has_another_way(&self, _: &Call<'_>) -> bool {
         false

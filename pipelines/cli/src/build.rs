@@ -173,7 +173,7 @@ fn model(config: &Config) -> anyhow::Result<Arc<dyn Model>> {
     let Some(name) = &config.model else {
         return Err(wrong("a model URL needs a model: add --model NAME (or model.name, or FOREBAY_MODEL)"));
     };
-    let key = config.model_key.as_deref().map(Secret::new);
+    let key = config.model_key.as_deref().map(Secret::new).into_iter().collect();
     let server = openai::OpenAi::new(url, name, key, openai::Timeouts::default()).map_err(wrong)?;
     Ok(Arc::new(Retry::new(Arc::new(server), Arc::default())))
 }

@@ -5,12 +5,14 @@
 //! Invariant: an answer is whole or an error. A stream that ends without saying so, an empty 200 and a 200 that is
 //! no chat completion are errors; and an error after the first token that somebody read is [`Class::Cut`].
 
+mod keys;
 mod refusal;
 mod wire;
 
 use crate::{Call, CallError, Class, Limits, Listener, Model, Reply, Secret, Tried, Upstream};
 use eventsource_stream::Eventsource as _;
 use futures::{StreamExt as _, future::BoxFuture};
+use keys::Keys;
 use reqwest::{Client, Response, Url};
 use std::time::Duration;
 use tokio::time::Instant;
@@ -73,16 +75,16 @@ pub struct OpenAi {
     url: Url,
     endpoint: String,
     model: String,
-    key: Option<Secret>,
+    keys: Keys,
     timeouts: Timeouts,
 }
 
 impl OpenAi {
-    /// A client for `base_url`, which ends in `/v1`.
+    /// A client for `base_url`, which ends in `/v1`. Of several keys the next is used where one is refused.
     pub fn new(
         base_url: &str,
         model: impl Into<String>,
-        key: Option<Secret>,
+        keys: Vec<Secret>,
         timeouts: Timeouts,
     ) -> Result<Self, Error> {
         let wrong = |source| Error::Url { url: base_url.to_owned(), source: Box::new(source) };
@@ -103,7 +105,7 @@ impl OpenAi {
         let redirects = reqwest::redirect::Policy::none();
         let client = Client::builder().connect_timeout(timeouts.connect).redirect(redirects).build()?;
         let endpoint = url.origin().ascii_serialization();
-        Ok(Self { client, url, endpoint, model: model.into(), key, timeouts })
+        Ok(Self { client, url, endpoint, model: model.into(), keys: Keys::new(keys), timeouts })
     }
 
     async fn attempt(
@@ -147,8 +149,9 @@ impl OpenAi {
         listener: &dyn Listener,
     ) -> Result<Response, CallError> {
         let mut request = self.client.post(self.url.clone()).json(&wire::request(call, model));
-        if let Some(key) = &self.key {
-            request = request.bearer_auth(key.expose());
+        let key = self.keys.pick();
+        if let Some(key) = key {
+            request = request.bearer_auth(self.keys.get(key).expose());
         }
         let response = request.send().await.map_err(unreachable)?;
         let status = response.status();
@@ -163,15 +166,10 @@ impl OpenAi {
         // A refusal whose reason cannot be read is still a refusal.
         let body = read_body(response).await.unwrap_or_default();
         let error = refusal::read(status.as_u16(), &headers, &body, &call.question);
-        Err(self.redacted(error))
-    }
-
-    /// A server may echo the key it was given.
-    fn redacted(&self, mut error: CallError) -> CallError {
-        if let Some(key) = self.key.as_ref().map(Secret::expose).filter(|key| !key.is_empty()) {
-            error.message = error.message.replace(key, "(redacted)");
+        if let Some(key) = key {
+            self.keys.failed(key, &error);
         }
-        error
+        Err(CallError { message: self.keys.redact(&error.message), ..error })
     }
 
     async fn read_stream(
@@ -220,6 +218,10 @@ impl Model for OpenAi {
 
     fn name(&self) -> &str {
         &self.model
+    }
+
+    fn has_another_way(&self, _: &Call<'_>) -> bool {
+        self.keys.has_rotated()
     }
 
     fn complete<'a>(

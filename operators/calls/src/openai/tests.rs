@@ -68,7 +68,7 @@ where
 }
 
 fn client(url: &str, timeouts: Timeouts) -> OpenAi {
-    OpenAi::new(url, "small", Some(Secret::new("sk-1234567\n")), timeouts).unwrap()
+    OpenAi::new(url, "small", vec![Secret::new("sk-1234567\n")], timeouts).unwrap()
 }
 
 /// Asks a server that gives this response, and says what was heard and what came back.
@@ -237,7 +237,7 @@ async fn giving_a_call_up_closes_its_connection() {
 
 #[test]
 fn an_address_that_cannot_be_right_is_refused_and_no_secret_is_shown() {
-    let refusal = |url: &str| match OpenAi::new(url, "m", None, Timeouts::default()) {
+    let refusal = |url: &str| match OpenAi::new(url, "m", Vec::new(), Timeouts::default()) {
         Ok(_) => "accepted".to_owned(),
         Err(error) => error.to_string(),
     };
@@ -248,4 +248,25 @@ fn an_address_that_cannot_be_right_is_refused_and_no_secret_is_shown() {
     let secret = refusal("http://me:hunter2@h/v1");
     assert!(secret.contains("password") && !secret.contains("hunter2"));
     assert_eq!(format!("{:?}", Secret::new("hunter2")), "Secret(redacted)");
+}
+
+#[tokio::test]
+async fn a_key_that_is_dead_is_followed_by_the_next_at_once() {
+    let url = serve(|headers: HeaderMap, _| async move {
+        match headers[AUTHORIZATION].to_str().unwrap() {
+            "Bearer good" => r#"{"choices": [{"message": {"content": "yes"}}]}"#.into_response(),
+            _ => (StatusCode::UNAUTHORIZED, "").into_response(),
+        }
+    })
+    .await;
+    let keys = ["dead", "good"].map(Secret::new).into();
+    let openai = OpenAi::new(&url, "small", keys, Timeouts::default()).unwrap();
+    let retry = crate::Retry::new(Arc::new(openai), Arc::default());
+    for expected in
+        [&["started small", "model_unauthorized", "started small", "ok"][..], &["started small", "ok"]]
+    {
+        let heard = Heard::default();
+        retry.complete(&call(false), &heard).await.unwrap();
+        assert_eq!(heard.0.into_inner().unwrap(), expected);
+    }
 }

@@ -254,8 +254,14 @@ impl Board {
         site.lane(&ticket.model, jitter)
     }
 
-    /// A call ended.
-    pub(super) fn ended(&mut self, ticket: Ticket, result: Result<&Reply, &CallError>, now: Instant) {
+    /// A call ended. `has_key` where another key may be good when this one is not.
+    pub(super) fn ended(
+        &mut self,
+        ticket: Ticket,
+        result: Result<&Reply, &CallError>,
+        has_key: bool,
+        now: Instant,
+    ) {
         let lane = self.release(&ticket);
         let health = result.map_or_else(|error| error.class.health(), |_| Health::Good);
         lane.breaker.ended(health, ticket.is_probe, now);
@@ -271,7 +277,9 @@ impl Board {
                 lane.throttle.settle(ticket.reserved, None, now);
                 match error.class {
                     Class::Limited => self.limited_at = Some(now),
-                    Class::Account => self.sites[ticket.endpoint].dead_until = Some(now + DEAD_FOR),
+                    Class::Account if !has_key => {
+                        self.sites[ticket.endpoint].dead_until = Some(now + DEAD_FOR)
+                    }
                     _ => {}
                 }
             }

@@ -207,12 +207,12 @@ fn down(until: Option<Instant>) -> CallError {
     let retry_after = until.map(|until| until.duration_since(Instant::now()));
     CallError {
         retry_after,
-        ..CallError::new(Class::Outage, "model_unavailable", "no endpoint of the pool is up")
+        ..CallError::new(Class::Closed, "model_unavailable", "no endpoint of the pool is up")
     }
 }
 
 fn saturated(when: &str) -> CallError {
-    CallError::new(Class::Outage, "model_saturated", format!("no endpoint of the pool had room {when}"))
+    CallError::new(Class::Closed, "model_saturated", format!("no endpoint of the pool had room {when}"))
 }
 
 /// Whether a model answers a call of one token. No record asks for it, so it leaves no row.
@@ -288,7 +288,9 @@ struct Place<'a> {
 impl Place<'_> {
     fn ended(mut self, result: Result<&Reply, &CallError>) {
         if let Some(ticket) = self.ticket.take() {
-            self.pool.board().ended(ticket, result, Instant::now());
+            let model = &self.pool.endpoints[ticket.endpoint].model;
+            let has_key = model.has_another_way(&Call::default());
+            self.pool.board().ended(ticket, result, has_key, Instant::now());
         }
     }
 }

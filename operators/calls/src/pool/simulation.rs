@@ -212,8 +212,7 @@ async fn shared_prefixes_are_found_again_and_no_replica_is_overloaded() {
     let pool = Pool::new("m", endpoints.collect(), Arc::new(|| 0.5));
     let mut random = Random(7);
     // Some prefixes are asked for far more often than others.
-    let asked: Vec<usize> =
-        (0..CALLS).map(|_| (random.next() * random.next() * PREFIXES as f64) as usize).collect();
+    let asked: Vec<usize> = (0..CALLS).map(|_| random.below(PREFIXES).min(random.below(PREFIXES))).collect();
     let different: HashSet<_> = asked.iter().collect();
     stream::iter(&asked)
         .for_each_concurrent(SLOTS * 2, |prefix| {

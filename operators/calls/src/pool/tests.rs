@@ -73,7 +73,7 @@ async fn where_nothing_is_up_that_is_said_at_once_and_until_when() {
         pool.complete(&call("why"), &Heard::default()).await.unwrap_err();
     }
     let down = pool.complete(&call("why"), &Heard::default()).await.unwrap_err();
-    assert_eq!((down.class, down.retry_after), (Class::Outage, Some(ms(5_000))));
+    assert_eq!((down.class, down.retry_after), (Class::Closed, Some(ms(5_000))));
     assert_eq!(one.tries(), 5, "it was left alone");
     tokio::time::advance(ms(5_000)).await;
     for _ in 0..3 {
