@@ -75,7 +75,7 @@ mod tests {
             model: told.clone(),
             caps: Caps { outstanding: 8, requests_per_minute: None, tokens_per_minute: None },
             watch: None,
-            has_metrics: false,
+
             starts_cold: false,
         };
         let pool = Pool::new("m", vec![endpoint(&dead)], Arc::new(|| 0.5));

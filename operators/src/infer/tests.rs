@@ -223,7 +223,7 @@ async fn a_hedge_is_a_call_of_its_own_to_the_ledger_and_leaves_a_row_as_does_who
         model: Arc::new(Sticks(Arc::clone(&tries))),
         caps: Caps { outstanding: 8, requests_per_minute: None, tokens_per_minute: None },
         watch: None,
-        has_metrics: false,
+
         starts_cold: false,
     };
     let pool = Arc::new(Pool::new("small", vec![endpoint(), endpoint()], Arc::new(|| 0.5)));

@@ -26,7 +26,13 @@ async fn admin() -> Admin {
     let (stop, stopped) = oneshot::channel::<()>();
     // A test that lets go of `stop` ends its server.
     let shutdown = async { stopped.await.unwrap_or_default() };
-    let served = tokio::spawn(admin::serve(listener, telemetry, health.clone(), shutdown));
+    let served = tokio::spawn(admin::serve(
+        listener,
+        telemetry,
+        health.clone(),
+        std::sync::Arc::new(|| "[]".to_owned()),
+        shutdown,
+    ));
     Admin { address, health, stop, served }
 }
 

@@ -20,7 +20,7 @@ fn pool(upstreams: &[&Arc<Told>]) -> Arc<Pool> {
         model: Arc::clone(told) as Arc<dyn Model>,
         caps: CAPS,
         watch: None,
-        has_metrics: false,
+
         starts_cold: false,
     };
     Arc::new(Pool::new("m", upstreams.iter().map(endpoint).collect(), Arc::new(|| 0.5)))

@@ -108,6 +108,11 @@ impl OpenAi {
         Ok(Self { client, url, endpoint, model: model.into(), keys: Keys::new(keys), timeouts })
     }
 
+    /// Scheme, host and port.
+    pub fn endpoint(&self) -> &str {
+        &self.endpoint
+    }
+
     async fn attempt(
         &self,
         call: &Call<'_>,

@@ -80,8 +80,7 @@ struct Site {
     lanes: HashMap<String, Lane>,
     running: usize,
     tokens: u64,
-    /// Whether it says how it fares, and what it said last.
-    is_scraped: bool,
+    /// What it said last of how it fares; nothing of an endpoint that never did, as cloud services do not.
     load: Option<(Load, Instant)>,
     seen: Seen,
     /// Not yet where it starts cold.
@@ -103,14 +102,16 @@ impl Site {
             Some((load, at)) if now.duration_since(*at) <= STALE_AFTER => {
                 ((load.waiting / QUEUE_MAX).min(1.0), load.kv_used.clamp(0.0, 1.0))
             }
-            _ if self.is_scraped => (1.0, 1.0),
-            _ => (0.0, 0.0),
+            Some(_) => (1.0, 1.0),
+            None => (0.0, 0.0),
         }
     }
 
     fn is_full(&self, now: Instant) -> bool {
-        let fresh = self.load.as_ref().filter(|(_, at)| now.duration_since(*at) <= STALE_AFTER);
-        self.is_scraped && fresh.is_none_or(|(load, _)| load.waiting > QUEUE_MAX || load.kv_used > KV_MAX)
+        let is_full = |(load, at): &(Load, Instant)| {
+            now.duration_since(*at) > STALE_AFTER || load.waiting > QUEUE_MAX || load.kv_used > KV_MAX
+        };
+        self.load.as_ref().is_some_and(is_full)
     }
 }
 
@@ -136,14 +137,13 @@ impl Board {
         Self { sites: Vec::new(), jitter, next: 0, limited_at: None }
     }
 
-    pub(super) fn add(&mut self, name: &str, caps: Caps, is_scraped: bool, is_ready: bool) {
+    pub(super) fn add(&mut self, name: &str, caps: Caps, is_ready: bool) {
         self.sites.push(Site {
             name: name.to_owned(),
             caps,
             lanes: HashMap::new(),
             running: 0,
             tokens: 0,
-            is_scraped,
             load: None,
             seen: Seen::default(),
             is_ready,

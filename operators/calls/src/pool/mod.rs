@@ -37,6 +37,9 @@ pub use watch::{Http, Load, Watch};
 const WAIT_MAX: Duration = Duration::from_secs(60);
 /// How often an endpoint is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// How often one is looked at that did not say how it fares when it was asked so many times.
+const LOOK_SELDOM: Duration = Duration::from_secs(60);
+const UNREAD_MAX: u32 = 10;
 /// Hedges are not made above this part of the places taken, and not so soon after a rate limit.
 const HEDGE_SATURATION_MAX: f64 = 0.7;
 const HEDGE_AFTER_LIMIT: Duration = Duration::from_secs(10);
@@ -53,8 +56,6 @@ pub struct Endpoint {
     pub caps: Caps,
     /// Looks at it; absent where it has nothing to look at.
     pub watch: Option<Arc<dyn Watch>>,
-    /// Whether it says how it fares.
-    pub has_metrics: bool,
     /// Whether it gets calls only after it was seen to answer one.
     pub starts_cold: bool,
 }
@@ -83,8 +84,8 @@ impl Pool {
     /// A pool of these endpoints, all of which serve the model `name`.
     pub fn new(name: impl Into<String>, endpoints: Vec<Endpoint>, jitter: Jitter) -> Self {
         let mut board = Board::new(jitter);
-        for Endpoint { name, caps, has_metrics, watch, starts_cold, .. } in &endpoints {
-            board.add(name, *caps, *has_metrics && watch.is_some(), !starts_cold);
+        for Endpoint { name, caps, starts_cold, .. } in &endpoints {
+            board.add(name, *caps, !starts_cold);
         }
         Self {
             provider: endpoints.first().map_or("pool", |endpoint| endpoint.model.provider()),
@@ -118,10 +119,12 @@ impl Pool {
     }
 
     async fn look_at(&self, index: usize) {
-        let Endpoint { watch, model, has_metrics, starts_cold, .. } = &self.endpoints[index];
+        let Endpoint { watch, model, starts_cold, .. } = &self.endpoints[index];
         let mut ticks = tokio::time::interval(LOOK_EVERY);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut is_ready = !starts_cold;
+        // How often it could not be read, while it never could.
+        let mut unread = Some(0);
         loop {
             ticks.tick().await;
             if !is_ready {
@@ -137,14 +140,20 @@ impl Pool {
                 }
             }
             match watch {
-                // What cannot be read grows stale, and counts as full then.
-                Some(watch) if *has_metrics => {
-                    if let Ok(load) = watch.load().await {
+                Some(watch) => match watch.load().await {
+                    Ok(load) => {
+                        unread = None;
                         self.board().scraped(index, load, Instant::now());
                     }
-                }
-                _ if is_ready => return,
-                _ => {}
+                    // What was read once grows stale, and counts as full then.
+                    Err(_) => unread = unread.map(|unread| unread + 1),
+                },
+                None if is_ready => return,
+                None => {}
+            }
+            // Who never said how it fares will hardly begin to; a cloud service must not be asked for nothing each second.
+            if is_ready && unread.is_some_and(|unread| unread >= UNREAD_MAX) {
+                ticks.reset_after(LOOK_SELDOM);
             }
         }
     }

@@ -154,7 +154,7 @@ fn pool_of(engines: &[Arc<Engine>]) -> Arc<Pool> {
     let caps = Caps { outstanding: SLOTS, requests_per_minute: None, tokens_per_minute: None };
     let endpoint = |engine: &Arc<Engine>| {
         let model: Arc<dyn Model> = engine.clone();
-        Endpoint { name: "e".to_owned(), model, caps, watch: None, has_metrics: false, starts_cold: false }
+        Endpoint { name: "e".to_owned(), model, caps, watch: None, starts_cold: false }
     };
     Arc::new(Pool::new("m", engines.iter().map(endpoint).collect(), Arc::new(|| 0.5)))
 }
@@ -206,7 +206,7 @@ async fn shared_prefixes_are_found_again_and_no_replica_is_overloaded() {
         model: told.clone(),
         caps,
         watch: None,
-        has_metrics: false,
+
         starts_cold: false,
     });
     let pool = Pool::new("m", endpoints.collect(), Arc::new(|| 0.5));

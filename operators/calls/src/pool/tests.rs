@@ -13,7 +13,7 @@ const CAPS: Caps = Caps { outstanding: 16, requests_per_minute: None, tokens_per
 
 fn endpoint(told: &Arc<Told>, name: &str, caps: Caps) -> Endpoint {
     let (name, model) = (name.to_owned(), told.clone());
-    Endpoint { name, model, caps, watch: None, has_metrics: false, starts_cold: false }
+    Endpoint { name, model, caps, watch: None, starts_cold: false }
 }
 
 fn pool(upstreams: &[&Arc<Told>], caps: Caps) -> Arc<Pool> {
@@ -201,7 +201,7 @@ async fn who_has_a_queue_or_says_nothing_gets_none_while_others_may_take_it() {
     let loads = [(0.0, 0.1), (6.0, 0.1), (0.0, 0.9)];
     let endpoints = upstreams.iter().zip(loads).map(|(told, (waiting, kv_used))| {
         let says = Says(Mutex::new((Load { waiting, running: 0.0, kv_used }, true, 0)));
-        Endpoint { watch: Some(Arc::new(says)), has_metrics: true, ..endpoint(told, "e", CAPS) }
+        Endpoint { watch: Some(Arc::new(says)), ..endpoint(told, "e", CAPS) }
     });
     let pool = Pool::new("m", endpoints.collect(), Arc::new(|| 0.5));
     let ask = async |times| {

@@ -8,6 +8,7 @@ mod dlq;
 mod graph;
 mod ingest;
 mod ledger;
+mod pool;
 mod topics;
 mod up;
 
@@ -29,6 +30,7 @@ pub async fn run(command: Command, config: Config) -> anyhow::Result<ExitCode> {
         Command::Topics(topics) => topics::run(topics, config).await?,
         Command::Config(crate::args::ConfigCommand::Print) => config::print(&config),
         Command::Ledger(ledger) => return ledger::run(ledger, config).await,
+        Command::Pool(pool) => return pool::run(pool, config).await,
         Command::Completions { shell } => completions::print(shell),
     }
     Ok(ExitCode::SUCCESS)
