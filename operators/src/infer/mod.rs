@@ -114,6 +114,7 @@ impl Infer {
         let citations = reply.citations.unwrap_or_else(|| citations::find(&reply.text, &grounded.passages));
         Generated {
             citations,
+            is_fallback: reply.fallback.is_some(),
             text: reply.text,
             model: reply.model,
             provider: reply.fallback.unwrap_or_else(|| self.model.provider().to_owned()),
