@@ -13,6 +13,9 @@ use std::{process::ExitCode, time::Duration};
 /// How long the admin port may take to answer from its memory.
 const ANSWER_MAX: Duration = Duration::from_secs(5);
 
+/// How old what an endpoint says of itself may be; the pool itself takes it to be full then.
+const FRESH_MS: u64 = 3_000;
+
 /// Asks the admin port.
 pub async fn run(pool: Pool, config: Config) -> anyhow::Result<ExitCode> {
     let Pool::Status(args) = pool;
@@ -45,7 +48,9 @@ fn table(endpoints: &[Value]) -> Table {
         "endpoint", "model", "ready", "breaker", "share", "running", "limit", "tokens", "waiting", "kv",
     ]);
     for endpoint in endpoints {
-        let number = |name: &str| endpoint[name].as_f64();
+        // What an endpoint said too long ago is not shown as if it were so.
+        let is_fresh = endpoint["scraped_ms_ago"].as_u64().is_some_and(|ago| ago <= FRESH_MS);
+        let number = |name: &str| endpoint[name].as_f64().filter(|_| is_fresh);
         let percent = |part: f64| format!("{:.0}%", part * 100.0);
         let missing = || "-".to_owned();
         let nothing = Vec::new();
