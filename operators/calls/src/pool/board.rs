@@ -36,7 +36,7 @@ const AFFINITY_CALLS_TIMES: f64 = 1.5;
 const DEAD_FOR: Duration = Duration::from_secs(60);
 
 /// What a call asks of a pool.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub(super) struct Ask<'a> {
     pub(super) model: &'a str,
     pub(super) blocks: &'a [u64],

@@ -24,6 +24,7 @@ pub use board::{ModelStatus, Status};
 use forebay_schemas::{Content, Message, Role, Sampling};
 use futures::future::{BoxFuture, join_all};
 use std::{
+    pin::pin,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -35,6 +36,8 @@ pub use watch::{Http, Load, Watch};
 
 /// The longest wait for room.
 const WAIT_MAX: Duration = Duration::from_secs(60);
+/// How long a call waits for an endpoint that it was not at, while one is free that it was.
+const ELSEWHERE_MAX: Duration = Duration::from_secs(1);
 /// How often an endpoint is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// How often one is looked at that did not say how it fares when it was asked so many times.
@@ -74,7 +77,7 @@ pub struct Pool {
     board: Mutex<Board>,
     /// Whoever holds it is the first in the queue. A fair mutex is a queue.
     door: tokio::sync::Mutex<()>,
-    /// Told when there may be room.
+    /// Told when there may be room: the first in the queue, and those beside it.
     changed: Notify,
     wake: Option<Arc<dyn Wake>>,
     is_woken: AtomicBool,
@@ -136,7 +139,7 @@ impl Pool {
                     is_ready = true;
                     self.board().ready(index, &self.name, Instant::now());
                     self.is_woken.store(false, Ordering::Release);
-                    self.changed.notify_one();
+                    self.changed.notify_waiters();
                 }
             }
             match watch {
@@ -178,12 +181,18 @@ impl Pool {
         if is_hedge {
             return self.board().choose(&ask, Instant::now()).map_err(|_| saturated("now"));
         }
-        let last = Instant::now() + WAIT_MAX;
-        let last = call.deadline.map_or(last, |deadline| last.min(deadline));
+        let began = Instant::now();
+        let last = call.deadline.map_or(began + WAIT_MAX, |deadline| deadline.min(began + WAIT_MAX));
         let admitted = async {
-            let _first = self.door.lock().await;
+            // Who was there already waits beside the queue: it may want what is not free, while what is would do for others.
+            let _first = if tried.is_empty() { Some(self.door.lock().await) } else { None };
             loop {
-                let refusal = match self.board().choose(&ask, Instant::now()) {
+                let mut changed = pin!(self.changed.notified());
+                changed.as_mut().enable();
+                let now = Instant::now();
+                let is_picky = !tried.is_empty() && now < began + ELSEWHERE_MAX;
+                let ask = Ask { tried: if is_picky { &tried } else { &[] }, ..ask };
+                let refusal = match self.board().choose(&ask, now) {
                     Ok(ticket) => return Ok(ticket),
                     Err(refusal) => refusal,
                 };
@@ -195,8 +204,9 @@ impl Pool {
                     }
                     Refusal::Busy(until) => until.unwrap_or(last),
                 };
+                let until = if is_picky { until.min(began + ELSEWHERE_MAX) } else { until };
                 // Woken or not, the board says what is possible.
-                let _ = tokio::time::timeout_at(until, self.changed.notified()).await;
+                let _ = tokio::time::timeout_at(until, changed).await;
             }
         };
         tokio::time::timeout_at(last, admitted).await.unwrap_or_else(|_| Err(saturated("in time")))
@@ -309,7 +319,7 @@ impl Drop for Place<'_> {
         if let Some(ticket) = self.ticket.take() {
             self.pool.board().given_up(ticket, self.was_sent, Instant::now());
         }
-        self.pool.changed.notify_one();
+        self.pool.changed.notify_waiters();
     }
 }
 

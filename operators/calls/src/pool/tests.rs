@@ -95,6 +95,23 @@ async fn no_more_run_than_there_are_places_and_who_waited_first_goes_first() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn who_waits_for_another_endpoint_holds_nobody_up_and_not_for_long() {
+    let long = Told::by("long", |_| Next::ok(30_000));
+    let short = Told::of("short", [Next::err(10, error(Class::Outage))]);
+    let pool = pool(&[&long, &short], Caps { outstanding: 1, ..CAPS });
+    let retry = retried(&pool);
+    let start = Instant::now();
+    let ask = async |after_ms: u64| {
+        tokio::time::sleep(ms(after_ms)).await;
+        retry.complete(&call("why"), &Heard::default()).await.unwrap();
+        start.elapsed().as_millis()
+    };
+    let mut ends = join_all([ask(0), ask(0), ask(20)]).await;
+    ends.sort_unstable();
+    assert_eq!(ends, [120, 1_110, 30_000]);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_burst_does_not_go_beyond_a_budget() {
     let one = Told::by("one", |_| Next::ok(100));
     let pool = pool(&[&one], Caps { outstanding: 200, requests_per_minute: Some(50), ..CAPS });
