@@ -4,7 +4,7 @@
 use super::*;
 use crate::{
     Retry,
-    testing::{Heard, Next, Random, Told, call, limited, reply},
+    testing::{Heard, Next, Random, Told, call, error, limited, reply},
 };
 use futures::{StreamExt as _, stream};
 use std::collections::HashSet;
@@ -231,4 +231,64 @@ async fn shared_prefixes_are_found_again_and_no_replica_is_overloaded() {
     println!("{hit:.3} of the best hit rate, the most loaded replica has {load:.2} of the mean: {tries:?}");
     assert!(hit >= 0.9, "{hit}");
     assert!(load <= 1.5, "{load}");
+}
+
+/// One replica dies for a while, one stalls, one talks nonsense, one refuses: each call is answered, each try is told of
+/// twice, and the one that died is used again.
+#[tokio::test(start_paused = true)]
+async fn whatever_replicas_do_no_call_is_lost_and_no_try_is_untold() {
+    let start = Instant::now();
+    let replica = |name, seed, fails: fn(f64, Duration) -> Option<(u64, CallError)>| {
+        let mut random = Random(seed);
+        Told::by(name, move |_| match fails(random.next(), start.elapsed()) {
+            Some((after_ms, error)) => Next::err(after_ms, error),
+            None => Next { after: random.between(ms(50), ms(500)), ..Next::ok(0) },
+        })
+    };
+    let dies = replica("dies", 1, |_, now| {
+        (ms(5_000)..ms(20_000)).contains(&now).then(|| (0, error(Class::Unreachable)))
+    });
+    let upstreams = [
+        dies.clone(),
+        replica("stalls", 2, |random, _| (random < 0.02).then(|| (10_000, error(Class::Cut)))),
+        replica("babbles", 3, |random, _| (random < 0.1).then(|| (100, error(Class::Transient)))),
+        replica("refuses", 4, |random, _| (random < 0.1).then(|| (0, limited(ms(1_000))))),
+    ];
+    let caps = Caps { outstanding: 8, requests_per_minute: None, tokens_per_minute: None };
+    let endpoint = |told: &Arc<Told>| {
+        let (name, model) = ("e".to_owned(), told.clone());
+        Endpoint { name, model, caps, watch: None, starts_cold: false }
+    };
+    let pool = Arc::new(Pool::new("m", upstreams.iter().map(endpoint).collect(), Arc::new(|| 0.5)));
+    let model = Retry::new(pool.clone(), Arc::default());
+    let heard = Heard::default();
+    stream::iter(0..8_000)
+        .for_each_concurrent(24, |_| async {
+            while model.complete(&call("why"), &heard).await.is_err() {
+                tokio::time::sleep(ms(1_000)).await;
+            }
+        })
+        .await;
+    let told = heard.take();
+    let count = |word: &str| told.split(", ").filter(|told| *told == word).count();
+    let tries: usize = upstreams.iter().map(|told| told.tries()).sum();
+    let begun: usize =
+        ["dies", "stalls", "babbles", "refuses"].iter().map(|name| count(&format!("to {name}"))).sum();
+    let failed = ["unreachable", "cut", "transient", "limited"].map(count);
+    assert_eq!((count("ok"), begun), (8_000, tries));
+    assert_eq!(failed.iter().sum::<usize>(), tries - 8_000, "{failed:?}");
+    assert!(failed.iter().all(|&times| times > 0), "{failed:?}");
+    let died = start + ms(5_000);
+    let tries_of = |from: u64, until: u64| {
+        let tries = dies.tries.lock().unwrap();
+        tries.iter().filter(|at| (died + ms(from)..died + ms(until)).contains(at)).count()
+    };
+    println!(
+        "{failed:?} failed of {tries} tries in {:?}; {} while it was dead",
+        start.elapsed(),
+        tries_of(0, 15_000)
+    );
+    assert!(tries_of(0, 15_000) < 20, "{}: it is left alone", tries_of(0, 15_000));
+    assert!(tries_of(20_000, 80_000) > 100, "{}: it came back", tries_of(20_000, 80_000));
+    assert!(pool.status().iter().all(|status| status.running == 0 && status.tokens == 0));
 }
