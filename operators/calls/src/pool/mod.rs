@@ -1,6 +1,6 @@
 //! Several endpoints of one model, used as one.
 //!
-//! A call waits, first come first served, until an endpoint has room for it, goes to the best one ([`board`]), and what
+//! A call waits, first come first served, until an endpoint has room for it, goes to the best one (`board.rs`), and what
 //! becomes of it is told to that endpoint's breaker and throttle. How endpoints fare is looked at each second
 //! ([`Pool::keep`]). One that starts cold gets calls once its health is good and a call of one token was answered; until
 //! then calls wait, and whoever wakes it is told once.
