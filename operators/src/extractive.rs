@@ -9,7 +9,7 @@ use crate::text::{
     sentences::{self, Kind},
     tokens, words,
 };
-use forebay_calls::{Call, CallError, Listener, Model, Reply, Tried};
+use forebay_calls::{Call, CallError, Listener, Model, Reply, Tried, Upstream};
 use forebay_schemas::{Citation, NanoUsd, Passage, Usage};
 use futures::future::BoxFuture;
 use std::{
@@ -60,13 +60,18 @@ impl Model for Extractive {
         NAME
     }
 
+    fn is_local(&self) -> bool {
+        true
+    }
+
     fn complete<'a>(
         &'a self,
         call: &'a Call<'_>,
         listener: &'a dyn Listener,
     ) -> BoxFuture<'a, Result<Reply, CallError>> {
         Box::pin(async move {
-            listener.started(None, NAME);
+            let to = Upstream { provider: NAME, endpoint: None, model: NAME };
+            listener.started(to);
             let sent = Instant::now();
             let (text, citations) = answer(&call.question, call.passages);
             let read = call.passages.iter().map(|passage| tokens(&passage.text)).sum::<usize>();
@@ -85,9 +90,10 @@ impl Model for Extractive {
                 cost_nano_usd: Some(NanoUsd(0)),
                 finish_reason: Some("stop".to_owned()),
                 ttft: call.stream.then(|| sent.elapsed()),
+                fallback: None,
             };
             let (duration, ttft) = (sent.elapsed(), reply.ttft);
-            listener.ended(&Tried { endpoint: None, model: NAME, duration, ttft, result: Ok(&reply) });
+            listener.ended(&Tried { to, duration, ttft, result: Ok(&reply) });
             Ok(reply)
         })
     }

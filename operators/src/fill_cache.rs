@@ -1,7 +1,7 @@
 //! Keeps a validated answer, so that it can be given again.
 //!
-//! Invariant: what is kept was answered by a model, passed validation, is whole, and neither its client nor its kind
-//! forbids it. The same ending gives the same entry: its time is that of the ending's record.
+//! Invariant: what is kept was answered by the model that was to, and by no stand-in; it passed validation, is whole, and
+//! neither its client nor its kind forbids it. The same ending gives the same entry: its time is that of the ending's record.
 
 use crate::{
     cache::Shape,
@@ -63,7 +63,10 @@ impl FillCache {
     /// A request with `no_cache` wants a fresh answer, and the next one may have it.
     fn is_kept(&self, request: &Request, answer: &Generated) -> bool {
         let is_whole = !matches!(answer.finish_reason.as_deref(), Some("length" | "content_filter"));
-        is_whole && self.shape.is_cacheable(request) && !request.cache.unwrap_or_default().no_store
+        is_whole
+            && !answer.is_fallback
+            && self.shape.is_cacheable(request)
+            && !request.cache.unwrap_or_default().no_store
     }
 }
 
@@ -99,6 +102,7 @@ mod tests {
         check(|ending| ending.cache = CacheStatus::Hit, false).await;
         check(|ending| ending.status = Status::Blocked, false).await;
         check(|ending| ending.answer = None, false).await;
+        check(|ending| ending.answer.as_mut().unwrap().is_fallback = true, false).await;
         check(|ending| ending.answer.as_mut().unwrap().finish_reason = Some("length".to_owned()), false)
             .await;
         check(|ending| ending.request.as_mut().unwrap().sampling.temperature = Some(1.0), false).await;

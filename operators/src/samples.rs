@@ -113,6 +113,7 @@ pub(crate) fn completion() -> Completion {
             cost_nano_usd: Some(NanoUsd(7)),
             finish_reason: Some("stop".to_owned()),
             ttft_us: None,
+            is_fallback: false,
         },
     }
 }

@@ -31,7 +31,7 @@ row! {
     endpoint: Option<String>,
     /// The model that was asked for.
     model: Option<String>,
-    /// ok, failed, rejected, cancelled or ambiguous.
+    /// ok, failed, rejected, cancelled, hedge_lost or ambiguous.
     status: String,
     /// The code of the error; null where there is none.
     error_code: Option<String>,

@@ -75,6 +75,9 @@ pub struct Generated {
     pub finish_reason: Option<String>,
     /// Time to first token in microseconds; absent unless streamed.
     pub ttft_us: Option<i64>,
+    /// Whether it comes from a stand-in, as the model that was to answer could not: not kept in the cache.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub is_fallback: bool,
 }
 
 /// The record of `completions`.

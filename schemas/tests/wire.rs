@@ -171,18 +171,22 @@ mod any_record {
 
     fn generated() -> impl Strategy<Value = Generated> {
         let words = (text(), text(), text(), option::of(text()));
-        (words, vec(citation(), 0..3), option::of(usage()), any::<(Option<i64>, Option<i64>)>()).prop_map(
-            |((text, model, provider, finish_reason), citations, usage, (cost, ttft_us))| Generated {
-                text,
-                citations,
-                model,
-                provider,
-                usage,
-                cost_nano_usd: cost.map(NanoUsd),
-                finish_reason,
-                ttft_us,
-            },
-        )
+        (words, vec(citation(), 0..3), option::of(usage()), any::<(Option<i64>, Option<i64>, bool)>())
+            .prop_map(
+                |((text, model, provider, finish_reason), citations, usage, (cost, ttft_us, is_fallback))| {
+                    Generated {
+                        text,
+                        citations,
+                        model,
+                        provider,
+                        usage,
+                        cost_nano_usd: cost.map(NanoUsd),
+                        finish_reason,
+                        ttft_us,
+                        is_fallback,
+                    }
+                },
+            )
     }
 
     fn cache_status() -> impl Strategy<Value = CacheStatus> {

@@ -4,18 +4,62 @@ use forebay_operator::{BoxError, Failure};
 use std::time::Duration;
 
 /// What a layer, and in the end the host, may do about an error.
+///
+/// | Class | Comes of | Tried again | Breaker | Throttle | To the host |
+/// |---|---|---|---|---|---|
+/// | `Unreachable` | no connection | elsewhere | counts, also in a row | | outage |
+/// | `Outage` | 502, 503, 504, 529, a redirect | elsewhere | counts | 503 and 529 | outage |
+/// | `Transient` | 408, other 5xx, no first token in time, an empty 200, a body that is cut or no answer | elsewhere | counts | | unavailable |
+/// | `Limited` | 429 | after the wait it names, by another key, or elsewhere | no | yes | outage |
+/// | `Account` | 401, 402, 403, a 400 or 429 that says nothing is left | by another key, or elsewhere | no | | outage |
+/// | `Closed` | no endpoint is up, or none had room: nothing was sent | never here | no | | outage |
+/// | `Rejected` | 400, 404, 413, 422, other 4xx, context length, a refusal | never | **no** | | rejected |
+/// | `Cut` | a stream that broke after its first token | never | counts | | rejected |
+/// | `Lost` | a hedge that another try was faster than | never | no | | |
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Class {
+    /// No connection stands. Worth a retry, and no fault of this request.
+    Unreachable,
+    /// The provider takes no more now. Worth a retry, and no fault of this request.
+    Outage,
     /// The world failed; the same call may succeed shortly.
     Transient,
-    /// The provider cannot be reached or takes no more now. Worth a retry, and no fault of this request.
-    Outage,
-    /// The key is not good, or nothing is left on it. Another try now gives the same; a person must act.
+    /// The provider takes no more of us now.
+    Limited,
+    /// The key is not good, or nothing is left on it. Another try with it gives the same; a person must act.
     Account,
+    /// Nothing was sent, as no endpoint is up or none had room. Whoever can wait longer than a call may come again.
+    Closed,
     /// The request is at fault; no try can help.
     Rejected,
     /// The stream broke after somebody had read its beginning. Another answer must not be spliced onto it.
     Cut,
+    /// Another try of the same call was faster.
+    Lost,
+}
+
+/// What an end says about the health of whoever was asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Health {
+    /// It works.
+    Good,
+    /// It does not.
+    Failed,
+    /// It cannot even be reached.
+    Unreachable,
+    /// Nothing: it refused us, the request, or was not waited for.
+    Unknown,
+}
+
+impl Class {
+    /// What it says about the health of whoever was asked.
+    pub fn health(self) -> Health {
+        match self {
+            Self::Unreachable => Health::Unreachable,
+            Self::Outage | Self::Transient | Self::Cut => Health::Failed,
+            Self::Limited | Self::Account | Self::Closed | Self::Rejected | Self::Lost => Health::Unknown,
+        }
+    }
 }
 
 /// Why a model did not answer.
@@ -55,9 +99,23 @@ impl CallError {
         self
     }
 
-    /// Whether another try, now, may succeed.
-    pub fn is_retryable(&self) -> bool {
-        matches!(self.class, Class::Transient | Class::Outage)
+    /// Whether another try may succeed. `elsewhere` where it would go to another endpoint or by another key.
+    pub fn is_retryable(&self, elsewhere: bool) -> bool {
+        match self.class {
+            Class::Unreachable | Class::Outage | Class::Transient | Class::Limited => true,
+            Class::Account => elsewhere,
+            Class::Closed | Class::Rejected | Class::Cut | Class::Lost => false,
+        }
+    }
+
+    /// Whether another model may answer what this one could not.
+    pub fn may_fall_back(&self) -> bool {
+        self.class == Class::Closed || self.is_retryable(true)
+    }
+
+    /// Whether it says that whoever was asked has too much to do.
+    pub fn is_overload(&self) -> bool {
+        self.class == Class::Limited || matches!(self.http_status, Some(503 | 529))
     }
 
     /// The same in the words of a host.
@@ -65,9 +123,11 @@ impl CallError {
         let (code, asked) = (self.code, self.retry_after);
         let failure = match self.class {
             Class::Rejected | Class::Cut => Failure::rejected(code, self.message),
-            Class::Transient => Failure::unavailable(code, what, self),
+            Class::Transient | Class::Lost => Failure::unavailable(code, what, self),
             // A key that ran out fails every request alike: none of them may be dropped for it.
-            Class::Outage | Class::Account => Failure::outage(code, what, self),
+            Class::Unreachable | Class::Outage | Class::Limited | Class::Account | Class::Closed => {
+                Failure::outage(code, what, self)
+            }
         };
         failure.retry_after(asked)
     }

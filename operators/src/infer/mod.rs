@@ -11,7 +11,7 @@ use crate::{
     cache::Shape,
     catalogue::{Resources, Shipped},
 };
-use forebay_calls::{Call, Model, Reply};
+use forebay_calls::{Call, Model, Reply, Route};
 use forebay_operator::{Context, Failure, Operator, ports};
 use forebay_schemas::{CacheStatus, Completion, Generated, Grounded, Hop, Request};
 use schemars::JsonSchema;
@@ -78,7 +78,7 @@ impl Operator for Infer {
 impl Infer {
     async fn ask(&self, grounded: &Grounded, cx: &Context) -> Result<Generated, Failure> {
         let call = self.call(grounded, cx);
-        let rows = rows::Rows::new(cx, self.model.provider());
+        let rows = rows::Rows::new(cx);
         let replied = tokio::select! {
             biased;
             stop = cx.cancelled() => {
@@ -108,6 +108,8 @@ impl Infer {
             sampling,
             stream: cx.envelope().stream,
             deadline: cx.remaining().map(|left| Instant::now() + left),
+            tenant: cx.envelope().tenant.clone(),
+            route: Route::default(),
         }
     }
 
@@ -115,9 +117,10 @@ impl Infer {
         let citations = reply.citations.unwrap_or_else(|| citations::find(&reply.text, &grounded.passages));
         Generated {
             citations,
+            is_fallback: reply.fallback.is_some(),
             text: reply.text,
             model: reply.model,
-            provider: self.model.provider().to_owned(),
+            provider: reply.fallback.unwrap_or_else(|| self.model.provider().to_owned()),
             usage: reply.usage,
             cost_nano_usd: reply.cost_nano_usd,
             finish_reason: reply.finish_reason,

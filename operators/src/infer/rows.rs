@@ -1,70 +1,77 @@
 //! Writes a row for every try of a call, and hands its tokens on.
 //!
-//! Invariant: a try that was started leaves one row, however it ends.
+//! A hedge is a try beside another, so a ledger must know both at once: it is a call of its own there. Its answer is
+//! kept under the call that it was made for, so whoever reads that call again never asks for the hedge.
+//!
+//! Invariant: a try that was started leaves one row, however it ends; where nobody waited for its end, when this is dropped.
 
-use forebay_calls::{CallError, Class, Listener, Reply, Tried};
+use forebay_calls::{CallError, Class, Listener, Reply, Tried, Upstream};
 use forebay_operator::{Context, Event, Failure, Stop};
 use forebay_schemas::Attempt;
 use futures::future::BoxFuture;
 use std::{
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
     time::Duration,
 };
 
-/// Listens to a call.
+/// The index of the call, and that of the hedge beside it.
+const CALL: u32 = 0;
+const HEDGE: u32 = 1;
+
+/// Listens to a call, or to the hedge beside it.
 pub(super) struct Rows<'a> {
     cx: &'a Context,
-    provider: &'static str,
-    state: Mutex<State>,
-}
-
-struct State {
-    /// The number of the next try. A host that processes a record again has counted its earlier tries in the envelope.
-    next: u32,
+    index: u32,
+    /// The number of the next try of both. A host that processes a record again has counted its earlier tries in the
+    /// envelope.
+    next: Arc<AtomicU32>,
     /// The try that goes on.
-    open: Option<Open>,
+    open: Mutex<Option<Open>>,
 }
 
 struct Open {
     attempt: u32,
     started_at_us: i64,
+    provider: &'static str,
     endpoint: Option<String>,
     model: String,
     ttft_us: Option<i64>,
 }
 
 impl<'a> Rows<'a> {
-    pub(super) fn new(cx: &'a Context, provider: &'static str) -> Self {
-        let state = Mutex::new(State { next: cx.envelope().attempts, open: None });
-        Self { cx, provider, state }
+    pub(super) fn new(cx: &'a Context) -> Self {
+        let next = Arc::new(AtomicU32::new(cx.envelope().attempts));
+        Self { cx, index: CALL, next, open: Mutex::default() }
     }
 
     /// The call was given up, for this reason. What it had cost by then nobody says.
     pub(super) fn given_up(&self, stop: Stop) {
-        let Some(open) = self.take() else { return };
+        self.close(Some(Failure::from(stop).code().to_owned()));
+    }
+
+    /// Leaves the row of a try that nobody waits for any more.
+    fn close(&self, error_code: Option<String>) {
+        let Some(open) = self.opened().take() else { return };
         let duration_us = self.cx.clock().now_us().saturating_sub(open.started_at_us);
-        let mut row = self.row(&open, duration_us);
-        "cancelled".clone_into(&mut row.status);
-        row.error_code = Some(Failure::from(stop).code().to_owned());
-        self.cx.record(row);
+        let status = "cancelled".to_owned();
+        self.cx.record(Attempt { status, error_code, ..self.row(&open, duration_us) });
     }
 
-    fn take(&self) -> Option<Open> {
-        self.state().open.take()
+    fn opened(&self) -> MutexGuard<'_, Option<Open>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn open(&self, attempt: u32, endpoint: Option<&str>, model: &str) -> Open {
+    fn open(&self, attempt: u32, to: Upstream<'_>) -> Open {
         let started_at_us = self.cx.clock().now_us();
-        let (endpoint, model) = (endpoint.map(str::to_owned), model.to_owned());
-        Open { attempt, started_at_us, endpoint, model, ttft_us: None }
+        let (endpoint, model) = (to.endpoint.map(str::to_owned), to.model.to_owned());
+        Open { attempt, started_at_us, provider: to.provider, endpoint, model, ttft_us: None }
     }
 
     fn row(&self, open: &Open, duration_us: i64) -> Attempt {
-        let call_id = self.cx.call_id(0).as_str().to_owned();
+        let call_id = self.cx.call_id(self.index).as_str().to_owned();
         let envelope = self.cx.envelope();
         Attempt {
             attempt_id: format!("{call_id}/{}", open.attempt),
@@ -77,7 +84,7 @@ impl<'a> Rows<'a> {
             started_at: open.started_at_us,
             duration_us,
             ttft_us: open.ttft_us,
-            provider: self.provider.to_owned(),
+            provider: open.provider.to_owned(),
             endpoint: open.endpoint.clone(),
             model: Some(open.model.clone()),
             status: "ok".to_owned(),
@@ -90,40 +97,51 @@ impl<'a> Rows<'a> {
     }
 }
 
+/// The caller gave the call up, or its try was not waited for.
+impl Drop for Rows<'_> {
+    fn drop(&mut self) {
+        self.close(None);
+    }
+}
+
 impl Listener for Rows<'_> {
-    fn started(&self, endpoint: Option<&str>, model: &str) {
-        let mut state = self.state();
-        state.open = Some(self.open(state.next, endpoint, model));
-        state.next = state.next.saturating_add(1);
+    fn started(&self, to: Upstream<'_>) {
+        let attempt = self.next.fetch_add(1, Ordering::Relaxed);
+        *self.opened() = Some(self.open(attempt, to));
     }
 
     fn paid<'a>(
         &'a self,
-        endpoint: Option<&'a str>,
-        model: &'a str,
+        to: Upstream<'a>,
         call: BoxFuture<'a, Result<Reply, CallError>>,
     ) -> BoxFuture<'a, Result<Reply, CallError>> {
         let row = move |attempt: i32| {
-            let mut state = self.state();
             // A reading that crashed may have tried more often than the envelope says.
-            state.next = state.next.max(u32::try_from(attempt).unwrap_or(0));
-            let mut row = self.row(&self.open(state.next, endpoint, model), 0);
+            let attempt = u32::try_from(attempt).unwrap_or(0);
+            let next = self.next.fetch_max(attempt, Ordering::Relaxed).max(attempt);
+            let mut row = self.row(&self.open(next, to), 0);
             "ambiguous".clone_into(&mut row.status);
             row
         };
-        Box::pin(self.cx.paid(0, row, call))
+        Box::pin(self.cx.paid(self.index, row, call))
+    }
+
+    fn beside(&self) -> Option<Box<dyn Listener + '_>> {
+        let next = Arc::clone(&self.next);
+        let hedge = Rows { cx: self.cx, index: HEDGE, next, open: Mutex::default() };
+        (self.index == CALL).then(|| Box::new(hedge) as Box<dyn Listener + '_>)
     }
 
     fn token(&self, text: &str) {
-        let mut state = self.state();
-        let Some(open) = &mut state.open else { return };
+        let mut open = self.opened();
+        let Some(open) = &mut *open else { return };
         let now_us = self.cx.clock().now_us();
         open.ttft_us.get_or_insert(now_us.saturating_sub(open.started_at_us));
         self.cx.delta(open.attempt, text);
     }
 
     fn ended(&self, tried: &Tried<'_>) {
-        let Some(open) = self.take() else { return };
+        let Some(open) = self.opened().take() else { return };
         let mut row = self.row(&open, micros(tried.duration));
         row.ttft_us = tried.ttft.map(micros);
         match tried.result {
@@ -133,14 +151,18 @@ impl Listener for Rows<'_> {
                 row.cost_nano_usd = reply.cost_nano_usd.map(|cost| cost.0);
             }
             Err(error) => {
-                let status = if error.class == Class::Rejected { "rejected" } else { "failed" };
+                let status = match error.class {
+                    Class::Rejected => "rejected",
+                    Class::Lost => "hedge_lost",
+                    _ => "failed",
+                };
                 status.clone_into(&mut row.status);
                 row.error_code = Some(error.code.to_owned());
                 row.http_status = error.http_status.map(i32::from);
             }
         }
         self.cx.observe(&Event::Called {
-            provider: self.provider.to_owned(),
+            provider: open.provider.to_owned(),
             model: open.model,
             duration_us: row.duration_us,
             ttft_us: row.ttft_us,

@@ -2,7 +2,9 @@
 
 use super::*;
 use crate::{Extractive, samples};
-use forebay_calls::{CallError, Class, Listener, Tried};
+use forebay_calls::{
+    CallError, Class, Hedge, Listener, Pool, Tried, Upstream, pool::Endpoint, throttle::Caps,
+};
 use forebay_operator::{Clock, Delivery, Event, Found, Host, Known, Ledger, StopSignal, Turn, compliance};
 use forebay_schemas::{Attempt, CallId, Delta, Record as _, Retrieval};
 use futures::future::BoxFuture;
@@ -10,6 +12,8 @@ use std::{sync::Mutex, time::Duration};
 
 /// Makes one try that ends as told; without an end it never does.
 struct Told(Option<Result<&'static str, Class>>);
+
+const HERE: Upstream<'_> = Upstream { provider: "told", endpoint: Some("http://here"), model: "small" };
 
 impl Model for Told {
     fn provider(&self) -> &'static str {
@@ -23,15 +27,13 @@ impl Model for Told {
         call: &'a Call<'_>,
         listener: &'a dyn Listener,
     ) -> BoxFuture<'a, Result<Reply, CallError>> {
-        Box::pin(async move {
-            listener.paid(Some("http://here"), "small", Box::pin(self.told(call, listener))).await
-        })
+        Box::pin(async move { listener.paid(HERE, Box::pin(self.told(call, listener))).await })
     }
 }
 
 impl Told {
     async fn told(&self, call: &Call<'_>, listener: &dyn Listener) -> Result<Reply, CallError> {
-        listener.started(Some("http://here"), "small");
+        listener.started(HERE);
         if call.stream {
             listener.token("so ");
             listener.token("far");
@@ -46,18 +48,12 @@ impl Told {
                 cost_nano_usd: None,
                 finish_reason: None,
                 ttft: None,
+                fallback: None,
             }),
             Some(Err(class)) => Err(CallError::new(class, "model_unavailable", "it failed").with_status(500)),
         };
         let duration = Duration::from_millis(5);
-        let result_ref = result.as_ref();
-        listener.ended(&Tried {
-            endpoint: Some("http://here"),
-            model: "small",
-            duration,
-            ttft: None,
-            result: result_ref,
-        });
+        listener.ended(&Tried { to: HERE, duration, ttft: None, result: result.as_ref() });
         result
     }
 }
@@ -186,6 +182,76 @@ async fn an_answer_that_was_paid_for_is_not_asked_for_again() {
     assert_eq!(ask(Told(Some(Err(Class::Outage)))).await, (paid, Vec::new()));
     let told = ledger.told.lock().unwrap().join(", ");
     assert_eq!(told, "start 1 ambiguous, failed Some(1), start 1 ambiguous, done Some(1)");
+}
+
+/// Answers at once, but its 21st try not for an hour.
+struct Sticks(Arc<std::sync::atomic::AtomicUsize>);
+
+impl Model for Sticks {
+    fn provider(&self) -> &'static str {
+        "told"
+    }
+    fn name(&self) -> &str {
+        "small"
+    }
+    fn complete<'a>(
+        &'a self,
+        call: &'a Call<'_>,
+        listener: &'a dyn Listener,
+    ) -> BoxFuture<'a, Result<Reply, CallError>> {
+        let sticks = self.0.fetch_add(1, std::sync::atomic::Ordering::Relaxed) == 20;
+        Box::pin(async move {
+            let told = Told(Some(Ok("yes")));
+            let tried = async {
+                match sticks {
+                    false => told.told(call, listener).await,
+                    true => {
+                        listener.started(HERE);
+                        std::future::pending().await
+                    }
+                }
+            };
+            listener.paid(HERE, Box::pin(tried)).await
+        })
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_hedge_is_a_call_of_its_own_to_the_ledger_and_leaves_a_row_as_does_whom_it_beat() {
+    let tries = Arc::default();
+    let endpoint = || Endpoint {
+        name: "http://here".to_owned(),
+        model: Arc::new(Sticks(Arc::clone(&tries))),
+        caps: Caps { outstanding: 8, requests_per_minute: None, tokens_per_minute: None },
+        watch: None,
+
+        starts_cold: false,
+    };
+    let pool = Arc::new(Pool::new("small", vec![endpoint(), endpoint()], Arc::new(|| 0.5)));
+    let hedge: Arc<dyn Model> = Arc::new(Hedge::new(pool, Arc::default(), Some(Duration::from_secs(1))));
+    let ledger = Arc::new(Remembers::default());
+    let ask = async |ledger: Option<Arc<dyn Ledger>>| {
+        let delivery = Delivery { ledger, ..delivery(compliance::envelope()) };
+        let clock = Clock::starting_at(compliance::NOW_MS);
+        let cx = Context::new(delivery, clock, Arc::new(Reader::default()), StopSignal::new().1);
+        let infer = Infer { model: hedge.clone(), shape: Shape::default(), settings: Settings::default() };
+        infer.process(grounded(), &cx).await.unwrap();
+        let calls = [0, 1].map(|index| cx.call_id(index).as_str().to_owned());
+        cx.take_rows()
+            .into_iter()
+            .map(|row| {
+                let call = calls.iter().position(|call| *call == row.call_id).unwrap();
+                assert_eq!(row.attempt_id, format!("{}/{}", row.call_id, row.attempt));
+                format!("call {call} try {} {}", row.attempt, row.status)
+            })
+            .collect::<Vec<_>>()
+    };
+    for _ in 0..20 {
+        assert_eq!(ask(None).await, ["call 0 try 0 ok"]);
+    }
+    assert_eq!(ask(Some(ledger.clone())).await, ["call 1 try 2 ok", "call 0 try 1 hedge_lost"]);
+    let told = ledger.told.lock().unwrap().join(", ");
+    assert_eq!(told, "start 1 ambiguous, start 2 ambiguous, done Some(1), done Some(2)");
 }
 
 fn delivery(envelope: forebay_schemas::Envelope) -> Delivery {

@@ -34,9 +34,10 @@ pub struct Settings {
     /// Goes before the name of every topic and consumer group.
     #[arg(long, global = true, value_name = "PREFIX")]
     pub topic_prefix: Option<String>,
-    /// The base URL of an OpenAI-compatible server; ends in /v1. Without it: the extractive model.
+    /// The base URL of an OpenAI-compatible server; ends in /v1. Given again, or joined by commas: a pool of servers of one
+    /// model. Without it: the extractive model.
     #[arg(long, global = true, value_name = "URL")]
-    pub model_url: Option<String>,
+    pub model_url: Vec<String>,
     /// The model to ask for there.
     #[arg(long, global = true, value_name = "NAME")]
     pub model: Option<String>,
@@ -111,6 +112,9 @@ pub enum Command {
     /// Looks paid calls up in their ledgers.
     #[command(subcommand)]
     Ledger(Ledger),
+    /// Looks at the pool of model servers of a running process.
+    #[command(subcommand)]
+    Pool(Pool),
     /// Serves a model that needs no GPU: a modelled engine, with faults on demand.
     SimulateModel(SimulateModel),
     /// Shows the settings.
@@ -324,6 +328,27 @@ pub struct DlqRedrive {
     /// Gives requests that have a deadline as long from now on as they had at first.
     #[arg(long)]
     pub reset_deadline: bool,
+}
+
+/// `forebay pool`.
+#[derive(Debug, Subcommand)]
+pub enum Pool {
+    /// Prints how each server stands: its breaker, how much of its calls it gets, its queue and its KV cache.
+    Status(PoolStatus),
+}
+
+/// `forebay pool status`.
+#[derive(Debug, ClapArgs)]
+#[command(after_help = "\
+Asks the admin port of the process, which --admin names.
+
+Examples:
+  forebay pool status                             of `forebay up` on this machine
+  forebay pool status --admin 127.0.0.1:40123     of a `forebay run`, whose port is printed at its start")]
+pub struct PoolStatus {
+    /// Prints one JSON object for each server, and nothing else.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `forebay topics`.

@@ -1,4 +1,4 @@
-//! From settings to what runs: a checked plan, stores, a model, operators, tables.
+//! From settings to what runs: a checked plan, stores, operators, tables.
 
 use crate::{
     args::PipelineArg,
@@ -8,12 +8,9 @@ use crate::{
 };
 use anyhow::Context as _;
 use bytes::Bytes;
-use forebay_calls::{Model, Retry, Secret, openai};
+use forebay_calls::Model;
 use forebay_operator::{Step, Table};
-use forebay_operators::{
-    Extractive,
-    catalogue::{self, Resources},
-};
+use forebay_operators::catalogue::{self, Resources};
 use forebay_plan::{Catalogue, Description, Plan, PlannedStep, SettingsFault};
 use forebay_runtime::claims::{self, Claims, ObjectsError};
 use forebay_stores::{Database, Error as StoreError, KeyValue, database, key_value, objects, vectors};
@@ -77,8 +74,12 @@ pub fn plan(arg: &PipelineArg) -> anyhow::Result<Plan> {
 const PROCESSES_MAX: usize = 64;
 
 /// What operators work with in this process.
-pub async fn resources(config: &Config, plan: &Plan, cluster: &str) -> anyhow::Result<Resources> {
-    let model = model(config)?;
+pub async fn resources(
+    config: &Config,
+    plan: &Plan,
+    cluster: &str,
+    model: Arc<dyn Model>,
+) -> anyhow::Result<Resources> {
     let database = copies(&config.data).await?;
     let cache: Arc<dyn KeyValue> = match &config.key_value {
         Some(url) => {
@@ -166,16 +167,6 @@ async fn copies(data: &Path) -> anyhow::Result<Database> {
         "{PROCESSES_MAX} processes use data folder {} already; give this one another by --data",
         data.display()
     )))
-}
-
-fn model(config: &Config) -> anyhow::Result<Arc<dyn Model>> {
-    let Some(url) = &config.model_url else { return Ok(Arc::new(Extractive)) };
-    let Some(name) = &config.model else {
-        return Err(wrong("a model URL needs a model: add --model NAME (or model.name, or FOREBAY_MODEL)"));
-    };
-    let key = config.model_key.as_deref().map(Secret::new);
-    let server = openai::OpenAi::new(url, name, key, openai::Timeouts::default()).map_err(wrong)?;
-    Ok(Arc::new(Retry::new(Arc::new(server))))
 }
 
 /// The operators of these steps.

@@ -5,6 +5,8 @@
 //!
 //! Invariant: a secret is never shown and never comes by a flag, since others see a process's arguments.
 
+pub mod pool;
+
 use crate::{args::Settings, console::wrong};
 use anyhow::Context as _;
 use forebay_plan::{
@@ -40,6 +42,13 @@ const SETTINGS: &[Setting] = &[
     setting("model.name", "FOREBAY_MODEL", ""),
     setting("model.key_file", "FOREBAY_MODEL_API_KEY_FILE", ""),
     Setting { path: "model.key", variable: "FOREBAY_MODEL_API_KEY", default: "", secret: true },
+    setting("pool.outstanding", "FOREBAY_POOL_OUTSTANDING", "64"),
+    setting("pool.requests_per_minute", "FOREBAY_POOL_REQUESTS_PER_MINUTE", ""),
+    setting("pool.tokens_per_minute", "FOREBAY_POOL_TOKENS_PER_MINUTE", ""),
+    setting("pool.hedge", "FOREBAY_POOL_HEDGE", "off"),
+    setting("pool.fallback", "FOREBAY_POOL_FALLBACK", ""),
+    setting("pool.starts_cold", "FOREBAY_POOL_STARTS_COLD", "false"),
+    setting("pool.wake_url", "FOREBAY_POOL_WAKE_URL", ""),
     setting("stores.key_value", "FOREBAY_STORES_KEY_VALUE", ""),
     setting("memory.records", "FOREBAY_MEMORY_RECORDS", "256MiB"),
     setting("claims.over", "FOREBAY_CLAIMS_OVER", "256KiB"),
@@ -71,9 +80,13 @@ pub struct Config {
     pub listen: Option<String>,
     pub admin: Option<String>,
     pub partitions: i32,
-    pub model_url: Option<String>,
+    /// The endpoints of the model; none where the built-in one answers.
+    pub model_urls: Vec<String>,
     pub model: Option<String>,
-    pub model_key: Option<String>,
+    /// Used in turn as they run out.
+    pub model_keys: Vec<String>,
+    /// Absent where one endpoint is called as it is.
+    pub pool: Option<pool::PoolSettings>,
     pub key_value: Option<String>,
     pub memory_bytes: usize,
     /// Bodies of more bytes go to the object store; none where all stay in their messages.
@@ -107,7 +120,7 @@ fn flags(settings: &Settings) -> Vec<(&'static str, String)> {
         ("listen", settings.listen.clone()),
         ("admin", settings.admin.clone()),
         ("partitions", settings.partitions.clone()),
-        ("model.url", settings.model_url.clone()),
+        ("model.url", (!settings.model_url.is_empty()).then(|| settings.model_url.join(","))),
         ("model.name", settings.model.clone()),
         ("otlp_endpoint", settings.otlp_endpoint.clone()),
     ];
@@ -202,30 +215,32 @@ impl Config {
                 ))
             })?),
         };
-        let model_url = text("model.url");
-        if let Some(url) = &model_url
-            && !url.trim_end_matches('/').ends_with("/v1")
-        {
+        let urls = text("model.url").unwrap_or_default();
+        let urls = urls.split(',').map(str::trim).filter(|url| !url.is_empty());
+        let model_urls: Vec<_> = urls.map(str::to_owned).collect();
+        if let Some(url) = model_urls.iter().find(|url| !url.trim_end_matches('/').ends_with("/v1")) {
             return Err(wrong(format!(
                 "model.url is {:?} (from {}); it must end in /v1, as in http://127.0.0.1:8000/v1",
                 without_password(url),
                 from("model.url")
             )));
         }
-        let model_key = match (text("model.key"), text("model.key_file")) {
-            (Some(key), _) => Some(key),
+        let model_keys = match (text("model.key"), text("model.key_file")) {
+            (Some(key), _) => key,
             (None, Some(path)) => {
                 let read = std::fs::read_to_string(&path);
-                let key = read.map_err(|fault| {
+                read.map_err(|fault| {
                     wrong(format!(
                         "could not read model.key_file {path} (from {}): {fault}",
                         from("model.key_file")
                     ))
-                })?;
-                Some(key.trim().to_owned())
+                })?
             }
-            (None, None) => None,
+            (None, None) => String::new(),
         };
+        // One a line.
+        let model_keys = model_keys.split_whitespace().map(str::to_owned).collect();
+        let pool = pool::PoolSettings::of(&values, model_urls.len())?;
         let kafka = values.iter().filter_map(|(path, sourced)| {
             Some((path.strip_prefix(KAFKA)?.to_owned(), sourced.value.clone()))
         });
@@ -245,9 +260,10 @@ impl Config {
             listen: text("listen"),
             admin: text("admin"),
             partitions,
-            model_url,
+            model_urls,
             model: text("model.name"),
-            model_key,
+            model_keys,
+            pool,
             key_value: text("stores.key_value"),
             memory_bytes,
             claims_over,
@@ -375,5 +391,7 @@ mod tests {
         assert!(refused("memory: {records: 12}").contains("256MiB"));
         assert!(refused("claims: {over: never}").contains("or off"));
         assert!(refused("model: {url: 'http://h'}").contains("/v1"));
+        assert!(refused("model: {url: ['http://a/v1', 'http://b']}").contains("\"http://b\""));
+        assert!(refused("pool: {hedg: usual}").contains("did you mean \"pool.hedge\"?"));
     }
 }

@@ -14,6 +14,7 @@ mod console;
 mod documents;
 mod embedded;
 mod letters;
+mod models;
 mod offsets;
 mod scan;
 mod shipped;

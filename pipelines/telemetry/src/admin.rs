@@ -1,4 +1,4 @@
-//! The admin port: `/metrics`, `/healthz`, `/readyz`, and `/`, which names them.
+//! The admin port: `/metrics`, `/healthz`, `/readyz`, `/pool`, and `/`, which names them.
 //!
 //! Invariant: it answers from memory, in a bounded time, to a bounded number of connections, whatever the process does.
 
@@ -36,13 +36,20 @@ const GRACE: Duration = Duration::from_secs(1);
 
 const INDEX: &str = "/metrics  metrics in the Prometheus text format\n\
                      /healthz  whether the process lives; 503 names what does not\n\
-                     /readyz   whether it can work; 503 names what is missing\n";
+                     /readyz   whether it can work; 503 names what is missing\n\
+                     /pool     how the model servers of its pool stand, as JSON\n";
+
+const JSON: &str = "application/json";
+
+/// Gives a page of JSON from memory.
+pub type Page = Arc<dyn Fn() -> String + Send + Sync>;
 
 /// Serves the admin port until `shutdown`.
 pub async fn serve(
     listener: TcpListener,
     telemetry: Telemetry,
     health: Health,
+    pool: Page,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> io::Result<()> {
     let (ending, ended) = oneshot::channel();
@@ -52,7 +59,7 @@ pub async fn serve(
         let _ = ending.send(());
     };
     let bounded = Bounded { listener, free: Arc::new(Semaphore::new(CONNECTIONS_MAX)) };
-    let server = axum::serve(bounded, routes(telemetry, health)).with_graceful_shutdown(shutdown);
+    let server = axum::serve(bounded, routes(telemetry, health, pool)).with_graceful_shutdown(shutdown);
     // A client that never finishes its request must not keep the process from ending.
     let patience = async {
         if ended.await.is_err() {
@@ -66,7 +73,7 @@ pub async fn serve(
     }
 }
 
-fn routes(telemetry: Telemetry, health: Health) -> Router {
+fn routes(telemetry: Telemetry, health: Health, pool: Page) -> Router {
     Router::new()
         .route("/", get(async || INDEX))
         .route("/metrics", get(metrics))
@@ -74,6 +81,8 @@ fn routes(telemetry: Telemetry, health: Health) -> Router {
         .route("/healthz", get(async |State(health): State<Health>| report(health.liveness())))
         .route("/readyz", get(async |State(health): State<Health>| report(health.readiness())))
         .with_state(health)
+        .route("/pool", get(async |State(pool): State<Page>| ([(header::CONTENT_TYPE, JSON)], pool())))
+        .with_state(pool)
 }
 
 async fn metrics(State(telemetry): State<Telemetry>) -> impl IntoResponse {

@@ -26,7 +26,13 @@ async fn admin() -> Admin {
     let (stop, stopped) = oneshot::channel::<()>();
     // A test that lets go of `stop` ends its server.
     let shutdown = async { stopped.await.unwrap_or_default() };
-    let served = tokio::spawn(admin::serve(listener, telemetry, health.clone(), shutdown));
+    let served = tokio::spawn(admin::serve(
+        listener,
+        telemetry,
+        health.clone(),
+        std::sync::Arc::new(|| "[]".to_owned()),
+        shutdown,
+    ));
     Admin { address, health, stop, served }
 }
 
@@ -47,7 +53,9 @@ async fn each_path_answers() {
     assert!(metrics.contains("content-type: text/plain; version=0.0.4; charset=utf-8\r\n"), "{metrics}");
     assert!(metrics.contains("\nforebay_step_received_records_total{operator=\"infer\""), "{metrics}");
     let index = get(address, "/").await;
-    assert!(["/metrics", "/healthz", "/readyz"].iter().all(|path| index.contains(path)), "{index}");
+    let pool = get(address, "/pool").await;
+    assert!(pool.contains("content-type: application/json\r\n") && pool.ends_with("\r\n\r\n[]"), "{pool}");
+    assert!(["/metrics", "/healthz", "/readyz", "/pool"].iter().all(|path| index.contains(path)), "{index}");
     assert!(get(address, "/else").await.starts_with("HTTP/1.1 404 "));
 }
 

@@ -210,6 +210,7 @@ fn generated() -> Generated {
         cost_nano_usd: Some(NanoUsd(48_000)),
         finish_reason: Some("stop".into()),
         ttft_us: Some(81_250),
+        is_fallback: false,
     }
 }
 

@@ -5,12 +5,14 @@
 //! Invariant: an answer is whole or an error. A stream that ends without saying so, an empty 200 and a 200 that is
 //! no chat completion are errors; and an error after the first token that somebody read is [`Class::Cut`].
 
+mod keys;
 mod refusal;
 mod wire;
 
-use crate::{Call, CallError, Class, Listener, Model, Reply, Secret, Tried};
+use crate::{Call, CallError, Class, Limits, Listener, Model, Reply, Secret, Tried, Upstream};
 use eventsource_stream::Eventsource as _;
 use futures::{StreamExt as _, future::BoxFuture};
+use keys::Keys;
 use reqwest::{Client, Response, Url};
 use std::time::Duration;
 use tokio::time::Instant;
@@ -25,6 +27,8 @@ pub struct Timeouts {
     pub connect: Duration,
     /// Until the first token of a streamed answer.
     pub first_token: Duration,
+    /// Between two pieces of one: a server that stalls in mid-stream is not waited for to the end.
+    pub silence: Duration,
     /// Until the answer is whole.
     pub total: Duration,
 }
@@ -34,6 +38,7 @@ impl Default for Timeouts {
         Self {
             connect: Duration::from_secs(5),
             first_token: Duration::from_secs(60),
+            silence: Duration::from_secs(60),
             total: Duration::from_secs(300),
         }
     }
@@ -70,16 +75,16 @@ pub struct OpenAi {
     url: Url,
     endpoint: String,
     model: String,
-    key: Option<Secret>,
+    keys: Keys,
     timeouts: Timeouts,
 }
 
 impl OpenAi {
-    /// A client for `base_url`, which ends in `/v1`.
+    /// A client for `base_url`, which ends in `/v1`. Of several keys the next is used where one is refused.
     pub fn new(
         base_url: &str,
         model: impl Into<String>,
-        key: Option<Secret>,
+        keys: Vec<Secret>,
         timeouts: Timeouts,
     ) -> Result<Self, Error> {
         let wrong = |source| Error::Url { url: base_url.to_owned(), source: Box::new(source) };
@@ -100,7 +105,12 @@ impl OpenAi {
         let redirects = reqwest::redirect::Policy::none();
         let client = Client::builder().connect_timeout(timeouts.connect).redirect(redirects).build()?;
         let endpoint = url.origin().ascii_serialization();
-        Ok(Self { client, url, endpoint, model: model.into(), key, timeouts })
+        Ok(Self { client, url, endpoint, model: model.into(), keys: Keys::new(keys), timeouts })
+    }
+
+    /// Scheme, host and port.
+    pub fn endpoint(&self) -> &str {
+        &self.endpoint
     }
 
     async fn attempt(
@@ -114,11 +124,11 @@ impl OpenAi {
         let answered = async {
             if call.stream {
                 let first = pieces.sent + self.timeouts.first_token;
-                let opened = tokio::time::timeout_at(first, self.send(call, model)).await;
+                let opened = tokio::time::timeout_at(first, self.send(call, model, pieces.listener)).await;
                 let response = opened.map_err(|_| timeout("no first token"))??;
                 self.read_stream(response, model, first, pieces).await
             } else {
-                let body = read_body(self.send(call, model).await?).await?;
+                let body = read_body(self.send(call, model, pieces.listener).await?).await?;
                 wire::Completion::read(&body)?.into_reply(model)
             }
         };
@@ -137,13 +147,23 @@ impl OpenAi {
     }
 
     /// Sends, and gives back only a response that says success.
-    async fn send(&self, call: &Call<'_>, model: &str) -> Result<Response, CallError> {
+    async fn send(
+        &self,
+        call: &Call<'_>,
+        model: &str,
+        listener: &dyn Listener,
+    ) -> Result<Response, CallError> {
         let mut request = self.client.post(self.url.clone()).json(&wire::request(call, model));
-        if let Some(key) = &self.key {
-            request = request.bearer_auth(key.expose());
+        let key = self.keys.pick();
+        if let Some(key) = key {
+            request = request.bearer_auth(self.keys.get(key).expose());
         }
         let response = request.send().await.map_err(unreachable)?;
         let status = response.status();
+        let limits = Limits::read(response.headers(), status.is_success());
+        if !limits.is_empty() {
+            listener.limits(&limits);
+        }
         if status.is_success() {
             return Ok(response);
         }
@@ -151,15 +171,10 @@ impl OpenAi {
         // A refusal whose reason cannot be read is still a refusal.
         let body = read_body(response).await.unwrap_or_default();
         let error = refusal::read(status.as_u16(), &headers, &body, &call.question);
-        Err(self.redacted(error))
-    }
-
-    /// A server may echo the key it was given.
-    fn redacted(&self, mut error: CallError) -> CallError {
-        if let Some(key) = self.key.as_ref().map(Secret::expose).filter(|key| !key.is_empty()) {
-            error.message = error.message.replace(key, "(redacted)");
+        if let Some(key) = key {
+            self.keys.failed(key, &error);
         }
-        error
+        Err(CallError { message: self.keys.redact(&error.message), ..error })
     }
 
     async fn read_stream(
@@ -178,13 +193,11 @@ impl OpenAi {
         let mut events = body.eventsource();
         let mut written = wire::Written::default();
         loop {
-            let next = match pieces.ttft {
-                Some(_) => events.next().await,
-                None => {
-                    let next = tokio::time::timeout_at(first, events.next()).await;
-                    next.map_err(|_| timeout("no first token"))?
-                }
+            let (until, what) = match pieces.ttft {
+                Some(_) => (Instant::now() + self.timeouts.silence, "no further token"),
+                None => (first, "no first token"),
             };
+            let next = tokio::time::timeout_at(until, events.next()).await.map_err(|_| timeout(what))?;
             let event = match next {
                 Some(Ok(event)) => event,
                 Some(Err(eventsource_stream::EventStreamError::Transport(error))) => return Err(error),
@@ -212,29 +225,27 @@ impl Model for OpenAi {
         &self.model
     }
 
+    fn has_another_way(&self, _: &Call<'_>) -> bool {
+        self.keys.has_rotated()
+    }
+
     fn complete<'a>(
         &'a self,
         call: &'a Call<'_>,
         listener: &'a dyn Listener,
     ) -> BoxFuture<'a, Result<Reply, CallError>> {
         let model = call.model.as_deref().unwrap_or(&self.model);
-        let endpoint = Some(self.endpoint.as_str());
+        let to = Upstream { provider: self.provider(), endpoint: Some(&self.endpoint), model };
         let sent = async move {
-            listener.started(endpoint, model);
+            listener.started(to);
             let mut pieces = Pieces { sent: Instant::now(), ttft: None, listener };
             let result = self.attempt(call, model, &mut pieces).await;
             let Pieces { sent, ttft, .. } = pieces;
-            listener.ended(&Tried {
-                endpoint,
-                model,
-                duration: sent.elapsed(),
-                ttft,
-                result: result.as_ref(),
-            });
+            listener.ended(&Tried { to, duration: sent.elapsed(), ttft, result: result.as_ref() });
             result
         };
         // Here and not further out: a ledger must close each try before the next.
-        listener.paid(endpoint, model, Box::pin(sent))
+        listener.paid(to, Box::pin(sent))
     }
 }
 
@@ -270,7 +281,7 @@ fn unreachable(error: reqwest::Error) -> CallError {
     // The URL is left out of the cause: the host stands in the failure already.
     let (is_connect, error) = (error.is_connect(), error.without_url());
     match is_connect {
-        true => CallError::new(Class::Outage, "model_unavailable", "could not connect").because(error),
+        true => CallError::new(Class::Unreachable, "model_unavailable", "could not connect").because(error),
         false => broken("could not send the request").because(error),
     }
 }

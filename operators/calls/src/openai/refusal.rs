@@ -1,10 +1,8 @@
 //! What a response that is no success means.
 
-use crate::{CallError, Class};
-use forebay_operator::Clock;
-use reqwest::header::{DATE, HeaderMap, RETRY_AFTER};
+use crate::{CallError, Class, limits::retry_after};
+use reqwest::header::HeaderMap;
 use serde_json::Value;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// The longest reason of a server's that is repeated, in characters.
 const REASON_CHARS_MAX: usize = 300;
@@ -20,7 +18,7 @@ pub(super) fn read(status: u16, headers: &HeaderMap, body: &[u8], question: &str
     let (class, code) = match status {
         401..=403 => (Class::Account, "model_unauthorized"),
         400 | 429 if spent => (Class::Account, "model_unauthorized"),
-        429 => (Class::Outage, "model_rate_limited"),
+        429 => (Class::Limited, "model_rate_limited"),
         408 => (Class::Transient, "model_timeout"),
         502..=504 | 529 => (Class::Outage, "model_unavailable"),
         500..=599 => (Class::Transient, "model_unavailable"),
@@ -48,27 +46,6 @@ fn repeatable(reason: &str, question: &str) -> String {
     format!(": {}", reason.chars().take(REASON_CHARS_MAX).collect::<String>())
 }
 
-/// How long to wait: `retry-after-ms`, or `retry-after` in seconds or as a date.
-fn retry_after(headers: &HeaderMap) -> Option<Duration> {
-    let text = |value: &reqwest::header::HeaderValue| value.to_str().ok().map(|text| text.trim().to_owned());
-    let seconds = |text: &str, unit: f64| Duration::try_from_secs_f64(text.parse::<f64>().ok()? * unit).ok();
-    if let Some(wait) = headers.get("retry-after-ms").and_then(text).and_then(|text| seconds(&text, 0.001)) {
-        return Some(wait);
-    }
-    let value = headers.get(RETRY_AFTER).and_then(text)?;
-    if let Some(wait) = seconds(&value, 1.0) {
-        return Some(wait);
-    }
-    let until = httpdate::parse_http_date(&value).ok()?;
-    // Counted from the server's own clock where it shows it: ours may be off by more than the wait.
-    let server = headers.get(DATE).and_then(text).and_then(|text| httpdate::parse_http_date(&text).ok());
-    Some(until.duration_since(server.unwrap_or_else(now)).unwrap_or_default())
-}
-
-fn now() -> SystemTime {
-    UNIX_EPOCH + Duration::from_millis(u64::try_from(Clock::System.now_ms()).unwrap_or(0))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -93,7 +70,7 @@ mod tests {
             (408, "Transient model_timeout"),
             (413, "Rejected model_rejected"),
             (422, "Rejected model_rejected"),
-            (429, "Outage model_rate_limited"),
+            (429, "Limited model_rate_limited"),
             (500, "Transient model_unavailable"),
             (502, "Outage model_unavailable"),
             (503, "Outage model_unavailable"),
@@ -105,27 +82,17 @@ mod tests {
     }
 
     #[test]
+    fn a_wait_goes_with_the_error() {
+        check(429, &[("retry-after", "3")], "", "Limited model_rate_limited after 3000 ms");
+        check(503, &[("retry-after-ms", "1500")], "", "Outage model_unavailable after 1500 ms");
+    }
+
+    #[test]
     fn an_account_with_nothing_left_is_no_rate_limit_and_no_fault_of_the_request() {
         let quota = r#"{"error": {"message": "You exceeded it", "code": "insufficient_quota"}}"#;
         check(429, &[], quota, "Account model_unauthorized");
         let limit = r#"{"error": {"message": "You have reached your specified API usage limits."}}"#;
         check(400, &[], limit, "Account model_unauthorized");
-    }
-
-    #[test]
-    fn a_wait_is_read_in_each_of_its_forms() {
-        check(429, &[("retry-after", "3")], "", "Outage model_rate_limited after 3000 ms");
-        check(
-            429,
-            &[("retry-after-ms", "1500"), ("retry-after", "9")],
-            "",
-            "Outage model_rate_limited after 1500 ms",
-        );
-        let (date, until) = ("Sun, 06 Nov 1994 08:49:37 GMT", "Sun, 06 Nov 1994 08:49:41 GMT");
-        check(503, &[("date", date), ("retry-after", until)], "", "Outage model_unavailable after 4000 ms");
-        check(503, &[("date", until), ("retry-after", date)], "", "Outage model_unavailable after 0 ms");
-        check(503, &[("retry-after", "soon")], "", "Outage model_unavailable");
-        check(503, &[("retry-after", "-1")], "", "Outage model_unavailable");
     }
 
     #[test]

@@ -28,9 +28,9 @@ impl Heard {
 }
 
 impl Listener for Heard {
-    fn started(&self, endpoint: Option<&str>, model: &str) {
-        assert!(endpoint.unwrap().starts_with("http://127.0.0.1:"));
-        self.add(format!("started {model}"));
+    fn started(&self, to: Upstream<'_>) {
+        assert!(to.endpoint.unwrap().starts_with("http://127.0.0.1:"));
+        self.add(format!("started {}", to.model));
     }
     fn token(&self, text: &str) {
         self.add(text.to_owned());
@@ -47,12 +47,10 @@ fn call(stream: bool) -> Call<'static> {
     let content = Some(Content::Text("why".to_owned()));
     Call {
         question: "why".to_owned(),
-        passages: &[],
         messages: vec![Message { role: Role::User, content, rest: Map::new() }],
-        model: None,
         sampling: Sampling { temperature: Some(0.5), ..Sampling::default() },
         stream,
-        deadline: None,
+        ..Call::default()
     }
 }
 
@@ -70,7 +68,7 @@ where
 }
 
 fn client(url: &str, timeouts: Timeouts) -> OpenAi {
-    OpenAi::new(url, "small", Some(Secret::new("sk-1234567\n")), timeouts).unwrap()
+    OpenAi::new(url, "small", vec![Secret::new("sk-1234567\n")], timeouts).unwrap()
 }
 
 /// Asks a server that gives this response, and says what was heard and what came back.
@@ -147,7 +145,7 @@ async fn a_server_that_is_not_there_is_an_outage() {
     drop(listener);
     let error =
         client(&url, Timeouts::default()).complete(&call(false), &Heard::default()).await.unwrap_err();
-    assert_eq!((error.class, error.code), (Class::Outage, "model_unavailable"));
+    assert_eq!((error.class, error.code), (Class::Unreachable, "model_unavailable"));
 }
 
 /// A body that gives one piece and then nothing, and tells when the connection is gone.
@@ -161,14 +159,17 @@ fn stalled(piece: &'static str, gone: oneshot::Sender<()>) -> Body {
 
 #[tokio::test]
 async fn a_slow_first_token_and_a_slow_answer_run_out_of_time() {
-    for (piece, first_ms, total_ms, expected) in [
-        (": waiting\n\n", 50, 60_000, "Transient model_timeout"),
-        ("data: {\"choices\":[{\"delta\":{\"content\":\"be\"}}]}\n\n", 60_000, 50, "Cut model_cut"),
+    let begun = "data: {\"choices\":[{\"delta\":{\"content\":\"be\"}}]}\n\n";
+    for (piece, first_ms, silence_ms, total_ms, expected) in [
+        (": waiting\n\n", 50, 60_000, 60_000, "Transient model_timeout"),
+        (begun, 60_000, 60_000, 50, "Cut model_cut"),
+        (begun, 60_000, 50, 60_000, "Cut model_cut"),
     ] {
         let url =
             serve(move |_, _| async move { stalled(piece, oneshot::channel().0).into_response() }).await;
         let timeouts = Timeouts {
             first_token: Duration::from_millis(first_ms),
+            silence: Duration::from_millis(silence_ms),
             total: Duration::from_millis(total_ms),
             ..Timeouts::default()
         };
@@ -196,7 +197,7 @@ async fn a_server_that_asks_to_wait_is_asked_again() {
     })
     .await;
     let heard = Heard::default();
-    let retry = crate::Retry::new(Arc::new(client(&url, Timeouts::default())));
+    let retry = crate::Retry::new(Arc::new(client(&url, Timeouts::default())), Arc::default());
     assert_eq!(retry.complete(&call(false), &heard).await.unwrap().text, "yes");
     let heard = heard.0.into_inner().unwrap();
     assert_eq!(heard, ["started small", "model_rate_limited", "started small", "ok"]);
@@ -216,7 +217,7 @@ async fn giving_a_call_up_closes_its_connection() {
         .await;
     struct First(Mutex<Option<oneshot::Sender<()>>>);
     impl Listener for First {
-        fn started(&self, _: Option<&str>, _: &str) {}
+        fn started(&self, _: Upstream<'_>) {}
         fn token(&self, _: &str) {
             self.0.lock().unwrap().take().unwrap().send(()).unwrap();
         }
@@ -236,7 +237,7 @@ async fn giving_a_call_up_closes_its_connection() {
 
 #[test]
 fn an_address_that_cannot_be_right_is_refused_and_no_secret_is_shown() {
-    let refusal = |url: &str| match OpenAi::new(url, "m", None, Timeouts::default()) {
+    let refusal = |url: &str| match OpenAi::new(url, "m", Vec::new(), Timeouts::default()) {
         Ok(_) => "accepted".to_owned(),
         Err(error) => error.to_string(),
     };
@@ -247,4 +248,25 @@ fn an_address_that_cannot_be_right_is_refused_and_no_secret_is_shown() {
     let secret = refusal("http://me:hunter2@h/v1");
     assert!(secret.contains("password") && !secret.contains("hunter2"));
     assert_eq!(format!("{:?}", Secret::new("hunter2")), "Secret(redacted)");
+}
+
+#[tokio::test]
+async fn a_key_that_is_dead_is_followed_by_the_next_at_once() {
+    let url = serve(|headers: HeaderMap, _| async move {
+        match headers[AUTHORIZATION].to_str().unwrap() {
+            "Bearer good" => r#"{"choices": [{"message": {"content": "yes"}}]}"#.into_response(),
+            _ => (StatusCode::UNAUTHORIZED, "").into_response(),
+        }
+    })
+    .await;
+    let keys = ["dead", "good"].map(Secret::new).into();
+    let openai = OpenAi::new(&url, "small", keys, Timeouts::default()).unwrap();
+    let retry = crate::Retry::new(Arc::new(openai), Arc::default());
+    for expected in
+        [&["started small", "model_unauthorized", "started small", "ok"][..], &["started small", "ok"]]
+    {
+        let heard = Heard::default();
+        retry.complete(&call(false), &heard).await.unwrap();
+        assert_eq!(heard.0.into_inner().unwrap(), expected);
+    }
 }

@@ -135,6 +135,7 @@ impl Written {
             cost_nano_usd: None,
             finish_reason: self.finish_reason,
             ttft,
+            fallback: None,
         })
     }
 

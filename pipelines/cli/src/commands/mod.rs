@@ -8,6 +8,7 @@ mod dlq;
 mod graph;
 mod ingest;
 mod ledger;
+mod pool;
 mod simulate_model;
 mod topics;
 mod up;
@@ -31,6 +32,7 @@ pub async fn run(command: Command, settings: &Settings) -> anyhow::Result<ExitCo
         Command::Topics(topics) => topics::run(topics, config()?).await?,
         Command::Config(crate::args::ConfigCommand::Print) => config::print(&config()?),
         Command::Ledger(ledger) => return ledger::run(ledger, config()?).await,
+        Command::Pool(pool) => return pool::run(pool, config()?).await,
         // It has settings of its own, which stand where Forebay's would.
         Command::SimulateModel(simulate) => simulate_model::run(simulate).await?,
         Command::Completions { shell } => completions::print(shell),

@@ -7,7 +7,7 @@ use crate::{
     config::{self, ADMIN_DEFAULT, Config},
     console::{say, wrong},
     embedded::{Cluster, Embedded, cluster},
-    shutdown,
+    models, shutdown,
     watchdog::Watchdog,
 };
 use anyhow::Context as _;
@@ -91,10 +91,12 @@ impl Up {
         let health = Health::new();
         let _watchdog = Watchdog::start(health.clone())?;
         let gone = CancellationToken::new();
+        let client = models::model(&config)?;
         let serving = tokio::spawn(admin::serve(
             listener,
             telemetry.clone(),
             health.clone(),
+            Arc::new(client.status()),
             gone.clone().cancelled_owned(),
         ));
         let Cluster { kafka, broker } = cluster(&config, embedded).await?;
@@ -103,7 +105,8 @@ impl Up {
             Some(_) => topics::make(&kafka, &plan, &config).await?,
             None => topics::demand(&kafka, &plan, &config).await?,
         }
-        let resources = build::resources(&config, &plan, &cluster).await?;
+        let resources = build::resources(&config, &plan, &cluster, client.model.clone()).await?;
+        client.keep();
         let chosen: Vec<&PlannedStep> =
             plan.steps.iter().filter(|step| stage.is_none_or(|stage| step.key == stage)).collect();
         let launch = Launch {
@@ -114,7 +117,7 @@ impl Up {
             steps: build::steps(chosen.iter().copied(), &resources)?,
             tables: build::tables(&plan, chosen.iter().copied(), &resources),
             // The extractive model costs nothing: to ask it again is cheaper than to remember.
-            is_paid: config.model_url.is_some(),
+            is_paid: !config.model_urls.is_empty(),
             claims: build::claims(&config).await?,
             memory_bytes_max: config.memory_bytes,
             telemetry: &telemetry,

@@ -399,6 +399,11 @@ impl Book {
         self.calls.values().any(|call| call.running && call.source_offset == source_offset)
     }
 
+    /// Whether this owner is making the call, or about to.
+    pub fn is_making(&self, id: &CallId) -> bool {
+        self.calls.get(id).is_some_and(|call| call.running)
+    }
+
     /// The calls that the record at this offset is known to have made; `None` before that can be told.
     pub fn calls_of(&self, source_offset: i64) -> Option<Vec<CallId>> {
         self.read_at?;

@@ -539,6 +539,18 @@ impl Drop for RecordLedger {
 }
 
 impl RecordLedger {
+    /// The same, with those of the record's other calls that nobody here is making. Nobody asks for a hedge again once its
+    /// call is answered, so a crash in between would leave it untold.
+    fn rows_with_others(&self, account: &Account, call: &CallId) -> Vec<Attempt> {
+        let others = {
+            let book = account.book();
+            let made = book.calls_of(self.source_offset).unwrap_or_default();
+            made.into_iter().filter(|other| other != call && !book.is_making(other)).collect::<Vec<_>>()
+        };
+        let rows = self.rows(account, call).into_iter();
+        rows.chain(others.iter().flat_map(|other| self.rows(account, other))).collect()
+    }
+
     /// What an entry says that answered the call for a record which is done.
     fn replayed<'a>(&self, account: &Account, call: &CallId, entry: LedgerEntry) -> Known<'a> {
         if entry.input.is_some_and(|input| input != self.input) {
@@ -597,7 +609,7 @@ impl Ledger for RecordLedger {
                         Known::Open { attempt, turn: Box::new(Call { of: self, account, id, begun, term }) }
                     }
                 };
-                return Ok(Found { rows: self.rows(account, call), known });
+                return Ok(Found { rows: self.rows_with_others(account, call), known });
             }
         })
     }

@@ -1,0 +1,77 @@
+//! How endpoints stand, for people.
+
+use super::{Board, Site};
+use crate::breaker::Passage;
+use serde::Serialize;
+use std::time::Duration;
+use tokio::time::Instant;
+
+impl Board {
+    /// What is known of each endpoint, for people.
+    pub(in crate::pool) fn status(&self, now: Instant) -> Vec<Status> {
+        let status = |site: &Site| Status {
+            endpoint: site.name.clone(),
+            is_ready: site.is_ready,
+            running: site.running,
+            outstanding_max: site.caps.outstanding,
+            tokens: site.tokens,
+            waiting: site.load.as_ref().map(|(load, _)| load.waiting),
+            kv_used: site.load.as_ref().map(|(load, _)| load.kv_used),
+            scraped_ms_ago: site.load.as_ref().map(|(_, at)| millis(now.duration_since(*at))),
+            models: site
+                .lanes
+                .iter()
+                .map(|(model, lane)| ModelStatus {
+                    model: model.clone(),
+                    breaker: lane.breaker.state(now),
+                    share: match lane.breaker.passage(now) {
+                        Passage::Part(part) => part,
+                        Passage::Probe | Passage::Nothing(_) => 0.0,
+                    },
+                    limit: lane.throttle.limit(),
+                })
+                .collect(),
+        };
+        self.sites.iter().map(status).collect()
+    }
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// How an endpoint stands.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Status {
+    /// Scheme, host and port.
+    pub endpoint: String,
+    /// Whether it was seen to answer, where it starts cold.
+    pub is_ready: bool,
+    /// Calls of ours that run there.
+    pub running: usize,
+    /// The most that may.
+    pub outstanding_max: usize,
+    /// Tokens that these may take.
+    pub tokens: u64,
+    /// Requests that wait in its engine, as it says.
+    pub waiting: Option<f64>,
+    /// The part of its KV cache that is in use, as it says.
+    pub kv_used: Option<f64>,
+    /// How old that is.
+    pub scraped_ms_ago: Option<u64>,
+    /// Its models.
+    pub models: Vec<ModelStatus>,
+}
+
+/// How a model at an endpoint stands.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ModelStatus {
+    /// The model.
+    pub model: String,
+    /// `closed`, `ramp`, `open` or `half_open`.
+    pub breaker: &'static str,
+    /// The part of its calls that it gets, from 0 to 1.
+    pub share: f64,
+    /// Calls at once that it was seen to bear.
+    pub limit: f64,
+}
