@@ -311,7 +311,10 @@ impl Stage {
             Ok(retry) => retry,
             Err(fault) => return (self.undecodable(incoming, &fault), Outcome::Undecodable),
         };
-        envelope.timings.queue = envelope.timings.queue.saturating_add(queue_us);
+        // What a sole writer writes must stay the same however late its record is delivered: its own wait is no part of it.
+        if self.once.is_none() {
+            envelope.timings.queue = envelope.timings.queue.saturating_add(queue_us);
+        }
         // Whoever comes back to be tried again was counted when it came first.
         if let Some(visits_max) = self.parts.visits_max.filter(|_| retry.is_none()) {
             envelope.visit = envelope.visit.saturating_add(1);

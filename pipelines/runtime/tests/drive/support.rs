@@ -12,6 +12,7 @@ use forebay_runtime::{
         book::{AMBIGUOUS_MAX, Terms},
     },
     message::{Input, Outgoing},
+    once::Once,
     stage::{CommonTopics, Parts, Patience, RetryTopic, Stage},
 };
 use forebay_schemas::{
@@ -146,6 +147,8 @@ pub struct Spec {
     pub ledger: Option<Arc<dyn Log>>,
     /// How many ambiguous tries are followed by another.
     pub ambiguous_max: usize,
+    /// Whether it is the sole writer of `out`.
+    pub once: bool,
 }
 
 impl Spec {
@@ -165,6 +168,7 @@ impl Spec {
             step: None,
             ledger: None,
             ambiguous_max: AMBIGUOUS_MAX,
+            once: false,
         }
     }
 }
@@ -306,6 +310,8 @@ impl World {
             }))
         });
         let stage = ledgers.into_iter().fold(stage, Stage::with_ledgers);
+        let stage =
+            if spec.once { stage.with_once(Arc::new(Once::new(vec![spec.to.into()]))) } else { stage };
         let stage = Arc::new(match &spec.claims {
             Some(claims) => stage.with_claims(Arc::clone(claims), claimed(spec)),
             None => stage,
