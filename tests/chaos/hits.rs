@@ -13,7 +13,7 @@ use forebay_tests::{Dice, Reader, Running, Signal, product::DRAIN, services, wai
 use std::time::{Duration, Instant};
 
 /// Hits of one run, and kills under a steady load behind them.
-const HITS: usize = 30;
+const HITS: usize = 20;
 const STEADY: usize = 2;
 
 /// Requests that are written between two hits.

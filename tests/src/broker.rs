@@ -9,6 +9,9 @@ use std::time::Duration;
 /// How long a start may take on a machine that does much else, also behind a crash.
 const START: Duration = Duration::from_secs(90);
 
+/// What spares Java's startup processor time: three of them start on a small machine, and live for a minute.
+const JAVA: &str = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC";
+
 /// How long a broker may take to hand its partitions over and end.
 const STOP: Duration = Duration::from_secs(60);
 
@@ -112,6 +115,7 @@ impl Broker {
 fn run(folder: &tempfile::TempDir, ports: (u16, u16), properties: &[String]) -> Option<Running> {
     let properties: Vec<_> = properties.iter().map(String::as_str).collect();
     let mut command = services::kafka_command(folder.path(), ports.0, ports.1, &properties)?;
+    command.env("JAVA_TOOL_OPTIONS", JAVA);
     Some(Running::start("Apache Kafka", &mut command))
 }
 
