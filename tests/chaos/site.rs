@@ -3,14 +3,16 @@
 
 use crate::onlooker::{Onlooker, STAGES};
 use forebay_tests::{
-    Account, Client, New, Reader, Record, Running, Signal,
+    Account, Client, New, Reader, Record, Running, Signal, forebay,
     model::{ModelServer, Says},
-    product::{DRAIN, Up, command, finish},
+    product::{DRAIN, Up, command, command_of, finish},
     wait_for,
 };
 use serde_json::json;
 use std::{
+    cell::Cell,
     collections::BTreeMap,
+    path::PathBuf,
     process::Command,
     sync::atomic::{AtomicU64, Ordering},
     time::{Duration, Instant},
@@ -35,6 +37,8 @@ pub struct Site {
     /// What processes are told of where the model is.
     model_url: String,
     onlooker: Option<Onlooker>,
+    /// How many processes of one step were started.
+    members: Cell<usize>,
 }
 
 /// What came out of a run.
@@ -74,7 +78,7 @@ impl Site {
         let (model, data) = (model(), tempfile::tempdir().unwrap());
         std::fs::write(data.path().join("forebay.yaml"), configuration).unwrap();
         let (client, model_url) = (Client::new(servers, &prefix), model.url());
-        let mut site = Self { client, model, data, prefix, model_url, onlooker: None };
+        let mut site = Self { client, model, data, prefix, model_url, onlooker: None, members: Cell::new(0) };
         let applied = finish(&mut site.command(&["topics", "apply"]), LIMIT);
         assert_eq!(applied.code, 0, "{applied:?}");
         site.onlooker = Some(Onlooker::start(&site.client));
@@ -94,15 +98,25 @@ impl Site {
     /// A command that reaches the cluster by another path.
     pub fn command_at(&self, servers: &str, arguments: &[&str]) -> Command {
         let mut command = command(self.data.path(), arguments);
-        command.args(["--bootstrap-servers", servers, "--topic-prefix", &self.prefix]);
-        command.args(["--model-url", &self.model_url, "--model", "stub", "--config"]);
-        command.arg(self.data.path().join("forebay.yaml"));
+        self.on_site(&mut command, servers);
         command
     }
 
+    fn on_site<'c>(&self, command: &'c mut Command, servers: &str) -> &'c mut Command {
+        command.args(["--bootstrap-servers", servers, "--topic-prefix", &self.prefix]);
+        command.args(["--model-url", &self.model_url, "--model", "stub", "--config"]);
+        command.arg(self.data.path().join("forebay.yaml"))
+    }
+
     /// A process of one step. Nobody waits until it is ready: the next hit may well come first.
+    /// Every second one is of another version where `FOREBAY_CHAOS_OTHER` names its binary.
     pub fn member(&self, stage: &str) -> Running {
-        Running::start(&format!("stage {stage}"), &mut self.command(&["run", "answer", "--stage", stage]))
+        let (started, other) = (self.members.get() + 1, std::env::var_os("FOREBAY_CHAOS_OTHER"));
+        self.members.set(started);
+        let binary = other.filter(|_| started.is_multiple_of(2)).map_or_else(forebay, PathBuf::from);
+        let arguments = ["run", "answer", "--stage", stage];
+        let mut command = command_of(&binary, self.data.path(), &arguments);
+        Running::start(&format!("stage {stage}"), self.on_site(&mut command, self.client.servers()))
     }
 
     /// A process of all steps, ready.

@@ -911,7 +911,7 @@ fn payload_of(request: &Request) -> Option<String> {
 }
 
 /// An error with its causes, as one line.
-fn chain(error: &(dyn Error + 'static)) -> String {
+pub(crate) fn chain(error: &(dyn Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
