@@ -9,6 +9,7 @@
 //! than its session may come a second time, byte for byte; it is counted.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on says why by panicking")]
+#![expect(clippy::print_stdout, reason = "the figures of a run by hand")]
 
 mod brokers;
 mod hits;

@@ -194,9 +194,7 @@ mod tests {
         std::thread::spawn(move || {
             for stream in listener.incoming() {
                 let mut stream = stream.expect("a connection");
-                std::thread::spawn(move || {
-                    std::io::copy(&mut stream.try_clone().expect("a handle"), &mut stream)
-                });
+                std::thread::spawn(move || io::copy(&mut stream.try_clone().expect("a handle"), &mut stream));
             }
         });
         let stream = connect(&proxy);
