@@ -39,7 +39,7 @@ impl Status {
 /// Where the time went, in microseconds; null where a request did not pass.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct TimingsUs {
-    /// Waiting on topics, summed over all hops.
+    /// Waiting on topics, summed over all hops up to the ending.
     pub queue: Option<i64>,
     /// Looking in the cache.
     pub cache: Option<i64>,

@@ -97,7 +97,7 @@ pub enum Hop {
 /// Microseconds spent so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Timings {
-    /// Waiting on topics, over all hops.
+    /// Waiting on topics, over all hops up to the ending.
     pub queue: i64,
     /// Looking in the cache.
     pub cache: Option<i64>,

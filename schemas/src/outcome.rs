@@ -53,7 +53,7 @@ row! {
     saved_by_cache_nano_usd: Option<i64> ["nano-USD"],
     /// Time of a GPU; null where nobody counts it.
     gpu_us: Option<i64> ["µs"],
-    /// Waiting on topics, over all hops.
+    /// Waiting on topics, over all hops up to the ending.
     queue_us: i64 ["µs"],
     /// Looking in the cache.
     cache_us: Option<i64> ["µs"],

@@ -241,6 +241,19 @@ impl Client {
         partitions(&consumer, &self.topic(topic)).len()
     }
 
+    /// Whether so many brokers are there, and every partition has all its replicas in sync.
+    ///
+    /// # Panics
+    /// When no client can be made.
+    #[track_caller]
+    pub fn is_in_sync(&self, brokers: usize) -> bool {
+        let consumer: BaseConsumer = must("make a consumer", self.config().create());
+        let Ok(metadata) = consumer.fetch_metadata(None, WAIT) else { return false };
+        let mut partitions = metadata.topics().iter().flat_map(|topic| topic.partitions());
+        metadata.brokers().len() == brokers
+            && partitions.all(|one| one.leader() >= 0 && one.isr().len() == one.replicas().len())
+    }
+
     /// How many records of a topic a group has not finished yet.
     ///
     /// # Panics

@@ -74,6 +74,11 @@ impl ModelServer {
         Self { port, shared, runtime: Some(runtime) }
     }
 
+    /// Where it listens.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
     /// What `--model-url` takes.
     pub fn url(&self) -> String {
         format!("http://127.0.0.1:{}/v1", self.port)

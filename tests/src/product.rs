@@ -24,7 +24,12 @@ pub const DRAIN: Duration = Duration::from_secs(12);
 
 /// `forebay ARGUMENTS` on a data folder.
 pub fn command(data: &Path, arguments: &[&str]) -> Command {
-    let mut command = Command::new(forebay());
+    command_of(&forebay(), data, arguments)
+}
+
+/// The same with a binary of another version.
+pub fn command_of(binary: &Path, data: &Path, arguments: &[&str]) -> Command {
+    let mut command = Command::new(binary);
     for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("FOREBAY_")) {
         command.env_remove(name);
     }

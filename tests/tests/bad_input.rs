@@ -12,7 +12,9 @@ use forebay_tests::{
 use rdkafka::{error::KafkaError, types::RDKafkaErrorCode};
 use serde_json::{Value, json};
 use std::{
+    collections::BTreeSet,
     fs,
+    io::Write as _,
     net::TcpListener,
     path::{Path, PathBuf},
     process::Command,
@@ -459,6 +461,80 @@ fn a_full_disk_refuses_what_is_new_keeps_what_was_acknowledged_and_goes_on_when_
     }
     client.ask(json!({"id": "after", "prompt": "Is there room again?"}));
     assert_eq!(results.of_key("after", LIMIT).json()["status"], "answered");
+    up.drain();
+}
+
+/// Leaves no room on a disk.
+fn fill(disk: &Path) -> PathBuf {
+    let ballast = disk.join("ballast");
+    let mut file = fs::File::create(&ballast).unwrap();
+    // By the smallest page, so that no hole is left for another's.
+    while file.write_all(&[1; 4096]).is_ok() {}
+    ballast
+}
+
+/// The line that a process has said with these words, as soon as it has.
+fn said(up: &Up, words: &[&str]) -> String {
+    wait_for(&format!("a word on {words:?}"), LIMIT, || {
+        let said = up.process.stderr();
+        said.lines().find(|line| words.iter().all(|word| line.contains(word))).map(str::to_owned)
+    })
+}
+
+#[test]
+fn bodies_wait_for_room_at_the_object_store_and_none_is_lost() {
+    let data = tempfile::tempdir().unwrap();
+    let objects = data.path().join("objects");
+    let Some(_disk) = SmallDisk::mount(&objects, 32 << 20) else {
+        println!("skipped: only root may mount a small disk");
+        return;
+    };
+    let up = Up::start(data.path(), &[]);
+    let client = up.client();
+    let ballast = fill(&objects);
+    let request = |number: usize| json!({"id": format!("r{number}"), "prompt": "What is large?", "metadata": "x".repeat(600_000)});
+    client.write("requests", (0..10).map(request).map(New::from));
+    let place = objects.to_str().unwrap();
+    said(&up, &["could not leave a body", "no space left", place, "free some"]);
+    assert_eq!(client.read("results").to_the_end(LIMIT).len(), 0);
+    assert_eq!(up.get("/healthz").0, 200, "a restart would not help");
+    fs::remove_file(ballast).unwrap();
+    let mut results = client.read("results");
+    for number in 0..10 {
+        let result = results.of_key(&format!("r{number}"), LIMIT).json();
+        assert_eq!(result["status"], "answered", "{result:.300}");
+        assert_eq!(result["metadata"].as_str().map(str::len), Some(600_000));
+    }
+    assert_eq!(results.to_the_end(LIMIT).len(), 10);
+    up.drain();
+}
+
+#[test]
+fn a_full_disk_under_the_copies_of_tables_is_named_and_a_restart_with_room_loses_nothing() {
+    let data = tempfile::tempdir().unwrap();
+    let copies = data.path().join("copies");
+    let Some(_disk) = SmallDisk::mount(&copies, 16 << 20) else {
+        println!("skipped: only root may mount a small disk");
+        return;
+    };
+    let up = Up::start(data.path(), &[]);
+    let client = up.client();
+    let ballast = fill(&copies);
+    let request = |number: usize| json!({"id": format!("r{number}"), "prompt": format!("What is {number}?")});
+    client.write("requests", (0..500).map(request).map(New::from));
+    let place = copies.to_str().unwrap();
+    said(&up, &["could not change a table", "no space left", place, "free some, then restart"]);
+    fs::remove_file(ballast).unwrap();
+    up.kill();
+    let up = Up::start(data.path(), &[]);
+    let client = up.client();
+    let mut results = client.read("results");
+    results.at_least(500, LIMIT);
+    let ids: BTreeSet<_> = results.to_the_end(LIMIT).iter().map(Record::key_text).collect();
+    assert_eq!((ids.len(), results.records().len()), (500, 500), "each has one result");
+    // What was answered while there was no room is known by now.
+    client.ask(json!({"id": "again", "prompt": "What is 7?"}));
+    assert_eq!(results.of_key("again", LIMIT).json()["cache"], "hit");
     up.drain();
 }
 

@@ -2,21 +2,20 @@
 //! calls are under way.
 //!
 //! Oracle: each request has one result. A model is called again for a request only if the call before failed or is told
-//! of as ambiguous: calls ≤ the one that answered + failed + ambiguous, for each request by itself, by the rows on
-//! `attempts`. Where nobody is killed, nothing is called twice.
+//! of as ambiguous ([`Account`]). Where nobody is killed, nothing is called twice.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on says why by panicking")]
 
 use forebay_schemas::{Attempt, Record as _};
 use forebay_tests::{
-    Client, New, Reader, Running, Signal, free_port,
-    model::{ModelServer, Says, last_said},
+    Account, Client, Dice, New, Reader, Running, Signal, free_port,
+    model::{ModelServer, Says},
     product::{DRAIN, Up, command, finish},
     services, wait_for,
 };
 use serde_json::{Value, json};
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeSet,
     path::Path,
     process::Command,
     sync::atomic::{AtomicU64, Ordering},
@@ -31,17 +30,6 @@ const KILLS: usize = 9;
 
 /// Steps before and after the paid one; nobody touches them here.
 const OTHERS: &[&str] = &["look_up", "retrieve", "validate", "publish"];
-
-struct Dice(u64);
-
-impl Dice {
-    fn below(&mut self, bound: u64) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        (self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 33) % bound
-    }
-}
 
 fn setting(name: &str, default: usize) -> usize {
     std::env::var(name).map_or(default, |value| value.parse().unwrap())
@@ -60,26 +48,32 @@ fn model(fails: Option<u64>) -> ModelServer {
     })
 }
 
+fn question(number: usize) -> String {
+    format!("What is request r{number}?")
+}
+
 fn ask(client: &Client, numbers: std::ops::Range<usize>) {
-    let request = |number: usize| json!({"id": format!("r{number}"), "prompt": format!("What is request r{number}?"), "cache": {"no_cache": true}});
+    let request = |number: usize| json!({"id": format!("r{number}"), "prompt": question(number), "cache": {"no_cache": true}});
     client.write("requests", numbers.map(request).map(New::from));
 }
 
-/// Waits for a result of each request; no request may have two. Gives those that were given up, as their call was under
-/// way at more kills than it is tried again after.
-fn all_ended(results: &mut Reader, requests: usize) -> BTreeSet<String> {
+/// Waits for a result of each request; no request may have two. Then takes the account of its calls.
+#[expect(clippy::print_stdout, reason = "the figures of a run by hand")]
+fn all_ended(client: &Client, model: &ModelServer, results: &mut Reader, requests: usize) -> Account {
     results.until("a result for each request", LIMIT, |records| {
         let ids: BTreeSet<_> = records.iter().map(|record| record.key_text()).collect();
         (ids.len() >= requests).then_some(())
     });
-    let mut results: Vec<_> = results.to_the_end(LIMIT).iter().map(|record| record.json()).collect();
+    let results: Vec<_> = results.to_the_end(LIMIT).iter().map(|record| record.json()).collect();
     assert_eq!(results.len(), requests, "one result each");
-    results.retain(|result| result["status"] != "answered");
-    let given_up = |result: Value| {
-        assert_eq!(result["error"]["code"], "call_ambiguous", "{result}");
-        result["id"].as_str().unwrap().to_owned()
-    };
-    results.into_iter().map(given_up).collect()
+    let asked = results.iter().map(|result| {
+        let id = result["id"].as_str().unwrap();
+        (id, result, question(id[1..].parse().unwrap()))
+    });
+    let account = Account::of(client, model, asked, LIMIT);
+    println!("{account:?}");
+    assert!(account.unexplained.is_empty(), "{:#?}", account.unexplained);
+    account
 }
 
 /// Waits until some of what was asked has its result, and more calls are made.
@@ -87,54 +81,6 @@ fn under_way(results: &mut Reader, model: &ModelServer) {
     let (seen, called) = (results.records().len(), model.calls().len());
     results.at_least(seen + 5, LIMIT);
     wait_for("calls under way", LIMIT, || (model.calls().len() > called + 20).then_some(()));
-}
-
-/// What the rows and the model server say, side by side.
-#[derive(Debug, Default)]
-struct Account {
-    calls: usize,
-    ok: usize,
-    failed: usize,
-    ambiguous: usize,
-    /// Calls that no row explains.
-    unexplained: Vec<String>,
-}
-
-#[expect(clippy::print_stdout, reason = "the figures of a run by hand")]
-fn account(client: &Client, model: &ModelServer, requests: usize, given_up: &BTreeSet<String>) -> Account {
-    let mut calls = BTreeMap::<String, usize>::new();
-    for call in model.calls() {
-        let text = last_said(&call);
-        let start = text.find("request r").unwrap() + "request ".len();
-        let id: String = text[start..].chars().take_while(|c| c.is_ascii_alphanumeric()).collect();
-        *calls.entry(id).or_default() += 1;
-    }
-    // A row that came twice is one row.
-    let mut rows = BTreeMap::new();
-    for record in client.read("attempts").to_the_end(LIMIT) {
-        let row = Attempt::decode(record.value.as_deref().unwrap()).unwrap();
-        let before = rows.insert(row.attempt_id.clone(), row.clone());
-        assert!(before.is_none_or(|before| before.status == row.status), "{row:?} was told otherwise before");
-    }
-    let mut account = Account { calls: calls.values().sum(), ..Account::default() };
-    for number in 0..requests {
-        let id = format!("r{number}");
-        let of =
-            |status: &str| rows.values().filter(|row| row.request_id == id && row.status == status).count();
-        let (ok, failed, ambiguous) = (of("ok"), of("failed"), of("ambiguous"));
-        match given_up.contains(&id) {
-            true => assert_eq!((ok, ambiguous), (0, 3), "{id} was given up"),
-            false => assert_eq!(ok, 1, "{id} was answered once"),
-        }
-        let made = calls.get(&id).copied().unwrap_or(0);
-        if made > ok + failed + ambiguous {
-            account.unexplained.push(format!("{id}: {made} calls, {failed} failed, {ambiguous} ambiguous"));
-        }
-        (account.ok, account.failed, account.ambiguous) =
-            (account.ok + ok, account.failed + failed, account.ambiguous + ambiguous);
-    }
-    println!("{account:?}");
-    account
 }
 
 /// Stages as processes on one Kafka.
@@ -178,9 +124,7 @@ fn on_kafka(
     let mut others: Vec<_> = OTHERS.iter().map(|stage| stages.run(stage)).collect();
     let mut results = client.read("results");
     let requests = befall(&stages, &client, &mut results, &model);
-    let given_up = all_ended(&mut results, requests);
-    let account = account(&client, &model, requests, &given_up);
-    assert!(account.unexplained.is_empty(), "{:?}", account.unexplained);
+    let account = all_ended(&client, &model, &mut results, requests);
     if name == "restarts" {
         assert_eq!((account.calls, account.ambiguous), (requests, 0), "nobody was killed");
     }
@@ -225,7 +169,7 @@ fn no_call_is_repeated_without_an_explanation_whoever_is_killed() {
         let (kills, seed) =
             (setting("FOREBAY_LEDGER_KILLS", KILLS), setting("FOREBAY_LEDGER_SEED", 20_261_124));
         println!("FOREBAY_LEDGER_SEED={seed} FOREBAY_LEDGER_KILLS={kills}");
-        let mut dice = Dice(u64::try_from(seed).unwrap() | 1);
+        let mut dice = Dice::new(seed);
         let mut infer = vec![stages.run("infer"), stages.run("infer"), stages.run("infer")];
         // What it had not committed comes to the paid step a second time, from whoever takes its place.
         let mut before = stages.run("retrieve");
@@ -234,9 +178,9 @@ fn no_call_is_repeated_without_an_explanation_whoever_is_killed() {
             ask(client, written..written + 150);
             written += 150;
             under_way(results, model);
-            let some = Instant::now() + Duration::from_millis(dice.below(400));
+            let some = Instant::now() + Duration::from_millis(u64::try_from(dice.below(400)).unwrap());
             wait_for("a moment", LIMIT, || (Instant::now() > some).then_some(()));
-            let at = usize::try_from(dice.below(3)).unwrap();
+            let at = dice.below(3);
             if kill % 4 == 1 {
                 // Frozen for longer than its session and its lease: it wakes as if it still had both.
                 infer[at].signal(Signal::STOP);
@@ -300,9 +244,7 @@ fn on_the_embedded_broker_no_call_is_repeated_without_an_explanation_when_all_is
         up.kill();
         up = start();
     }
-    let given_up = all_ended(&mut results, written);
-    let account = account(&client, &model, written, &given_up);
-    assert!(account.unexplained.is_empty(), "{:?}", account.unexplained);
+    all_ended(&client, &model, &mut results, written);
     let metrics = up.get("/metrics").1;
     assert!(metrics.contains("forebay_ledger_entries"), "{metrics}");
     shows(data.path(), &client);

@@ -15,6 +15,7 @@
 mod ahead;
 
 use crate::{
+    crash::crash_point,
     fence::Fence,
     message::{Incoming, Outgoing, Partition},
     queue::{Queue, Waiting},
@@ -633,7 +634,9 @@ impl<S: Source> Loop<S> {
             }
         }
         if !progress.is_empty() {
+            crash_point("store");
             self.source.store(&progress);
+            crash_point("commit");
         }
     }
 
@@ -741,7 +744,10 @@ async fn write(
 ) -> Result<(), SendError> {
     ours.still().await?;
     unless_gone(ours, async {
-        let mut result = sink.send(stage.check_in(messages).await).await;
+        let messages = stage.check_in(messages).await;
+        crash_point("output");
+        let mut result = sink.send(messages).await;
+        crash_point("written");
         for bare in [false, true] {
             let Err(SendError::TooLarge { topic, .. }) = &result else { break };
             result = sink.send(stage.too_large(incoming, topic, bare)).await;

@@ -327,7 +327,10 @@ impl Stage {
             Ok(retry) => retry,
             Err(fault) => return (self.undecodable(incoming, &fault), Outcome::Undecodable),
         };
-        envelope.timings.queue = envelope.timings.queue.saturating_add(queue_us);
+        // What a sole writer writes must stay the same however late its record is delivered: its own wait is no part of it.
+        if self.once.is_none() {
+            envelope.timings.queue = envelope.timings.queue.saturating_add(queue_us);
+        }
         // Whoever comes back to be tried again was counted when it came first.
         if let Some(visits_max) = self.parts.visits_max.filter(|_| retry.is_none()) {
             envelope.visit = envelope.visit.saturating_add(1);
@@ -943,7 +946,7 @@ fn payload_of(request: &Request) -> Option<String> {
 }
 
 /// An error with its causes, as one line.
-fn chain(error: &(dyn Error + 'static)) -> String {
+pub(crate) fn chain(error: &(dyn Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {

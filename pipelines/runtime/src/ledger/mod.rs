@@ -14,6 +14,7 @@ pub mod book;
 mod simulation;
 
 use crate::{
+    crash::crash_point,
     drive::SendError,
     fence,
     message::{Incoming, Partition},
@@ -658,7 +659,9 @@ impl Turn for Call<'_> {
         Box::pin(async move {
             self.begun = Some(row.clone());
             let attempt_id = row.attempt_id.clone();
+            crash_point("start");
             self.append(self.entry(EntryKind::Started, Some(row))).await?;
+            crash_point("call");
             {
                 let book = self.account.book();
                 if book.may_send(self.account.now()) && book.term() == self.term {
@@ -678,6 +681,7 @@ impl Turn for Call<'_> {
 
     fn done(&mut self, answer: Vec<u8>, row: Option<Attempt>) -> BoxFuture<'_, Result<(), Failure>> {
         Box::pin(async move {
+            crash_point("done");
             let entry = self.entry(EntryKind::Done, row);
             // From here on its end is known, and on its way.
             self.begun = None;
@@ -696,6 +700,7 @@ impl Turn for Call<'_> {
 
     fn failed(&mut self, row: Option<Attempt>) -> BoxFuture<'_, Result<(), Failure>> {
         Box::pin(async move {
+            crash_point("failed");
             let code = row.as_ref().and_then(|row| row.error_code.clone());
             let failed = LedgerEntry { code, ..self.entry(EntryKind::Failed, row) };
             self.begun = None;

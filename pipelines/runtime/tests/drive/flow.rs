@@ -1,6 +1,6 @@
 //! How records flow: bounds, commits, the end.
 
-use crate::support::{Slow, Spec, World, on, pass, script};
+use crate::support::{Slow, Spec, World, header, on, pass, script};
 use forebay_runtime::{
     drive::{Limits, SendError, Sink},
     message::Outgoing,
@@ -166,4 +166,22 @@ async fn a_sink_that_cannot_go_on_ends_the_stage_with_the_reason() {
     let fault = member.ended().await.unwrap_err().to_string();
     assert_eq!(fault, "stage step cannot go on: could not write to topic out: fenced");
     assert_eq!(world.committed("requests"), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_a_sole_writer_writes_does_not_change_with_how_late_its_record_is_delivered() {
+    let as_it_came = script(|run| async move { Ok(vec![on(&run)]) });
+    // Nothing is committed, so the second member is given the record again; it remembers nothing.
+    let limits = Limits { commit_every: Duration::from_secs(3_600), ..Limits::new(1) };
+    let spec = Spec { once: true, limits, ..Spec::new(as_it_came) };
+    let world = World::new();
+    world.write("requests", None, "a");
+    for copies in 1..=2 {
+        let member = world.join(&spec);
+        pass(5_000).await;
+        assert_eq!(world.texts("out").len(), copies);
+        member.kill().await;
+    }
+    let timings: Vec<_> = world.log.read("out").iter().map(|one| header(one, "forebay-timings")).collect();
+    assert_eq!(timings[0], timings[1]);
 }

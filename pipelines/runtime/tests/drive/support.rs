@@ -14,6 +14,7 @@ use forebay_runtime::{
         book::{AMBIGUOUS_MAX, Terms},
     },
     message::{Input, Outgoing},
+    once::Once,
     stage::{CommonTopics, Parts, Patience, RetryTopic, Stage},
 };
 use forebay_schemas::{
@@ -150,6 +151,8 @@ pub struct Spec {
     pub ambiguous_max: usize,
     /// Another way to read on than in the world's log.
     pub ahead: Option<Arc<dyn Ahead>>,
+    /// Whether it is the sole writer of `out`.
+    pub once: bool,
 }
 
 impl Spec {
@@ -170,6 +173,7 @@ impl Spec {
             ledger: None,
             ambiguous_max: AMBIGUOUS_MAX,
             ahead: None,
+            once: false,
         }
     }
 }
@@ -327,6 +331,8 @@ impl World {
         let ahead = spec.ahead.clone().unwrap_or_else(|| Arc::new(self.ahead(spec)));
         let stage = stage.with_cancels(Arc::clone(&self.cancels)).with_ahead(ahead);
         let stage = ledgers.into_iter().fold(stage, Stage::with_ledgers);
+        let stage =
+            if spec.once { stage.with_once(Arc::new(Once::new(vec![spec.to.into()]))) } else { stage };
         let stage = Arc::new(match &spec.claims {
             Some(claims) => stage.with_claims(Arc::clone(claims), claimed(spec)),
             None => stage,

@@ -3,6 +3,7 @@
 //! Invariant: a table says that it has caught up only when it holds all that the topic held when reading began.
 
 use super::client::{Kafka, LogContext, SettingsError};
+use crate::stage::chain;
 use bytes::Bytes;
 use forebay_operator::{Change, Failure, Table};
 use forebay_telemetry::Health;
@@ -310,7 +311,7 @@ impl Follower {
                     return;
                 }
                 Err(failure) => {
-                    error!(topic = %self.topic, error = %failure, "could not change a table; will try again");
+                    error!(topic = %self.topic, error = chain(&failure), "could not change a table; will try again");
                     let stopped = self.shutdown.cancelled();
                     let waited = self.runtime.block_on(async { tokio::time::timeout(wait, stopped).await });
                     if waited.is_ok() {

@@ -1,0 +1,72 @@
+//! Processes that crash between two named lines (`pipelines/runtime/src/crash.rs`), one line after the other.
+//!
+//! The simulations crash at every await point already, against a log in memory. Here the log, the groups and the model are
+//! real.
+
+use crate::{
+    onlooker::STAGES,
+    seed,
+    site::{LIMIT, Site},
+};
+use forebay_tests::{Dice, Running, Signal, product::DRAIN, services, wait_for};
+use std::{
+    os::unix::process::ExitStatusExt as _,
+    time::{Duration, Instant},
+};
+
+/// What every step passes: before what a record became is sent, when it is acknowledged, before its offset is stored, and
+/// before that is committed. A process of each step crashes at each of them.
+const OF_ALL: &[&str] = &["output", "written", "store", "commit"];
+
+/// What a paid call passes besides: before `started` is sent, when it is acknowledged, when the model has answered, when it has
+/// refused. A second process of the paid step crashes at each of these.
+const OF_CALLS: &[&str] = &["start", "call", "done", "failed"];
+
+/// The shortest session that a broker takes by default: every crash costs one.
+const CONFIGURATION: &str = "kafka: {session.timeout.ms: 6000, heartbeat.interval.ms: 1000}\n";
+
+/// Requests that come every so often until all have crashed that should, where not too many are under way.
+const REQUESTS: usize = 50;
+const UNDER_WAY_MAX: usize = 200;
+const EVERY: Duration = Duration::from_millis(500);
+
+#[test]
+fn every_request_has_one_result_whatever_line_a_process_crashes_at() {
+    let Some(servers) = services::kafka() else { return };
+    let mut dice = Dice::new(seed());
+    let site = Site::new("points", &servers, CONFIGURATION);
+    let survivor = site.up();
+    let mut results = site.client.read("results");
+    let mut written = 0;
+    for (of_all, of_calls) in OF_ALL.iter().zip(OF_CALLS) {
+        let points = STAGES.iter().map(|(stage, ..)| (*stage, *of_all)).chain([("infer", *of_calls)]);
+        let crash = |(stage, point): (&str, &str)| {
+            // Few calls fail, and offsets are stored for many records at a time.
+            let passing = match point {
+                "failed" | "store" | "commit" => dice.within(1..4),
+                _ => dice.within(1..40),
+            };
+            let at = format!("{point}:{passing}");
+            let mut command = site.command(&["run", "answer", "--stage", stage]);
+            let process = Running::start(stage, command.env("FOREBAY_CRASH_AT", &at));
+            (format!("{stage} at {at}"), process)
+        };
+        let mut crashing: Vec<_> = points.map(crash).collect();
+        let mut next = Instant::now();
+        wait_for("all to crash", LIMIT, || {
+            let under_way = written - results.to_the_end(LIMIT).len();
+            if Instant::now() > next && under_way < UNDER_WAY_MAX {
+                next = Instant::now() + EVERY;
+                site.ask(&mut written, REQUESTS);
+            }
+            crashing.iter_mut().all(|(_, process)| !process.is_alive()).then_some(())
+        });
+        for (what, mut process) in crashing {
+            let signal = process.ended(DRAIN).signal();
+            assert_eq!(signal, Some(Signal::ABORT.as_raw()), "{what}: {}", process.stderr());
+            println!("{what}");
+        }
+    }
+    println!("{:#?}", site.check(&mut results, written, 0));
+    survivor.drain();
+}
