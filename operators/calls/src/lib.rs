@@ -1,6 +1,6 @@
 //! Calling what is slow, dear and unreliable.
 //!
-//! [`Model`] is the port: one question in, one answer out. [`OpenAi`] makes one try. Everything else is a `Model` around a
+//! [`Model`] is the port: one question in, one answer out. [`Server`] makes one try. Everything else is a `Model` around a
 //! `Model`, stacked by [`client`](client()), here from the outside in:
 //!
 //! ```text
@@ -11,7 +11,7 @@
 //! Pool        the best endpoint that has room; before each, for each model:
 //!   Breaker     nothing goes where nothing comes back
 //!   Throttle    no more than the provider bears
-//! OpenAi      one HTTP request, its timeouts, its keys, its errors put into classes
+//! Server      one HTTP request, its timeouts, its keys, its errors put into classes
 //! ```
 //!
 //! Invariant: every try is told to the [`Listener`], also the one that fails, so that its cost is never lost; and a
@@ -26,11 +26,11 @@ mod fallback;
 pub mod hedge;
 pub mod limits;
 mod model;
-pub mod openai;
 pub mod pool;
 pub mod retry;
 mod route;
 mod secret;
+pub mod server;
 #[cfg(test)]
 mod testing;
 pub mod throttle;
@@ -43,9 +43,9 @@ pub use error::{CallError, Class, Health};
 pub use fallback::Fallback;
 pub use hedge::Hedge;
 pub use limits::Limits;
-pub use model::{Call, Listener, Model, Reply, Tried, Upstream};
-pub use openai::OpenAi;
+pub use model::{Call, Listener, Model, Reply, Task, Tried, TryId, Upstream};
 pub use pool::Pool;
 pub use retry::Retry;
 pub use route::Route;
 pub use secret::Secret;
+pub use server::{Api, Server};

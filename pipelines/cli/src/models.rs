@@ -6,10 +6,10 @@ use crate::{
 };
 use anyhow::Context as _;
 use forebay_calls::{
-    Model, OpenAi, Pool, Retry, Secret,
+    Api, Model, Pool, Retry, Secret, Server,
     client::{Parts, client},
-    openai::Timeouts,
     pool::{Endpoint, Http, Wake},
+    server::Timeouts,
 };
 use forebay_operators::Extractive;
 use futures::future::BoxFuture;
@@ -85,8 +85,8 @@ pub fn model(config: &Config) -> anyhow::Result<Client> {
     Ok(Client { model, pools })
 }
 
-fn server(url: &str, name: &str, keys: &[Secret]) -> anyhow::Result<OpenAi> {
-    OpenAi::new(url, name, keys.to_vec(), Timeouts::default()).map_err(wrong)
+fn server(url: &str, name: &str, keys: &[Secret]) -> anyhow::Result<Server> {
+    Server::new(Api::Chat, url, name, keys.to_vec(), Timeouts::default()).map_err(wrong)
 }
 
 fn pool(urls: &[String], name: &str, keys: &[Secret], settings: &PoolSettings) -> anyhow::Result<Pool> {
