@@ -4,6 +4,7 @@
 //! `Model`, stacked by [`client`](client()), here from the outside in:
 //!
 //! ```text
+//! Embeddings, Reranker   texts of many callers in few calls; for vectors and scores only
 //! Allowed     a tenant spends what it may, and no more
 //! Fallback    where a model is given up, the next one is asked
 //! Retry       what the world failed is tried again, shortly, elsewhere, and as the budget has it
@@ -18,6 +19,7 @@
 //! key never reaches a log, an error or a row.
 
 pub mod allowance;
+pub mod batch;
 pub mod breaker;
 mod budget;
 pub mod client;
@@ -37,6 +39,7 @@ pub mod throttle;
 mod window;
 
 pub use allowance::Allowed;
+pub use batch::{Embeddings, Reranker};
 pub use budget::Budget;
 pub use client::client;
 pub use error::{CallError, Class, Health};
