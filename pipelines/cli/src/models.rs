@@ -121,8 +121,8 @@ fn pool(served: &[&Served], name: Option<&str>, settings: &PoolSettings) -> anyh
         })
     };
     let endpoints: Vec<_> = served.iter().map(endpoint).collect::<anyhow::Result<_>>()?;
-    let name = name.map(str::to_owned).or_else(|| Some(endpoints.first()?.model.name().to_owned()));
-    let name = name.unwrap_or_default();
+    // Endpoints of a pool serve one model, if under several names; the first one's is shown and stands in the cache's key.
+    let name = endpoints.first().map(|endpoint| endpoint.model.name().to_owned()).unwrap_or_default();
     let pool = Pool::new(name, endpoints, Arc::new(rand::random::<f64>));
     match &settings.wake_url {
         Some(url) => Ok(pool.woken_by(Arc::new(Post::new(url)?))),
