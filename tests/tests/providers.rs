@@ -1,7 +1,7 @@
 //! Each API against the simulator, with what goes wrong there, in one process; the simulator's log is the provider's own
 //! account of what was asked and answered.
 
-#![expect(clippy::panic, clippy::unwrap_used, reason = "a test that cannot go on says why by panicking")]
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on says why by panicking")]
 
 use forebay_calls::{
     Api, Call, CallError, Embeddings, Listener, Model, Reply, Reranker, Secret, Server, Tried, TryId,
