@@ -9,7 +9,7 @@ use crate::text::{
     sentences::{self, Kind},
     tokens, words,
 };
-use forebay_calls::{Call, CallError, Listener, Model, Reply, Tried, Upstream};
+use forebay_calls::{Call, CallError, Class, Listener, Model, Reply, Task, Tried, Upstream};
 use forebay_schemas::{Citation, NanoUsd, Passage, Usage};
 use futures::future::BoxFuture;
 use std::{
@@ -70,6 +70,13 @@ impl Model for Extractive {
         listener: &'a dyn Listener,
     ) -> BoxFuture<'a, Result<Reply, CallError>> {
         Box::pin(async move {
+            if call.task != Task::Answer {
+                return Err(CallError::new(
+                    Class::Rejected,
+                    "model_rejected",
+                    "the extractive model only answers",
+                ));
+            }
             let to = Upstream { provider: NAME, endpoint: None, model: NAME };
             listener.started(to);
             let sent = Instant::now();
@@ -78,15 +85,15 @@ impl Model for Extractive {
             let count = |tokens| u64::try_from(tokens).unwrap_or(u64::MAX);
             let (prompt_tokens, completion_tokens) =
                 (count(read + tokens(&call.question)), count(tokens(&text)));
-            let total_tokens = prompt_tokens.saturating_add(completion_tokens);
             if call.stream {
                 listener.token(&text);
             }
             let reply = Reply {
                 text,
+                vectors: Vec::new(),
                 citations: Some(citations),
                 model: NAME.to_owned(),
-                usage: Some(Usage { prompt_tokens, completion_tokens, total_tokens }),
+                usage: Some(Usage::of(prompt_tokens, completion_tokens)),
                 cost_nano_usd: Some(NanoUsd(0)),
                 finish_reason: Some("stop".to_owned()),
                 ttft: call.stream.then(|| sent.elapsed()),

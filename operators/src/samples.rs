@@ -109,7 +109,7 @@ pub(crate) fn completion() -> Completion {
             citations: vec![citation],
             model: "small".to_owned(),
             provider: "openai_compatible".to_owned(),
-            usage: Some(Usage { prompt_tokens: 3, completion_tokens: 1, total_tokens: 4 }),
+            usage: Some(Usage::of(3, 1)),
             cost_nano_usd: Some(NanoUsd(7)),
             finish_reason: Some("stop".to_owned()),
             ttft_us: None,

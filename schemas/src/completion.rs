@@ -26,10 +26,24 @@ pub struct Citation {
 pub struct Usage {
     /// Tokens read by the model, those from its prefix cache included.
     pub prompt_tokens: u64,
-    /// Tokens written by the model.
+    /// Tokens written by the model, those of its reasoning included.
     pub completion_tokens: u64,
     /// Their sum.
     pub total_tokens: u64,
+    /// Those of the prompt that came from a prefix cache; absent where the provider does not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cached_tokens: Option<u64>,
+    /// Those of the answer that went into reasoning; absent where the provider does not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reasoning_tokens: Option<u64>,
+}
+
+impl Usage {
+    /// Of a prompt and an answer of so many tokens.
+    pub fn of(prompt_tokens: u64, completion_tokens: u64) -> Self {
+        let total_tokens = prompt_tokens.saturating_add(completion_tokens);
+        Self { prompt_tokens, completion_tokens, total_tokens, ..Self::default() }
+    }
 }
 
 /// Whether the answer came from the cache.

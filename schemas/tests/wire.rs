@@ -162,11 +162,15 @@ mod any_record {
     }
 
     fn usage() -> impl Strategy<Value = Usage> {
-        any::<(u64, u64, u64)>().prop_map(|(prompt_tokens, completion_tokens, total_tokens)| Usage {
-            prompt_tokens,
-            completion_tokens,
-            total_tokens,
-        })
+        any::<(u64, u64, u64, Option<u64>, Option<u64>)>().prop_map(
+            |(prompt_tokens, completion_tokens, total_tokens, cached_tokens, reasoning_tokens)| Usage {
+                prompt_tokens,
+                completion_tokens,
+                total_tokens,
+                cached_tokens,
+                reasoning_tokens,
+            },
+        )
     }
 
     fn generated() -> impl Strategy<Value = Generated> {
@@ -387,7 +391,7 @@ fn every_field_of_an_answer_is_there_also_where_it_is_null() {
         "generation": 0
     });
     assert_eq!(serde_json::from_slice::<Value>(&answer.encode().unwrap().unwrap()).unwrap(), wanted);
-    let usage = Usage { prompt_tokens: 1, completion_tokens: 2, total_tokens: 3 };
+    let usage = Usage::of(1, 2);
     let names = json!({"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3});
     assert_eq!(serde_json::to_value(usage).unwrap(), names);
 }

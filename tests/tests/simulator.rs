@@ -2,6 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on says why by panicking")]
 
+use forebay_schemas::{Attempt, Record as _};
 use forebay_tests::{
     Running, Signal,
     product::{DRAIN, Up, command, finish},
@@ -28,6 +29,15 @@ fn lines(log: &Path) -> Vec<Value> {
 
 #[test]
 fn a_pipeline_on_it_gives_cited_answers_though_each_first_try_fails() {
+    each_first_try_fails("openai");
+}
+
+#[test]
+fn a_pipeline_on_it_speaks_anthropic_s_api_too() {
+    each_first_try_fails("anthropic");
+}
+
+fn each_first_try_fails(api: &str) {
     const REQUESTS: usize = 20;
     let data = tempfile::tempdir().unwrap();
     let log = data.path().join("calls.jsonl");
@@ -38,7 +48,10 @@ fn a_pipeline_on_it_gives_cited_answers_though_each_first_try_fails() {
         data.path(),
         &["--latency", "5ms", "--config", faults.to_str().unwrap(), "--call-log", log.to_str().unwrap()],
     );
-    let up = Up::start(data.path(), &["--model-url", &url, "--model", "simulated"]);
+    let config = data.path().join("forebay.yaml");
+    std::fs::write(&config, format!("model: {{api: {api}}}\n")).unwrap();
+    let config = config.to_str().unwrap();
+    let up = Up::start(data.path(), &["--config", config, "--model-url", &url, "--model", "simulated"]);
     let guide = concat!(env!("CARGO_MANIFEST_DIR"), "/../pipelines/guides/delivery.md");
     let ingested = finish(&mut command(data.path(), &["ingest", guide]), LIMIT);
     assert_eq!(ingested.code, 0, "{ingested:?}");
@@ -59,9 +72,18 @@ fn a_pipeline_on_it_gives_cited_answers_though_each_first_try_fails() {
         assert!(!result["citations"].as_array().unwrap().is_empty(), "{result}");
     }
     // The account of the simulator and Forebay's own agree: two tries each, of which the second was good.
-    assert_eq!(attempts.at_least(2 * REQUESTS, LIMIT).len(), 2 * REQUESTS);
+    let rows = attempts.at_least(2 * REQUESTS, LIMIT);
+    assert_eq!(rows.len(), 2 * REQUESTS);
     let lines = lines(&log);
     assert_eq!(lines.len(), 2 * REQUESTS);
+    let noted: BTreeSet<(String, u64)> = rows
+        .iter()
+        .map(|row| Attempt::decode(row.value.as_deref().unwrap()).unwrap())
+        .map(|row| (row.call_id, row.attempt.try_into().unwrap()))
+        .collect();
+    let logged =
+        |line: &Value| (line["call_id"].as_str().unwrap().to_owned(), line["attempt"].as_u64().unwrap());
+    assert_eq!(noted, lines.iter().map(logged).collect(), "call by call, and try by try");
     let faults: BTreeSet<&str> = lines.iter().filter_map(|line| line["fault"].as_str()).collect();
     assert_eq!(faults, BTreeSet::from(["malformed", "reset", "status_500"]));
     for line in &lines {

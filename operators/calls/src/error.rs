@@ -99,6 +99,12 @@ impl CallError {
         self
     }
 
+    /// The same for another who waited for it. Of its cause the words are left.
+    pub(crate) fn copy(&self) -> Self {
+        let source = self.source.as_ref().map(|source| source.to_string().into());
+        Self { message: self.message.clone(), source, ..*self }
+    }
+
     /// Whether another try may succeed. `elsewhere` where it would go to another endpoint or by another key.
     pub fn is_retryable(&self, elsewhere: bool) -> bool {
         match self.class {

@@ -1,9 +1,10 @@
 //! Calling what is slow, dear and unreliable.
 //!
-//! [`Model`] is the port: one question in, one answer out. [`OpenAi`] makes one try. Everything else is a `Model` around a
+//! [`Model`] is the port: one question in, one answer out. [`Server`] makes one try. Everything else is a `Model` around a
 //! `Model`, stacked by [`client`](client()), here from the outside in:
 //!
 //! ```text
+//! Embeddings, Reranker   texts of many callers in few calls; for vectors and scores only
 //! Allowed     a tenant spends what it may, and no more
 //! Fallback    where a model is given up, the next one is asked
 //! Retry       what the world failed is tried again, shortly, elsewhere, and as the budget has it
@@ -11,13 +12,14 @@
 //! Pool        the best endpoint that has room; before each, for each model:
 //!   Breaker     nothing goes where nothing comes back
 //!   Throttle    no more than the provider bears
-//! OpenAi      one HTTP request, its timeouts, its keys, its errors put into classes
+//! Server      one HTTP request, its timeouts, its keys, its errors put into classes
 //! ```
 //!
 //! Invariant: every try is told to the [`Listener`], also the one that fails, so that its cost is never lost; and a
 //! key never reaches a log, an error or a row.
 
 pub mod allowance;
+pub mod batch;
 pub mod breaker;
 mod budget;
 pub mod client;
@@ -26,26 +28,27 @@ mod fallback;
 pub mod hedge;
 pub mod limits;
 mod model;
-pub mod openai;
 pub mod pool;
 pub mod retry;
 mod route;
 mod secret;
+pub mod server;
 #[cfg(test)]
 mod testing;
 pub mod throttle;
 mod window;
 
 pub use allowance::Allowed;
+pub use batch::{Embeddings, Reranker};
 pub use budget::Budget;
 pub use client::client;
 pub use error::{CallError, Class, Health};
 pub use fallback::Fallback;
 pub use hedge::Hedge;
 pub use limits::Limits;
-pub use model::{Call, Listener, Model, Reply, Tried, Upstream};
-pub use openai::OpenAi;
+pub use model::{Call, Listener, Model, Reply, Task, Tried, TryId, Upstream};
 pub use pool::Pool;
 pub use retry::Retry;
 pub use route::Route;
 pub use secret::Secret;
+pub use server::{Api, Server};

@@ -1,15 +1,34 @@
-//! The port to whatever writes answers.
+//! The port to whatever writes answers, or computes vectors and scores.
 
 use crate::{CallError, limits::Limits, route::Route};
-use forebay_schemas::{Citation, Content, Message, NanoUsd, Passage, Sampling, Tenant, Usage};
+use forebay_schemas::{Citation, Content, Lane, Message, NanoUsd, Passage, Sampling, Tenant, Usage};
 use futures::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 use tokio::time::Instant;
 
+/// What is wanted of a model.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Task<'a> {
+    /// A text.
+    #[default]
+    Answer,
+    /// A vector for each of these texts.
+    Embed(&'a [&'a str]),
+    /// How well each of these documents answers the query.
+    Rank {
+        /// What is sought.
+        query: &'a str,
+        /// Where.
+        documents: &'a [&'a str],
+    },
+}
+
 /// One question, with all that a model may need to answer it.
 #[derive(Clone, Debug, Default)]
 pub struct Call<'a> {
+    /// What is wanted: a text, from the fields below, or numbers about texts.
+    pub task: Task<'a>,
     /// What is asked, without history or sources.
     pub question: String,
     /// What may answer it, best first.
@@ -26,6 +45,8 @@ pub struct Call<'a> {
     pub deadline: Option<Instant>,
     /// Whose call it is.
     pub tenant: Tenant,
+    /// In which of the two queues it waited.
+    pub lane: Lane,
     /// Where it was tried already; layers note and read it, whoever calls begins with an empty one.
     pub route: Route,
 }
@@ -38,15 +59,29 @@ const BYTES_PER_TOKEN: usize = 4;
 impl Call<'_> {
     /// About how many tokens it takes, before anybody has counted: those it sends, and the most it may get.
     pub fn tokens_estimated(&self) -> u64 {
-        let Sampling { max_tokens, max_completion_tokens, .. } = self.sampling;
-        let answer = max_completion_tokens.or(max_tokens).unwrap_or(ANSWER_TOKENS);
+        let answer = match self.task {
+            Task::Answer => self.answer_tokens_max(),
+            Task::Embed(_) | Task::Rank { .. } => 0,
+        };
         self.prompt_tokens_estimated().saturating_add(answer)
+    }
+
+    /// The most tokens of its answer.
+    pub(crate) fn answer_tokens_max(&self) -> u64 {
+        let Sampling { max_tokens, max_completion_tokens, .. } = self.sampling;
+        max_completion_tokens.or(max_tokens).unwrap_or(ANSWER_TOKENS)
     }
 
     /// About how many tokens it sends.
     pub fn prompt_tokens_estimated(&self) -> u64 {
         let said = self.messages.iter().filter_map(|message| message.content.as_ref());
-        let bytes: usize = said
+        let asked: usize = match self.task {
+            Task::Answer => 0,
+            Task::Embed(texts) => texts.iter().map(|text| text.len()).sum(),
+            // A cross-encoder reads the query with each document.
+            Task::Rank { query, documents } => documents.iter().map(|text| text.len() + query.len()).sum(),
+        };
+        let said: usize = said
             .map(|content| match content {
                 Content::Text(text) => text.len(),
                 Content::Parts(parts) => {
@@ -54,15 +89,31 @@ impl Call<'_> {
                 }
             })
             .sum();
-        u64::try_from(bytes / BYTES_PER_TOKEN).unwrap_or(u64::MAX)
+        u64::try_from((asked + said) / BYTES_PER_TOKEN).unwrap_or(u64::MAX)
+    }
+
+    /// Whether a text repeats what was asked, and so must not stand in an error.
+    pub(crate) fn is_repeated_in(&self, text: &str) -> bool {
+        let repeats = |asked: &str| !asked.is_empty() && text.contains(asked);
+        repeats(&self.question)
+            || match self.task {
+                Task::Answer => false,
+                Task::Embed(texts) => texts.iter().any(|asked| repeats(asked)),
+                Task::Rank { query, documents } => {
+                    repeats(query) || documents.iter().any(|asked| repeats(asked))
+                }
+            }
     }
 }
 
 /// What a model wrote, and what it took. A ledger keeps it, so it is read by later versions too.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Reply {
-    /// The answer; never empty.
+    /// The answer; empty only where vectors were wanted.
     pub text: String,
+    /// The vector of each text; or the score of each document, as a vector of one number.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub vectors: Vec<Vec<f32>>,
     /// The quotations that it rests on; absent for a model that writes text only.
     pub citations: Option<Vec<Citation>>,
     /// The model that answered, as it names itself.
@@ -71,7 +122,8 @@ pub struct Reply {
     pub usage: Option<Usage>,
     /// What it cost; absent where the model has no price.
     pub cost_nano_usd: Option<NanoUsd>,
-    /// Why the model stopped, in the provider's word.
+    /// Why the model stopped, in OpenAI's words: `stop`, `length`, `content_filter`; a reason that it has no word for is the
+    /// provider's.
     pub finish_reason: Option<String>,
     /// Time to first token; absent unless streamed.
     pub ttft: Option<Duration>,
@@ -91,6 +143,15 @@ pub struct Upstream<'a> {
     pub model: &'a str,
 }
 
+/// What the try of a call is known by, to rows and to servers alike.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TryId {
+    /// The call's id: the same over its tries.
+    pub call: String,
+    /// The number of the try, from 0.
+    pub number: u32,
+}
+
 /// One try, as it ended.
 #[derive(Debug)]
 pub struct Tried<'a> {
@@ -108,6 +169,11 @@ pub struct Tried<'a> {
 pub trait Listener: Send + Sync {
     /// A try is sent.
     fn started(&self, to: Upstream<'_>);
+    /// What the try that was started is known by, where anybody keeps count. It travels with the try, so that what a server
+    /// logs can be laid beside what we noted.
+    fn try_id(&self) -> Option<TryId> {
+        None
+    }
     /// A piece of its answer came; only where the call streams.
     fn token(&self, text: &str);
     /// It ended.
@@ -134,11 +200,16 @@ pub trait Listener: Send + Sync {
 ///
 /// Whoever asks an upstream that costs something wraps each try into [`Listener::paid`], and so tells layers and ledger of it.
 pub trait Model: Send + Sync + 'static {
-    /// The kind of provider: `openai_compatible`, `extractive`.
+    /// The kind of provider: `openai_compatible`, `anthropic`, `extractive`.
     fn provider(&self) -> &'static str;
 
     /// The model that answers where the call names none.
     fn name(&self) -> &str;
+
+    /// What it is asked to see whether it answers at all.
+    fn probe(&self) -> Task<'static> {
+        Task::Answer
+    }
 
     /// Whether it reads the call as a conversation. One that reads question and passages says no, and is spared it.
     fn reads_messages(&self) -> bool {

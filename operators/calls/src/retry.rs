@@ -152,6 +152,7 @@ mod tests {
     fn reply() -> Reply {
         Reply {
             text: "yes".to_owned(),
+            vectors: Vec::new(),
             citations: None,
             model: "scripted".to_owned(),
             usage: None,

@@ -1,5 +1,6 @@
 //! A text that must not be seen.
 
+use reqwest::header::HeaderValue;
 use serde::Deserialize;
 use std::fmt;
 
@@ -12,6 +13,13 @@ impl Secret {
     /// Wraps a key; line breaks around it, as files have them, are no part of it.
     pub fn new(text: &str) -> Self {
         Self(text.trim().to_owned())
+    }
+
+    /// The key as the value of a header, which nobody prints either. A key that cannot be one is sent as none, and refused.
+    pub(crate) fn header(&self) -> HeaderValue {
+        let mut value = HeaderValue::from_str(&self.0).unwrap_or(HeaderValue::from_static(""));
+        value.set_sensitive(true);
+        value
     }
 
     /// The key itself, for whoever sends it.

@@ -61,9 +61,10 @@ impl Listener for Heard {
 pub(crate) fn reply(text: &str) -> Reply {
     Reply {
         text: text.to_owned(),
+        vectors: Vec::new(),
         citations: None,
         model: "m".to_owned(),
-        usage: Some(Usage { prompt_tokens: 10, completion_tokens: 10, total_tokens: 20 }),
+        usage: Some(Usage::of(10, 10)),
         cost_nano_usd: None,
         finish_reason: None,
         ttft: None,

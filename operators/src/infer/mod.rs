@@ -11,7 +11,7 @@ use crate::{
     cache::Shape,
     catalogue::{Resources, Shipped},
 };
-use forebay_calls::{Call, Model, Reply, Route};
+use forebay_calls::{Call, Model, Reply, Route, Task};
 use forebay_operator::{Context, Failure, Operator, ports};
 use forebay_schemas::{CacheStatus, Completion, Generated, Grounded, Hop, Request};
 use schemars::JsonSchema;
@@ -97,6 +97,7 @@ impl Infer {
             sampling.max_tokens = Some(self.settings.max_tokens.get());
         }
         Call {
+            task: Task::Answer,
             question: request.question(),
             messages: if self.model.reads_messages() {
                 prompt::messages(request, passages, self.settings.instructions.as_deref())
@@ -109,6 +110,7 @@ impl Infer {
             stream: cx.envelope().stream,
             deadline: cx.remaining().map(|left| Instant::now() + left),
             tenant: cx.envelope().tenant.clone(),
+            lane: cx.envelope().lane,
             route: Route::default(),
         }
     }

@@ -5,7 +5,7 @@
 //!
 //! Invariant: a try that was started leaves one row, however it ends; where nobody waited for its end, when this is dropped.
 
-use forebay_calls::{CallError, Class, Listener, Reply, Tried, Upstream};
+use forebay_calls::{CallError, Class, Listener, Reply, Tried, TryId, Upstream};
 use forebay_operator::{Context, Event, Failure, Stop};
 use forebay_schemas::Attempt;
 use futures::future::BoxFuture;
@@ -130,6 +130,11 @@ impl Listener for Rows<'_> {
         let next = Arc::clone(&self.next);
         let hedge = Rows { cx: self.cx, index: HEDGE, next, open: Mutex::default() };
         (self.index == CALL).then(|| Box::new(hedge) as Box<dyn Listener + '_>)
+    }
+
+    fn try_id(&self) -> Option<TryId> {
+        let number = self.opened().as_ref()?.attempt;
+        Some(TryId { call: self.cx.call_id(self.index).as_str().to_owned(), number })
     }
 
     fn token(&self, text: &str) {

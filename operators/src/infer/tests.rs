@@ -42,6 +42,7 @@ impl Told {
             None => std::future::pending().await,
             Some(Ok(text)) => Ok(Reply {
                 text: text.to_owned(),
+                vectors: Vec::new(),
                 citations: None,
                 model: "small-2".to_owned(),
                 usage: None,

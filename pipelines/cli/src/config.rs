@@ -6,6 +6,7 @@
 //! Invariant: a secret is never shown and never comes by a flag, since others see a process's arguments.
 
 pub mod pool;
+pub mod served;
 
 use crate::{args::Settings, console::wrong};
 use anyhow::Context as _;
@@ -40,6 +41,8 @@ const SETTINGS: &[Setting] = &[
     setting("partitions", "FOREBAY_PARTITIONS", "12"),
     setting("model.url", "FOREBAY_MODEL_URL", ""),
     setting("model.name", "FOREBAY_MODEL", ""),
+    setting("model.api", "FOREBAY_MODEL_API", "openai"),
+    setting("model.vllm", "FOREBAY_MODEL_VLLM", ""),
     setting("model.key_file", "FOREBAY_MODEL_API_KEY_FILE", ""),
     Setting { path: "model.key", variable: "FOREBAY_MODEL_API_KEY", default: "", secret: true },
     setting("pool.outstanding", "FOREBAY_POOL_OUTSTANDING", "64"),
@@ -80,11 +83,10 @@ pub struct Config {
     pub listen: Option<String>,
     pub admin: Option<String>,
     pub partitions: i32,
-    /// The endpoints of the model; none where the built-in one answers.
-    pub model_urls: Vec<String>,
+    /// The servers of models; none where the built-in one answers.
+    pub served: Vec<served::Served>,
+    /// The model to ask for, where a server has no other.
     pub model: Option<String>,
-    /// Used in turn as they run out.
-    pub model_keys: Vec<String>,
     /// Absent where one endpoint is called as it is.
     pub pool: Option<pool::PoolSettings>,
     pub key_value: Option<String>,
@@ -172,6 +174,18 @@ fn read(name: &str, text: &str) -> anyhow::Result<Vec<Leaf>> {
             let message =
                 "a key does not stand in a configuration file; name a file of its own by model.key_file";
             faults.push((leaf.place, message.to_owned()));
+        } else if let Some(endpoint) = leaf.path.strip_prefix(served::ENDPOINTS) {
+            let (name, field) = endpoint.rsplit_once('.').unwrap_or((endpoint, ""));
+            if field == "key" {
+                let message = format!(
+                    "a key does not stand in a configuration file; name a file of its own by {}{name}.key_file",
+                    served::ENDPOINTS
+                );
+                faults.push((leaf.place, message));
+            } else if !served::FIELDS.contains(&field) {
+                let hint = hint(field, served::FIELDS).map(|hint| format!("; {hint}")).unwrap_or_default();
+                faults.push((leaf.place, format!("unknown key {field:?} of endpoint {name:?}{hint}")));
+            }
         } else if !leaf.path.starts_with(KAFKA) && !known.clone().any(|path| path == leaf.path) {
             let hint = hint(&leaf.path, known).map(|hint| format!("; {hint}")).unwrap_or_default();
             faults.push((leaf.place, format!("unknown key {:?}{hint}", leaf.path)));
@@ -215,32 +229,8 @@ impl Config {
                 ))
             })?),
         };
-        let urls = text("model.url").unwrap_or_default();
-        let urls = urls.split(',').map(str::trim).filter(|url| !url.is_empty());
-        let model_urls: Vec<_> = urls.map(str::to_owned).collect();
-        if let Some(url) = model_urls.iter().find(|url| !url.trim_end_matches('/').ends_with("/v1")) {
-            return Err(wrong(format!(
-                "model.url is {:?} (from {}); it must end in /v1, as in http://127.0.0.1:8000/v1",
-                without_password(url),
-                from("model.url")
-            )));
-        }
-        let model_keys = match (text("model.key"), text("model.key_file")) {
-            (Some(key), _) => key,
-            (None, Some(path)) => {
-                let read = std::fs::read_to_string(&path);
-                read.map_err(|fault| {
-                    wrong(format!(
-                        "could not read model.key_file {path} (from {}): {fault}",
-                        from("model.key_file")
-                    ))
-                })?
-            }
-            (None, None) => String::new(),
-        };
-        // One a line.
-        let model_keys = model_keys.split_whitespace().map(str::to_owned).collect();
-        let pool = pool::PoolSettings::of(&values, model_urls.len())?;
+        let served = served::Served::all(&values)?;
+        let pool = pool::PoolSettings::of(&values, &served)?;
         let kafka = values.iter().filter_map(|(path, sourced)| {
             Some((path.strip_prefix(KAFKA)?.to_owned(), sourced.value.clone()))
         });
@@ -260,9 +250,8 @@ impl Config {
             listen: text("listen"),
             admin: text("admin"),
             partitions,
-            model_urls,
+            served,
             model: text("model.name"),
-            model_keys,
             pool,
             key_value: text("stores.key_value"),
             memory_bytes,
@@ -392,6 +381,11 @@ mod tests {
         assert!(refused("claims: {over: never}").contains("or off"));
         assert!(refused("model: {url: 'http://h'}").contains("/v1"));
         assert!(refused("model: {url: ['http://a/v1', 'http://b']}").contains("\"http://b\""));
+        assert!(
+            refused("pool: {endpoints: {b: {url: 'http://b/v1', apy: x}}}")
+                .contains("unknown key \"apy\" of endpoint \"b\"; did you mean \"api\"?")
+        );
+        assert!(refused("pool: {endpoints: {b: {key: abc}}}").contains("pool.endpoints.b.key_file"));
         assert!(refused("pool: {hedg: usual}").contains("did you mean \"pool.hedge\"?"));
     }
 }

@@ -1,15 +1,15 @@
 //! From settings to the model that answers: the built-in one, a server, or a pool of them.
 
 use crate::{
-    config::{Config, pool::Fallback, pool::PoolSettings},
+    config::{Config, pool::Fallback, pool::PoolSettings, served::Served},
     console::wrong,
 };
 use anyhow::Context as _;
 use forebay_calls::{
-    Model, OpenAi, Pool, Retry, Secret,
+    Api, Model, Pool, Retry, Secret, Server,
     client::{Parts, client},
-    openai::Timeouts,
-    pool::{Endpoint, Http, Wake},
+    pool::{Endpoint, Http, Wake, Watch},
+    server::{Timeouts, Vllm},
 };
 use forebay_operators::Extractive;
 use futures::future::BoxFuture;
@@ -48,31 +48,41 @@ impl Client {
 /// What the settings ask for.
 pub fn model(config: &Config) -> anyhow::Result<Client> {
     let alone = |model: Arc<dyn Model>| Client { model, pools: Vec::new() };
-    if config.model_urls.is_empty() {
+    if config.served.is_empty() {
         return Ok(alone(Arc::new(Extractive)));
     }
-    let Some(name) = &config.model else {
-        return Err(wrong("a model URL needs a model: add --model NAME (or model.name, or FOREBAY_MODEL)"));
-    };
-    let keys: Vec<_> = config.model_keys.iter().map(|key| Secret::new(key)).collect();
+    let name = config.model.as_deref();
     let Some(settings) = &config.pool else {
-        let server = server(&config.model_urls[0], name, &keys)?;
+        let server = server(&config.served[0], name)?;
         return Ok(alone(Arc::new(Retry::new(Arc::new(server), Arc::default()))));
     };
-    let first = Arc::new(pool(&config.model_urls, name, &keys, settings)?);
+    // Who stands in takes no other calls.
+    let stands_in = |served: &Served| settings.fallbacks.iter().any(|fallback| fallback.is(served));
+    let first: Vec<_> = config.served.iter().filter(|served| !stands_in(served)).collect();
+    let first = Arc::new(pool(&first, name, settings)?);
     let mut pools = vec![first.clone()];
     let mut fallbacks: Vec<Arc<dyn Model>> = Vec::new();
     for fallback in &settings.fallbacks {
-        fallbacks.push(match fallback {
-            Fallback::Extractive => Arc::new(Extractive),
-            Fallback::Served { model, url } => {
-                // Its breaker is its own; it wakes nobody.
-                let settings = PoolSettings { starts_cold: false, wake_url: None, ..settings.clone() };
-                let pool = Arc::new(pool(std::slice::from_ref(url), model, &[], &settings)?);
-                pools.push(pool.clone());
-                pool
+        let served = match fallback {
+            Fallback::Extractive => {
+                fallbacks.push(Arc::new(Extractive));
+                continue;
             }
-        });
+            Fallback::Endpoint(_) => config.served.iter().find(|served| fallback.is(served)).cloned(),
+            Fallback::Served { model, url } => Some(Served {
+                name: None,
+                url: url.clone(),
+                api: Api::Chat,
+                model: Some(model.clone()),
+                keys: Vec::new(),
+                vllm: Vllm::default(),
+            }),
+        };
+        // Its breaker is its own; it wakes nobody.
+        let settings = PoolSettings { starts_cold: false, wake_url: None, ..settings.clone() };
+        let pool = Arc::new(pool(&served.iter().collect::<Vec<_>>(), name, &settings)?);
+        pools.push(pool.clone());
+        fallbacks.push(pool);
     }
     let model = client(Parts {
         pool: first,
@@ -85,22 +95,34 @@ pub fn model(config: &Config) -> anyhow::Result<Client> {
     Ok(Client { model, pools })
 }
 
-fn server(url: &str, name: &str, keys: &[Secret]) -> anyhow::Result<OpenAi> {
-    OpenAi::new(url, name, keys.to_vec(), Timeouts::default()).map_err(wrong)
+fn server(served: &Served, name: Option<&str>) -> anyhow::Result<Server> {
+    let Some(name) = served.model.as_deref().or(name) else {
+        return Err(wrong("a model URL needs a model: add --model NAME (or model.name, or FOREBAY_MODEL)"));
+    };
+    let keys = served.keys.iter().map(|key| Secret::new(key)).collect();
+    let server = Server::new(served.api, &served.url, name, keys, Timeouts::default()).map_err(wrong)?;
+    Ok(server.with_vllm(served.vllm))
 }
 
-fn pool(urls: &[String], name: &str, keys: &[Secret], settings: &PoolSettings) -> anyhow::Result<Pool> {
-    let endpoint = |url: &String| {
-        let model = server(url, name, keys)?;
+fn pool(served: &[&Served], name: Option<&str>, settings: &PoolSettings) -> anyhow::Result<Pool> {
+    let endpoint = |served: &&Served| {
+        let model = server(served, name)?;
+        let watch: Option<Arc<dyn Watch>> = match served.api {
+            // A service in the cloud, without an engine to be looked at.
+            Api::Messages => None,
+            _ => Some(Arc::new(Http::new(&served.url).map_err(wrong)?)),
+        };
         Ok(Endpoint {
             name: model.endpoint().to_owned(),
             model: Arc::new(model),
             caps: settings.caps,
-            watch: Some(Arc::new(Http::new(url).map_err(wrong)?)),
+            watch,
             starts_cold: settings.starts_cold,
         })
     };
-    let endpoints: Vec<_> = urls.iter().map(endpoint).collect::<anyhow::Result<_>>()?;
+    let endpoints: Vec<_> = served.iter().map(endpoint).collect::<anyhow::Result<_>>()?;
+    // Endpoints of a pool serve one model, if under several names; the first one's is shown and stands in the cache's key.
+    let name = endpoints.first().map(|endpoint| endpoint.model.name().to_owned()).unwrap_or_default();
     let pool = Pool::new(name, endpoints, Arc::new(rand::random::<f64>));
     match &settings.wake_url {
         Some(url) => Ok(pool.woken_by(Arc::new(Post::new(url)?))),

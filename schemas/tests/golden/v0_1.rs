@@ -198,7 +198,13 @@ fn citation() -> Citation {
     }
 }
 
-const USAGE: Usage = Usage { prompt_tokens: 120, completion_tokens: 9, total_tokens: 129 };
+const USAGE: Usage = Usage {
+    prompt_tokens: 120,
+    completion_tokens: 9,
+    total_tokens: 129,
+    cached_tokens: None,
+    reasoning_tokens: None,
+};
 
 fn generated() -> Generated {
     Generated {

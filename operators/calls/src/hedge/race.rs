@@ -4,7 +4,7 @@
 //! that it lost. The first is closed with the winner's answer before the second is closed.
 
 use super::lock;
-use crate::{CallError, Class, Limits, Listener, Reply, Tried, Upstream};
+use crate::{CallError, Class, Limits, Listener, Reply, Tried, TryId, Upstream};
 use futures::future::BoxFuture;
 use std::{sync::Mutex, time::Duration};
 use tokio::{
@@ -147,6 +147,10 @@ impl Listener for Contender<'_> {
             self.race.sent.notify_one();
         }
         self.listener.started(to);
+    }
+
+    fn try_id(&self) -> Option<TryId> {
+        self.listener.try_id()
     }
 
     fn token(&self, text: &str) {

@@ -17,7 +17,8 @@ mod tests;
 mod watch;
 
 use crate::{
-    Call, CallError, Class, Limits, Listener, Model, Reply, Tried, Upstream, retry::Jitter, throttle::Caps,
+    Call, CallError, Class, Limits, Listener, Model, Reply, Tried, TryId, Upstream, retry::Jitter,
+    throttle::Caps,
 };
 use board::{Ask, Board, Refusal, Ticket};
 pub use board::{ModelStatus, Status};
@@ -238,6 +239,7 @@ fn saturated(when: &str) -> CallError {
 async fn answers(model: &dyn Model) -> bool {
     let content = Some(Content::Text("Say yes.".to_owned()));
     let call = Call {
+        task: model.probe(),
         question: "Say yes.".to_owned(),
         messages: vec![Message { role: Role::User, content, rest: Default::default() }],
         sampling: Sampling { max_tokens: Some(1), ..Sampling::default() },
@@ -336,6 +338,10 @@ struct Watched<'a> {
 impl Listener for Watched<'_> {
     fn started(&self, to: Upstream<'_>) {
         self.listener.started(to);
+    }
+
+    fn try_id(&self) -> Option<TryId> {
+        self.listener.try_id()
     }
 
     fn token(&self, text: &str) {

@@ -117,7 +117,7 @@ impl Up {
             steps: build::steps(chosen.iter().copied(), &resources)?,
             tables: build::tables(&plan, chosen.iter().copied(), &resources),
             // The extractive model costs nothing: to ask it again is cheaper than to remember.
-            is_paid: !config.model_urls.is_empty(),
+            is_paid: !config.served.is_empty(),
             claims: build::claims(&config).await?,
             memory_bytes_max: config.memory_bytes,
             telemetry: &telemetry,

@@ -3,7 +3,7 @@
 //! Invariant: one model URL without any of them is called as it always was, without a pool.
 
 use crate::{
-    config::{Sourced, without_password},
+    config::{Sourced, served::Served, without_password},
     console::wrong,
 };
 use forebay_calls::{client::Hedging, throttle::Caps};
@@ -16,6 +16,15 @@ pub enum Fallback {
     Extractive,
     /// Another model at another server, without a key.
     Served { model: String, url: String },
+    /// The endpoint of this name, which then takes no other calls.
+    Endpoint(String),
+}
+
+impl Fallback {
+    /// Whether it is this server.
+    pub fn is(&self, served: &Served) -> bool {
+        matches!(self, Self::Endpoint(name) if served.name.as_ref() == Some(name))
+    }
 }
 
 /// How a pool is used.
@@ -33,13 +42,13 @@ pub struct PoolSettings {
 }
 
 impl PoolSettings {
-    /// The settings, where there is a pool: several URLs, or anything that is said of one.
-    pub fn of(values: &BTreeMap<String, Sourced>, urls: usize) -> anyhow::Result<Option<Self>> {
+    /// The settings, where there is a pool: several servers, or anything that is said of one.
+    pub fn of(values: &BTreeMap<String, Sourced>, served: &[Served]) -> anyhow::Result<Option<Self>> {
         let is_said = values.iter().any(|(path, value)| path.starts_with("pool.") && value.from != "default");
-        if urls == 0 && is_said {
+        if served.is_empty() && is_said {
             return Err(wrong("settings under pool have no effect without a model URL: add --model-url URL"));
         }
-        if urls <= 1 && !is_said {
+        if served.len() <= 1 && !is_said {
             return Ok(None);
         }
         let hedging =
@@ -69,9 +78,14 @@ impl PoolSettings {
         let fallbacks = one_of(
             values,
             "pool.fallback",
-            "extractive, or a model at a server such as small@http://127.0.0.1:8001/v1, or several joined by commas",
-            fallbacks,
+            "extractive, a model at a server such as small@http://127.0.0.1:8001/v1, an endpoint of pool.endpoints, \
+             or several joined by commas",
+            |text| fallbacks(text, served),
         )?;
+        let stands_in = |served: &Served| fallbacks.iter().any(|fallback| fallback.is(served));
+        if served.iter().all(stands_in) {
+            return Err(wrong("pool.fallback names every endpoint, and leaves none for the pool"));
+        }
         let wake_url = Some(text(values, "pool.wake_url").to_owned()).filter(|url| !url.is_empty());
         if wake_url.is_some() && !starts_cold {
             return Err(wrong("pool.wake_url has no effect without pool.starts_cold: true"));
@@ -97,12 +111,15 @@ fn one_of<T>(
     })
 }
 
-fn fallbacks(text: &str) -> Option<Vec<Fallback>> {
+fn fallbacks(text: &str, served: &[Served]) -> Option<Vec<Fallback>> {
     let items = text.split(',').map(str::trim).filter(|item| !item.is_empty());
     items
         .map(|item| match item.split_once('@') {
             None if item == "extractive" => Some(Fallback::Extractive),
-            None => None,
+            None => {
+                let is_known = served.iter().any(|served| served.name.as_deref() == Some(item));
+                is_known.then(|| Fallback::Endpoint(item.to_owned()))
+            }
             Some((model, url)) => {
                 let is_whole = !model.is_empty() && url.trim_end_matches('/').ends_with("/v1");
                 is_whole.then(|| Fallback::Served { model: model.to_owned(), url: url.to_owned() })
@@ -114,7 +131,19 @@ fn fallbacks(text: &str) -> Option<Vec<Fallback>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use forebay_calls::Api;
     use std::time::Duration;
+
+    fn served(name: Option<&str>) -> Served {
+        Served {
+            name: name.map(str::to_owned),
+            url: "http://h/v1".to_owned(),
+            api: Api::default(),
+            model: None,
+            keys: Vec::new(),
+            vllm: Default::default(),
+        }
+    }
 
     fn read(pairs: &[(&str, &str)], urls: usize) -> Result<Option<PoolSettings>, String> {
         let mut values: BTreeMap<String, Sourced> = BTreeMap::new();
@@ -128,7 +157,11 @@ mod tests {
             let sourced = Sourced { value: (*value).to_owned(), from: "f.yaml:3".to_owned() };
             values.insert(format!("pool.{path}"), sourced);
         }
-        PoolSettings::of(&values, urls).map_err(|fault| fault.to_string())
+        let mut all = vec![served(None); urls];
+        if urls > 1 {
+            all.push(served(Some("claude")));
+        }
+        PoolSettings::of(&values, &all).map_err(|fault| fault.to_string())
     }
 
     #[test]
@@ -141,6 +174,8 @@ mod tests {
         let pool = read(&[("fallback", "small@http://h:1/v1, extractive")], 1).unwrap().unwrap();
         let small = Fallback::Served { model: "small".to_owned(), url: "http://h:1/v1".to_owned() };
         assert_eq!(pool.fallbacks, [small, Fallback::Extractive]);
+        let pool = read(&[("fallback", "claude, extractive")], 2).unwrap().unwrap();
+        assert_eq!(pool.fallbacks, [Fallback::Endpoint("claude".to_owned()), Fallback::Extractive]);
     }
 
     #[test]
@@ -153,6 +188,7 @@ mod tests {
         assert!(refused("outstanding", "0").contains("1 to 10000"));
         assert!(refused("requests_per_minute", "-1").contains("above 0"));
         assert!(refused("fallback", "small@http://h:1").contains("small@http://127.0.0.1:8001/v1"));
+        assert!(refused("fallback", "gemini").contains("an endpoint of pool.endpoints"));
         assert!(refused("starts_cold", "yes").contains("true or false"));
         assert!(refused("wake_url", "http://h").contains("pool.starts_cold"));
         assert!(read(&[("hedge", "usual")], 0).unwrap_err().contains("--model-url"));

@@ -1,20 +1,21 @@
 //! What a response that is no success means.
 
-use crate::{CallError, Class, limits::retry_after};
+use crate::{Call, CallError, Class, limits::retry_after};
 use reqwest::header::HeaderMap;
 use serde_json::Value;
 
 /// The longest reason of a server's that is repeated, in characters.
 const REASON_CHARS_MAX: usize = 300;
 
-/// Puts a refusal into its class. `question` is what must not be repeated.
-pub(super) fn read(status: u16, headers: &HeaderMap, body: &[u8], question: &str) -> CallError {
+/// Puts a refusal of this call into its class.
+pub(super) fn read(status: u16, headers: &HeaderMap, body: &[u8], call: &Call<'_>) -> CallError {
     let error = serde_json::from_slice::<Value>(body).ok();
     let error = error.as_ref().map(|body| body.get("error").unwrap_or(body));
     let text = |name| error.and_then(|error| error.get(name)).and_then(Value::as_str).unwrap_or_default();
     let reason = text("message");
-    let spent = text("code") == "insufficient_quota"
-        || (status == 400 && reason.to_lowercase().contains("usage limit"));
+    let says_spent =
+        |reason: String| reason.contains("usage limit") || reason.contains("credit balance is too low");
+    let spent = text("code") == "insufficient_quota" || (status == 400 && says_spent(reason.to_lowercase()));
     let (class, code) = match status {
         401..=403 => (Class::Account, "model_unauthorized"),
         400 | 429 if spent => (Class::Account, "model_unauthorized"),
@@ -28,7 +29,7 @@ pub(super) fn read(status: u16, headers: &HeaderMap, body: &[u8], question: &str
     };
     // Only of a rejected request does the reason matter to its sender; of the others it may hold part of a key.
     let reason = match class {
-        Class::Rejected => repeatable(reason, question),
+        Class::Rejected => repeatable(reason, call),
         _ => String::new(),
     };
     let message = format!("the server answered with status {status}{reason}");
@@ -39,8 +40,8 @@ pub(super) fn read(status: u16, headers: &HeaderMap, body: &[u8], question: &str
 }
 
 /// The reason, cut, and left out where it repeats what was asked.
-fn repeatable(reason: &str, question: &str) -> String {
-    if reason.is_empty() || (!question.is_empty() && reason.contains(question)) {
+fn repeatable(reason: &str, call: &Call<'_>) -> String {
+    if reason.is_empty() || call.is_repeated_in(reason) {
         return String::new();
     }
     format!(": {}", reason.chars().take(REASON_CHARS_MAX).collect::<String>())
@@ -50,9 +51,13 @@ fn repeatable(reason: &str, question: &str) -> String {
 mod tests {
     use super::*;
 
+    fn asked() -> Call<'static> {
+        Call { question: "what is my secret".to_owned(), ..Call::default() }
+    }
+
     fn check(status: u16, headers: &[(&'static str, &str)], body: &str, expected: &str) {
         let headers = headers.iter().map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap()));
-        let error = read(status, &headers.collect(), body.as_bytes(), "what is my secret");
+        let error = read(status, &headers.collect(), body.as_bytes(), &asked());
         let wait =
             error.retry_after.map(|wait| format!(" after {} ms", wait.as_millis())).unwrap_or_default();
         assert_eq!(format!("{:?} {}{wait}", error.class, error.code), expected, "{status} {body}");
@@ -93,11 +98,14 @@ mod tests {
         check(429, &[], quota, "Account model_unauthorized");
         let limit = r#"{"error": {"message": "You have reached your specified API usage limits."}}"#;
         check(400, &[], limit, "Account model_unauthorized");
+        let credit = r#"{"type": "error", "error": {"type": "invalid_request_error",
+            "message": "Your credit balance is too low to access the Anthropic API."}}"#;
+        check(400, &[], credit, "Account model_unauthorized");
     }
 
     #[test]
     fn the_reason_of_a_rejection_is_kept_unless_it_repeats_the_question() {
-        let message = |body: &str| read(400, &HeaderMap::new(), body.as_bytes(), "what is my secret").message;
+        let message = |body: &str| read(400, &HeaderMap::new(), body.as_bytes(), &asked()).message;
         let long = r#"{"error": {"message": "maximum context length is 4096 tokens"}}"#;
         let kept = "the server answered with status 400: maximum context length is 4096 tokens";
         assert_eq!(message(long), kept);

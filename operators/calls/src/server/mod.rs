@@ -1,22 +1,32 @@
-//! A client of the OpenAI chat API, as vLLM, SGLang, TGI, llama.cpp and the cloud serve it. One call is one try.
+//! One try at one server, in whichever [`Api`] it speaks.
 //!
 //! Whoever reads along gets the answer as server-sent events; otherwise it comes in one piece, which is cheaper.
 //!
 //! Invariant: an answer is whole or an error. A stream that ends without saying so, an empty 200 and a 200 that is
-//! no chat completion are errors; and an error after the first token that somebody read is [`Class::Cut`].
+//! no answer of its API are errors; and an error after the first token that somebody read is [`Class::Cut`].
 
+mod api;
+mod chat;
+mod embeddings;
 mod keys;
+mod messages;
 mod refusal;
-mod wire;
+mod rerank;
+mod responses;
+mod sse;
 
-use crate::{Call, CallError, Class, Limits, Listener, Model, Reply, Secret, Tried, Upstream};
-use eventsource_stream::Eventsource as _;
+use crate::{Call, CallError, Class, Limits, Listener, Model, Reply, Secret, Task, Tried, Upstream};
+pub use api::{Api, Vllm};
+use api::{Written, malformed};
 use futures::{StreamExt as _, future::BoxFuture};
 use keys::Keys;
-use reqwest::{Client, Response, Url};
+use reqwest::{Client, Response, Url, header::CONTENT_TYPE};
 use std::time::Duration;
 use tokio::time::Instant;
 
+/// Headers that name a try to whoever keeps a log.
+const CALL_ID: &str = "x-forebay-call-id";
+const ATTEMPT: &str = "x-forebay-attempt";
 /// The largest response, in bytes.
 const RESPONSE_BYTES_MAX: usize = 16 * 1024 * 1024;
 
@@ -69,9 +79,11 @@ pub enum Error {
     Http(#[from] reqwest::Error),
 }
 
-/// A server that speaks the OpenAI chat API.
-pub struct OpenAi {
+/// A server.
+pub struct Server {
     client: Client,
+    api: Api,
+    vllm: Vllm,
     url: Url,
     endpoint: String,
     model: String,
@@ -79,9 +91,10 @@ pub struct OpenAi {
     timeouts: Timeouts,
 }
 
-impl OpenAi {
+impl Server {
     /// A client for `base_url`, which ends in `/v1`. Of several keys the next is used where one is refused.
     pub fn new(
+        api: Api,
         base_url: &str,
         model: impl Into<String>,
         keys: Vec<Secret>,
@@ -100,12 +113,18 @@ impl OpenAi {
         if !path.ends_with("/v1") || url.query().is_some() {
             return Err(form("does not end in /v1"));
         }
-        url.set_path(&format!("{path}/chat/completions"));
+        url.set_path(&api.path(&path));
         // A redirected POST would be sent on as a GET: better to say that the address is wrong.
         let redirects = reqwest::redirect::Policy::none();
         let client = Client::builder().connect_timeout(timeouts.connect).redirect(redirects).build()?;
         let endpoint = url.origin().ascii_serialization();
-        Ok(Self { client, url, endpoint, model: model.into(), keys: Keys::new(keys), timeouts })
+        let (model, keys, vllm) = (model.into(), Keys::new(keys), Vllm::default());
+        Ok(Self { client, api, vllm, url, endpoint, model, keys, timeouts })
+    }
+
+    /// The same for a vLLM, told what only it knows.
+    pub fn with_vllm(self, vllm: Vllm) -> Self {
+        Self { vllm, ..self }
     }
 
     /// Scheme, host and port.
@@ -122,14 +141,14 @@ impl OpenAi {
         let total = pieces.sent + self.timeouts.total;
         let total = call.deadline.map_or(total, |deadline| total.min(deadline));
         let answered = async {
-            if call.stream {
+            if call.stream && self.api.streams() {
                 let first = pieces.sent + self.timeouts.first_token;
                 let opened = tokio::time::timeout_at(first, self.send(call, model, pieces.listener)).await;
                 let response = opened.map_err(|_| timeout("no first token"))??;
                 self.read_stream(response, model, first, pieces).await
             } else {
                 let body = read_body(self.send(call, model, pieces.listener).await?).await?;
-                wire::Completion::read(&body)?.into_reply(model)
+                self.api.whole(&body, call)?.into_reply(model, None)
             }
         };
         let result = match tokio::time::timeout_at(total, answered).await {
@@ -153,11 +172,14 @@ impl OpenAi {
         model: &str,
         listener: &dyn Listener,
     ) -> Result<Response, CallError> {
-        let mut request = self.client.post(self.url.clone()).json(&wire::request(call, model));
-        let key = self.keys.pick();
-        if let Some(key) = key {
-            request = request.bearer_auth(self.keys.get(key).expose());
+        let body = self.api.body(call, model, self.vllm)?;
+        let mut request =
+            self.client.post(self.url.clone()).header(CONTENT_TYPE, "application/json").body(body);
+        if let Some(id) = listener.try_id() {
+            request = request.header(CALL_ID, id.call).header(ATTEMPT, id.number);
         }
+        let key = self.keys.pick();
+        request = self.api.headers(request, key.map(|key| self.keys.get(key)));
         let response = request.send().await.map_err(unreachable)?;
         let status = response.status();
         let limits = Limits::read(response.headers(), status.is_success());
@@ -170,7 +192,7 @@ impl OpenAi {
         let headers = response.headers().clone();
         // A refusal whose reason cannot be read is still a refusal.
         let body = read_body(response).await.unwrap_or_default();
-        let error = refusal::read(status.as_u16(), &headers, &body, &call.question);
+        let error = refusal::read(status.as_u16(), &headers, &body, call);
         if let Some(key) = key {
             self.keys.failed(key, &error);
         }
@@ -184,45 +206,52 @@ impl OpenAi {
         first: Instant,
         pieces: &mut Pieces<'_>,
     ) -> Result<Reply, CallError> {
-        let mut bytes = 0;
-        let body = response.bytes_stream().map(move |part| {
-            let part = part.map_err(|error| broken("the stream broke").because(error.without_url()))?;
-            bytes += part.len();
-            if bytes > RESPONSE_BYTES_MAX { Err(too_large()) } else { Ok(part) }
-        });
-        let mut events = body.eventsource();
-        let mut written = wire::Written::default();
-        loop {
+        let (mut body, mut bytes) = (response.bytes_stream(), 0);
+        let (mut events, mut written) = (sse::Events::default(), Written::default());
+        let mut heard = Instant::now();
+        while !written.is_over {
+            if let Some(data) = events.next() {
+                heard = Instant::now();
+                if data.trim() == "[DONE]" {
+                    break;
+                }
+                if let Some(text) = self.api.take(&data, &mut written)? {
+                    pieces.give(&text);
+                }
+                continue;
+            }
             let (until, what) = match pieces.ttft {
-                Some(_) => (Instant::now() + self.timeouts.silence, "no further token"),
+                Some(_) => (heard + self.timeouts.silence, "no further token"),
                 None => (first, "no first token"),
             };
-            let next = tokio::time::timeout_at(until, events.next()).await.map_err(|_| timeout(what))?;
-            let event = match next {
-                Some(Ok(event)) => event,
-                Some(Err(eventsource_stream::EventStreamError::Transport(error))) => return Err(error),
-                Some(Err(error)) => return Err(malformed("no server-sent events").because(error.to_string())),
+            match tokio::time::timeout_at(until, body.next()).await.map_err(|_| timeout(what))? {
+                Some(Ok(part)) => {
+                    bytes += part.len();
+                    if bytes > RESPONSE_BYTES_MAX {
+                        return Err(too_large());
+                    }
+                    events.feed(&part)?;
+                }
+                Some(Err(error)) => return Err(broken("the stream broke").because(error.without_url())),
                 None if written.is_whole() => break,
                 None => return Err(broken("the stream ended before the answer did")),
-            };
-            if event.data.trim() == "[DONE]" {
-                break;
-            }
-            if let Some(text) = written.take(&event.data)? {
-                pieces.give(&text);
             }
         }
         written.into_reply(model, pieces.ttft)
     }
 }
 
-impl Model for OpenAi {
+impl Model for Server {
     fn provider(&self) -> &'static str {
-        "openai_compatible"
+        self.api.provider()
     }
 
     fn name(&self) -> &str {
         &self.model
+    }
+
+    fn probe(&self) -> Task<'static> {
+        self.api.probe()
     }
 
     fn has_another_way(&self, _: &Call<'_>) -> bool {
@@ -292,10 +321,6 @@ fn timeout(what: &str) -> CallError {
 
 fn broken(what: &str) -> CallError {
     CallError::new(Class::Transient, "model_unavailable", what)
-}
-
-fn malformed(what: &str) -> CallError {
-    CallError::new(Class::Transient, "model_malformed", format!("the response is {what}"))
 }
 
 fn too_large() -> CallError {
