@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 const CALLS: u32 = 64;
 const CALL: Duration = Duration::from_millis(500);
 /// From the first answer until all members have joined and hold all their calls.
-const WARM_UP: Duration = Duration::from_secs(8);
+const WARM_UP: Duration = Duration::from_secs(16);
 const MEASURED: Duration = Duration::from_secs(12);
 
 pub fn scaling(site: &Site) {

@@ -70,7 +70,7 @@ fn check(client: &Client, model: &ModelServer, show: impl Fn(&str) -> Vec<Value>
     wait_for("what waits a minute", LIMIT, || {
         (client.read("retry.infer.10m").to_the_end(LIMIT).len() == 1).then_some(())
     });
-    wait_for("the end of the wait", LIMIT, || (client.lag("answer.infer.aside", RETRY) == 0).then_some(()));
+    wait_for("the end of the wait", LIMIT, || (client.lag("answer.infer.retry", RETRY) == 0).then_some(()));
     take_back(client, "three");
     assert_eq!(results.of_key("three", LIMIT).json()["status"], "cancelled");
     for topic in ["results", "outcomes"] {

@@ -201,7 +201,7 @@ fn a_refused_request_is_redriven_once(site: &Site) {
     client.ask(json!({"id": "after", "tenant": "shop", "prompt": "Does it go on?"}));
     results(&mut told, &["after"], 0, "answered");
     wait_for("no lag of infer", LIMIT, || {
-        (client.lag("answer.infer.aside", "retry.infer.10s") == 0).then_some(())
+        (client.lag("answer.infer.retry", "retry.infer.10s") == 0).then_some(())
     });
     wait_for("no lag of publish", LIMIT, || (client.lag("answer.publish", "endings") == 0).then_some(()));
     results(&mut told, &ids, 1, "answered");

@@ -127,19 +127,22 @@ impl Site<'_> {
         self.plan.consumer_group(self.prefix, planned)
     }
 
-    /// The consumer groups of a step. Each channel has one of its own, but for what was set aside: a group's partitions are
-    /// shared out as one heap, so that in a group of several topics one member may get the whole of one and no other of it.
+    /// The consumer groups of a step, one for each channel: a group's partitions are shared out as one heap, so that in a group
+    /// of several topics one member may get the whole of one and no other of it.
     pub fn groups(&self, planned: &PlannedStep) -> Vec<Group> {
         let group = self.group(planned);
-        let of = |name: &str, channels: &[Channel]| {
+        let of = |(name, channel): (&str, Channel)| {
             let inputs = self.inputs(planned).into_iter();
-            let inputs: Vec<_> = inputs.filter(|input| channels.contains(&input.channel)).collect();
+            let inputs: Vec<_> = inputs.filter(|input| input.channel == channel).collect();
             (!inputs.is_empty()).then(|| Group { name: format!("{group}{name}"), inputs })
         };
-        let live = of("", &[Channel::Live]);
-        let backfill = of(".backfill", &[Channel::Backfill]);
-        let aside = of(".aside", &[Channel::Retry, Channel::Overflow]);
-        live.into_iter().chain(backfill).chain(aside).collect()
+        let channels = [
+            ("", Channel::Live),
+            (".backfill", Channel::Backfill),
+            (".retry", Channel::Retry),
+            (".overflow", Channel::Overflow),
+        ];
+        channels.into_iter().filter_map(of).collect()
     }
 
     /// The topics that a step reads.
