@@ -6,6 +6,7 @@
 //! Invariant: a secret is never shown and never comes by a flag, since others see a process's arguments.
 
 pub mod pool;
+pub mod prices;
 pub mod served;
 
 use crate::{args::Settings, console::wrong};
@@ -52,6 +53,7 @@ const SETTINGS: &[Setting] = &[
     setting("pool.fallback", "FOREBAY_POOL_FALLBACK", ""),
     setting("pool.starts_cold", "FOREBAY_POOL_STARTS_COLD", "false"),
     setting("pool.wake_url", "FOREBAY_POOL_WAKE_URL", ""),
+    setting("prices", "FOREBAY_PRICES", ""),
     setting("stores.key_value", "FOREBAY_STORES_KEY_VALUE", ""),
     setting("memory.records", "FOREBAY_MEMORY_RECORDS", "256MiB"),
     setting("claims.over", "FOREBAY_CLAIMS_OVER", "256KiB"),
@@ -89,6 +91,8 @@ pub struct Config {
     pub model: Option<String>,
     /// Absent where one endpoint is called as it is.
     pub pool: Option<pool::PoolSettings>,
+    /// What models cost.
+    pub prices: prices::PriceFiles,
     pub key_value: Option<String>,
     pub memory_bytes: usize,
     /// Bodies of more bytes go to the object store; none where all stay in their messages.
@@ -253,6 +257,7 @@ impl Config {
             served,
             model: text("model.name"),
             pool,
+            prices: prices::PriceFiles::of(&text("prices").unwrap_or_default()),
             key_value: text("stores.key_value"),
             memory_bytes,
             claims_over,

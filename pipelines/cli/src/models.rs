@@ -6,7 +6,7 @@ use crate::{
 };
 use anyhow::Context as _;
 use forebay_calls::{
-    Api, Model, Pool, Retry, Secret, Server,
+    Api, Model, Pool, Priced, Prices, Retry, Secret, Server,
     client::{Parts, client},
     pool::{Endpoint, Http, Wake, Watch},
     server::{Timeouts, Vllm},
@@ -52,14 +52,15 @@ pub fn model(config: &Config) -> anyhow::Result<Client> {
         return Ok(alone(Arc::new(Extractive)));
     }
     let name = config.model.as_deref();
+    let prices = config.prices.read()?.map(Arc::new);
     let Some(settings) = &config.pool else {
         let server = server(&config.served[0], name)?;
-        return Ok(alone(Arc::new(Retry::new(Arc::new(server), Arc::default()))));
+        return Ok(alone(Arc::new(Retry::new(priced(server, prices), Arc::default()))));
     };
     // Who stands in takes no other calls.
     let stands_in = |served: &Served| settings.fallbacks.iter().any(|fallback| fallback.is(served));
     let first: Vec<_> = config.served.iter().filter(|served| !stands_in(served)).collect();
-    let first = Arc::new(pool(&first, name, settings)?);
+    let first = Arc::new(pool(&first, name, settings, prices.as_ref())?);
     let mut pools = vec![first.clone()];
     let mut fallbacks: Vec<Arc<dyn Model>> = Vec::new();
     for fallback in &settings.fallbacks {
@@ -80,7 +81,7 @@ pub fn model(config: &Config) -> anyhow::Result<Client> {
         };
         // Its breaker is its own; it wakes nobody.
         let settings = PoolSettings { starts_cold: false, wake_url: None, ..settings.clone() };
-        let pool = Arc::new(pool(&served.iter().collect::<Vec<_>>(), name, &settings)?);
+        let pool = Arc::new(pool(&served.iter().collect::<Vec<_>>(), name, &settings, prices.as_ref())?);
         pools.push(pool.clone());
         fallbacks.push(pool);
     }
@@ -104,7 +105,20 @@ fn server(served: &Served, name: Option<&str>) -> anyhow::Result<Server> {
     Ok(server.with_vllm(served.vllm))
 }
 
-fn pool(served: &[&Served], name: Option<&str>, settings: &PoolSettings) -> anyhow::Result<Pool> {
+/// The same with a cost on each try, where anybody said what it is.
+fn priced(server: Server, prices: Option<Arc<Prices>>) -> Arc<dyn Model> {
+    match prices {
+        Some(prices) => Arc::new(Priced::new(Arc::new(server), prices)),
+        None => Arc::new(server),
+    }
+}
+
+fn pool(
+    served: &[&Served],
+    name: Option<&str>,
+    settings: &PoolSettings,
+    prices: Option<&Arc<Prices>>,
+) -> anyhow::Result<Pool> {
     let endpoint = |served: &&Served| {
         let model = server(served, name)?;
         let watch: Option<Arc<dyn Watch>> = match served.api {
@@ -114,7 +128,7 @@ fn pool(served: &[&Served], name: Option<&str>, settings: &PoolSettings) -> anyh
         };
         Ok(Endpoint {
             name: model.endpoint().to_owned(),
-            model: Arc::new(model),
+            model: priced(model, prices.cloned()),
             caps: settings.caps,
             watch,
             starts_cold: settings.starts_cold,
