@@ -98,6 +98,11 @@ impl Prices {
     }
 }
 
+/// An amount of money, written as a decimal number of dollars.
+pub fn dollars(text: &str) -> Option<NanoUsd> {
+    table::atto(text).map(nano)
+}
+
 /// The one rounding.
 fn nano(atto: u128) -> NanoUsd {
     let nano = atto.saturating_add(ATTO_PER_NANO / 2) / ATTO_PER_NANO;

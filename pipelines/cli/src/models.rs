@@ -6,12 +6,18 @@ use crate::{
 };
 use anyhow::Context as _;
 use forebay_calls::{
-    Api, Model, Pool, Priced, Prices, Retry, Secret, Server,
+    Allowed, Api, Model, Pool, Priced, Prices, Retry, Secret, Server,
+    allowance::Allowances,
     client::{Parts, client},
     pool::{Endpoint, Http, Wake, Watch},
     server::{Timeouts, Vllm},
 };
-use forebay_operators::Extractive;
+use forebay_operator::Clock;
+use forebay_operators::{
+    Extractive,
+    budgets::{Budgets, Unit},
+};
+use forebay_stores::{Counters, counters::Local, key_value, wall_clock};
 use futures::future::BoxFuture;
 use reqwest::Url;
 use std::{sync::Arc, time::Duration};
@@ -46,16 +52,21 @@ impl Client {
 }
 
 /// What the settings ask for.
-pub fn model(config: &Config) -> anyhow::Result<Client> {
+pub async fn model(config: &Config) -> anyhow::Result<Client> {
     let alone = |model: Arc<dyn Model>| Client { model, pools: Vec::new() };
     if config.served.is_empty() {
         return Ok(alone(Arc::new(Extractive)));
     }
     let name = config.model.as_deref();
     let prices = config.prices.read()?.map(Arc::new);
+    let allowances = allowances(config, prices.clone()).await?;
     let Some(settings) = &config.pool else {
         let server = server(&config.served[0], name)?;
-        return Ok(alone(Arc::new(Retry::new(priced(server, prices), Arc::default()))));
+        let model: Arc<dyn Model> = Arc::new(Retry::new(priced(server, prices), Arc::default()));
+        return Ok(alone(match allowances {
+            Some(allowances) => Arc::new(Allowed::new(model, allowances)),
+            None => model,
+        }));
     };
     // Who stands in takes no other calls.
     let stands_in = |served: &Served| settings.fallbacks.iter().any(|fallback| fallback.is(served));
@@ -89,8 +100,7 @@ pub fn model(config: &Config) -> anyhow::Result<Client> {
         pool: first,
         hedging: settings.hedging,
         fallbacks,
-        // Prices and budgets have their place here.
-        allowances: None,
+        allowances,
         jitter: Arc::new(rand::random::<f64>),
     });
     Ok(Client { model, pools })
@@ -103,6 +113,30 @@ fn server(served: &Served, name: Option<&str>) -> anyhow::Result<Server> {
     let keys = served.keys.iter().map(|key| Secret::new(key)).collect();
     let server = Server::new(served.api, &served.url, name, keys, Timeouts::default()).map_err(wrong)?;
     Ok(server.with_vllm(served.vllm))
+}
+
+/// What tenants may spend, where anybody said so: counted in Redis where the key-value store is there, else by this process.
+async fn allowances(
+    config: &Config,
+    prices: Option<Arc<Prices>>,
+) -> anyhow::Result<Option<Arc<dyn Allowances>>> {
+    if config.budgets.is_empty() {
+        return Ok(None);
+    }
+    if prices.is_none() && config.budgets.iter().any(|budget| budget.unit == Unit::Money) {
+        return Err(wrong("a budget of money needs to know what models cost; name a table by prices"));
+    }
+    let counters: Arc<dyn Counters> = match &config.key_value {
+        Some(url) => {
+            let prefix = format!("forebay:budgets:{}", config.topic_prefix);
+            let options = key_value::RedisOptions { prefix, ..key_value::RedisOptions::default() };
+            Arc::new(key_value::Redis::connect(url, options).await.context("stores.key_value")?)
+        }
+        None => Arc::new(Local::new(wall_clock())),
+    };
+    let owner = format!("{:016x}", rand::random::<u64>());
+    let budgets = Budgets::new(config.budgets.clone(), prices, counters, Clock::System, owner);
+    Ok(Some(Arc::new(budgets)))
 }
 
 /// The same with a cost on each try, where anybody said what it is.

@@ -178,7 +178,7 @@ fn short(text: &str) -> String {
 }
 
 /// A decimal number of dollars as atto-dollars; digits beyond those are cut off.
-fn atto(number: &str) -> Option<u128> {
+pub(super) fn atto(number: &str) -> Option<u128> {
     let (mantissa, exponent) = match number.split_once(['e', 'E']) {
         Some((mantissa, exponent)) => (mantissa, exponent.parse::<i32>().ok()?),
         None => (number, 0),
