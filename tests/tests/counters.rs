@@ -2,8 +2,6 @@
 //!
 //! The suite knows the port alone. Redis is tested where `FOREBAY_TEST_REDIS` names a server.
 
-#![expect(clippy::panic, reason = "a test ends by a panic, also in the functions it is made of")]
-
 use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
