@@ -11,6 +11,7 @@
 //! Invariant: no operator knows where its records come from or go to, and none holds a clock, a span, a metric or a
 //! retry of its own. What a record turns into depends on the record, its envelope, the settings and the stores alone.
 
+pub mod budgets;
 mod cache;
 mod cache_lookup;
 pub mod catalogue;

@@ -7,24 +7,23 @@
 //! and whoever gave the allowance hears of that too.
 
 use crate::{Call, CallError, Listener, Model, Reply};
-use forebay_schemas::Tenant;
 use futures::future::BoxFuture;
 use std::sync::Arc;
 
 /// Knows what tenants may spend.
 pub trait Allowances: Send + Sync + 'static {
-    /// Sets aside what a call of so many tokens may take; an error where the tenant has not so much.
+    /// Sets aside what a call may take, of `model` where it names none; an error where its tenant has not so much.
     fn reserve<'a>(
         &'a self,
-        tenant: &'a Tenant,
-        tokens: u64,
+        call: &'a Call<'_>,
+        model: &'a str,
     ) -> BoxFuture<'a, Result<Box<dyn Reservation>, CallError>>;
 }
 
 /// What was set aside. Dropped unsettled, the call had no answer: it was given up, or all its tries failed.
 pub trait Reservation: Send {
     /// The call was answered, and took what the answer says.
-    fn settle(self: Box<Self>, reply: &Reply);
+    fn settle<'a>(self: Box<Self>, reply: &'a Reply) -> BoxFuture<'a, ()>;
 }
 
 /// A model whose calls are paid out of allowances. Around all tries of a call: a tenant pays for an answer, not for what it took.
@@ -63,9 +62,9 @@ impl Model for Allowed {
         listener: &'a dyn Listener,
     ) -> BoxFuture<'a, Result<Reply, CallError>> {
         Box::pin(async move {
-            let reserved = self.allowances.reserve(&call.tenant, call.tokens_estimated()).await?;
+            let reserved = self.allowances.reserve(call, self.inner.name()).await?;
             let reply = self.inner.complete(call, listener).await?;
-            reserved.settle(&reply);
+            reserved.settle(&reply).await;
             Ok(reply)
         })
     }
@@ -88,9 +87,10 @@ mod tests {
     impl Allowances for Purse {
         fn reserve<'a>(
             &'a self,
-            _: &'a Tenant,
-            tokens: u64,
+            call: &'a Call<'_>,
+            _: &'a str,
         ) -> BoxFuture<'a, Result<Box<dyn Reservation>, CallError>> {
+            let tokens = call.tokens_estimated();
             let mut left = self.0.lock().unwrap();
             let reserved = left.checked_sub(tokens).map(|less| {
                 *left = less;
@@ -100,8 +100,10 @@ mod tests {
         }
     }
     impl Reservation for Held {
-        fn settle(mut self: Box<Self>, reply: &Reply) {
+        fn settle<'a>(mut self: Box<Self>, reply: &'a Reply) -> BoxFuture<'a, ()> {
             self.1 -= reply.usage.unwrap().total_tokens;
+            drop(self);
+            Box::pin(async {})
         }
     }
     impl Drop for Held {

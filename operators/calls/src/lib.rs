@@ -12,6 +12,7 @@
 //! Pool        the best endpoint that has room; before each, for each model:
 //!   Breaker     nothing goes where nothing comes back
 //!   Throttle    no more than the provider bears
+//! Priced      what the try cost, also where it has no answer
 //! Server      one HTTP request, its timeouts, its keys, its errors put into classes
 //! ```
 //!
@@ -29,6 +30,8 @@ pub mod hedge;
 pub mod limits;
 mod model;
 pub mod pool;
+mod priced;
+pub mod prices;
 pub mod retry;
 mod route;
 mod secret;
@@ -48,6 +51,8 @@ pub use hedge::Hedge;
 pub use limits::Limits;
 pub use model::{Call, Listener, Model, Reply, Task, Tried, TryId, Upstream};
 pub use pool::Pool;
+pub use priced::Priced;
+pub use prices::Prices;
 pub use retry::Retry;
 pub use route::Route;
 pub use secret::Secret;

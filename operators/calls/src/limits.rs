@@ -109,7 +109,7 @@ fn duration(text: &str) -> Option<Duration> {
 }
 
 /// A moment in UTC, as `2026-11-24T16:05:00Z`, with or without a fraction.
-fn rfc3339(text: &str) -> Option<SystemTime> {
+pub(crate) fn rfc3339(text: &str) -> Option<SystemTime> {
     let (date, time) = text.strip_suffix('Z')?.split_once('T')?;
     let [year, month, day] = numbers(date, '-')?;
     let time = time.split_once('.').map_or(time, |(whole, _)| whole);

@@ -187,6 +187,8 @@ pub trait Listener: Send + Sync {
     ) -> BoxFuture<'a, Result<Reply, CallError>> {
         call
     }
+    /// What the try costs that goes on, though it has no answer; told before its end, or when it is dropped.
+    fn cost(&self, _: NanoUsd) {}
     /// What the provider says is left of its limits; told during a try.
     fn limits(&self, _: &Limits) {}
     /// Hears one try beside the one that goes on, as part of the same call. `None` where only one can be heard at a time:

@@ -1,7 +1,7 @@
 //! What the tests of several layers share: an upstream that does as it is told, in virtual time.
 
 use crate::{Call, CallError, Class, Listener, Model, Reply, Tried, Upstream, limits::Limits};
-use forebay_schemas::{Content, Message, Role, Usage};
+use forebay_schemas::{Content, Message, NanoUsd, Role, Usage};
 use futures::future::BoxFuture;
 use std::{
     collections::VecDeque,
@@ -33,8 +33,12 @@ impl Listener for Heard {
     fn token(&self, text: &str) {
         self.add(text.to_owned());
     }
+    fn cost(&self, cost: NanoUsd) {
+        self.add(format!("cost {}", cost.0));
+    }
     fn ended(&self, tried: &Tried<'_>) {
         self.add(match tried.result {
+            Ok(Reply { cost_nano_usd: Some(cost), .. }) => format!("ok {}", cost.0),
             Ok(_) => "ok".to_owned(),
             Err(error) => format!("{:?}", error.class).to_lowercase(),
         });

@@ -7,7 +7,7 @@
 
 use forebay_calls::{CallError, Class, Listener, Reply, Tried, TryId, Upstream};
 use forebay_operator::{Context, Event, Failure, Stop};
-use forebay_schemas::Attempt;
+use forebay_schemas::{Attempt, NanoUsd};
 use futures::future::BoxFuture;
 use std::{
     sync::{
@@ -39,6 +39,8 @@ struct Open {
     endpoint: Option<String>,
     model: String,
     ttft_us: Option<i64>,
+    /// Known also where there is no answer.
+    cost_nano_usd: Option<i64>,
 }
 
 impl<'a> Rows<'a> {
@@ -47,7 +49,7 @@ impl<'a> Rows<'a> {
         Self { cx, index: CALL, next, open: Mutex::default() }
     }
 
-    /// The call was given up, for this reason. What it had cost by then nobody says.
+    /// The call was given up, for this reason.
     pub(super) fn given_up(&self, stop: Stop) {
         self.close(Some(Failure::from(stop).code().to_owned()));
     }
@@ -67,7 +69,15 @@ impl<'a> Rows<'a> {
     fn open(&self, attempt: u32, to: Upstream<'_>) -> Open {
         let started_at_us = self.cx.clock().now_us();
         let (endpoint, model) = (to.endpoint.map(str::to_owned), to.model.to_owned());
-        Open { attempt, started_at_us, provider: to.provider, endpoint, model, ttft_us: None }
+        Open {
+            attempt,
+            started_at_us,
+            provider: to.provider,
+            endpoint,
+            model,
+            ttft_us: None,
+            cost_nano_usd: None,
+        }
     }
 
     fn row(&self, open: &Open, duration_us: i64) -> Attempt {
@@ -92,7 +102,7 @@ impl<'a> Rows<'a> {
             http_status: None,
             input_tokens: None,
             output_tokens: None,
-            cost_nano_usd: None,
+            cost_nano_usd: open.cost_nano_usd,
         }
     }
 }
@@ -143,6 +153,12 @@ impl Listener for Rows<'_> {
         let now_us = self.cx.clock().now_us();
         open.ttft_us.get_or_insert(now_us.saturating_sub(open.started_at_us));
         self.cx.delta(open.attempt, text);
+    }
+
+    fn cost(&self, cost: NanoUsd) {
+        if let Some(open) = &mut *self.opened() {
+            open.cost_nano_usd = Some(cost.0);
+        }
     }
 
     fn ended(&self, tried: &Tried<'_>) {

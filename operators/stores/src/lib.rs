@@ -1,4 +1,4 @@
-//! Where steps keep what must outlive a record: ports to key-value, vector and object stores, each with its adapters.
+//! Where steps keep what must outlive a record: ports to key-value, vector and object stores and to counters, each with its adapters.
 //!
 //! An operator holds an `Arc<dyn` [`KeyValue`]`>`, `Arc<dyn` [`Vectors`]`>` or `Arc<dyn` [`Objects`]`>` and cannot
 //! tell which adapter is behind it; one contract suite per port runs against them all. Bytes go in and bytes come
@@ -10,6 +10,7 @@
 //! never runs ahead of it.
 
 mod clock;
+pub mod counters;
 pub mod database;
 mod error;
 pub mod key_value;
@@ -17,6 +18,7 @@ pub mod objects;
 pub mod vectors;
 
 pub use clock::{Clock, wall_clock};
+pub use counters::Counters;
 pub use database::Database;
 pub use error::Error;
 pub use key_value::KeyValue;

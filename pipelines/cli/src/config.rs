@@ -5,7 +5,9 @@
 //!
 //! Invariant: a secret is never shown and never comes by a flag, since others see a process's arguments.
 
+pub mod budgets;
 pub mod pool;
+pub mod prices;
 pub mod served;
 
 use crate::{args::Settings, console::wrong};
@@ -52,6 +54,8 @@ const SETTINGS: &[Setting] = &[
     setting("pool.fallback", "FOREBAY_POOL_FALLBACK", ""),
     setting("pool.starts_cold", "FOREBAY_POOL_STARTS_COLD", "false"),
     setting("pool.wake_url", "FOREBAY_POOL_WAKE_URL", ""),
+    setting("prices", "FOREBAY_PRICES", ""),
+    setting("budgets", "FOREBAY_BUDGETS", ""),
     setting("stores.key_value", "FOREBAY_STORES_KEY_VALUE", ""),
     setting("memory.records", "FOREBAY_MEMORY_RECORDS", "256MiB"),
     setting("claims.over", "FOREBAY_CLAIMS_OVER", "256KiB"),
@@ -89,6 +93,10 @@ pub struct Config {
     pub model: Option<String>,
     /// Absent where one endpoint is called as it is.
     pub pool: Option<pool::PoolSettings>,
+    /// What models cost.
+    pub prices: prices::PriceFiles,
+    /// What tenants may spend.
+    pub budgets: Vec<forebay_operators::budgets::Budget>,
     pub key_value: Option<String>,
     pub memory_bytes: usize,
     /// Bodies of more bytes go to the object store; none where all stay in their messages.
@@ -253,6 +261,8 @@ impl Config {
             served,
             model: text("model.name"),
             pool,
+            prices: prices::PriceFiles::of(&text("prices").unwrap_or_default()),
+            budgets: budgets::of(&text("budgets").unwrap_or_default(), from("budgets"))?,
             key_value: text("stores.key_value"),
             memory_bytes,
             claims_over,

@@ -6,12 +6,18 @@ use crate::{
 };
 use anyhow::Context as _;
 use forebay_calls::{
-    Api, Model, Pool, Retry, Secret, Server,
+    Allowed, Api, Model, Pool, Priced, Prices, Retry, Secret, Server,
+    allowance::Allowances,
     client::{Parts, client},
     pool::{Endpoint, Http, Wake, Watch},
     server::{Timeouts, Vllm},
 };
-use forebay_operators::Extractive;
+use forebay_operator::Clock;
+use forebay_operators::{
+    Extractive,
+    budgets::{Budgets, Unit},
+};
+use forebay_stores::{Counters, counters::Local, key_value, wall_clock};
 use futures::future::BoxFuture;
 use reqwest::Url;
 use std::{sync::Arc, time::Duration};
@@ -46,20 +52,26 @@ impl Client {
 }
 
 /// What the settings ask for.
-pub fn model(config: &Config) -> anyhow::Result<Client> {
+pub async fn model(config: &Config) -> anyhow::Result<Client> {
     let alone = |model: Arc<dyn Model>| Client { model, pools: Vec::new() };
     if config.served.is_empty() {
         return Ok(alone(Arc::new(Extractive)));
     }
     let name = config.model.as_deref();
+    let prices = config.prices.read()?.map(Arc::new);
+    let allowances = allowances(config, prices.clone()).await?;
     let Some(settings) = &config.pool else {
         let server = server(&config.served[0], name)?;
-        return Ok(alone(Arc::new(Retry::new(Arc::new(server), Arc::default()))));
+        let model: Arc<dyn Model> = Arc::new(Retry::new(priced(server, prices), Arc::default()));
+        return Ok(alone(match allowances {
+            Some(allowances) => Arc::new(Allowed::new(model, allowances)),
+            None => model,
+        }));
     };
     // Who stands in takes no other calls.
     let stands_in = |served: &Served| settings.fallbacks.iter().any(|fallback| fallback.is(served));
     let first: Vec<_> = config.served.iter().filter(|served| !stands_in(served)).collect();
-    let first = Arc::new(pool(&first, name, settings)?);
+    let first = Arc::new(pool(&first, name, settings, prices.as_ref())?);
     let mut pools = vec![first.clone()];
     let mut fallbacks: Vec<Arc<dyn Model>> = Vec::new();
     for fallback in &settings.fallbacks {
@@ -80,7 +92,7 @@ pub fn model(config: &Config) -> anyhow::Result<Client> {
         };
         // Its breaker is its own; it wakes nobody.
         let settings = PoolSettings { starts_cold: false, wake_url: None, ..settings.clone() };
-        let pool = Arc::new(pool(&served.iter().collect::<Vec<_>>(), name, &settings)?);
+        let pool = Arc::new(pool(&served.iter().collect::<Vec<_>>(), name, &settings, prices.as_ref())?);
         pools.push(pool.clone());
         fallbacks.push(pool);
     }
@@ -88,8 +100,7 @@ pub fn model(config: &Config) -> anyhow::Result<Client> {
         pool: first,
         hedging: settings.hedging,
         fallbacks,
-        // Prices and budgets have their place here.
-        allowances: None,
+        allowances,
         jitter: Arc::new(rand::random::<f64>),
     });
     Ok(Client { model, pools })
@@ -104,7 +115,44 @@ fn server(served: &Served, name: Option<&str>) -> anyhow::Result<Server> {
     Ok(server.with_vllm(served.vllm))
 }
 
-fn pool(served: &[&Served], name: Option<&str>, settings: &PoolSettings) -> anyhow::Result<Pool> {
+/// What tenants may spend, where anybody said so: counted in Redis where the key-value store is there, else by this process.
+async fn allowances(
+    config: &Config,
+    prices: Option<Arc<Prices>>,
+) -> anyhow::Result<Option<Arc<dyn Allowances>>> {
+    if config.budgets.is_empty() {
+        return Ok(None);
+    }
+    if prices.is_none() && config.budgets.iter().any(|budget| budget.unit == Unit::Money) {
+        return Err(wrong("a budget of money needs to know what models cost; name a table by prices"));
+    }
+    let counters: Arc<dyn Counters> = match &config.key_value {
+        Some(url) => {
+            let prefix = format!("forebay:budgets:{}", config.topic_prefix);
+            let options = key_value::RedisOptions { prefix, ..key_value::RedisOptions::default() };
+            Arc::new(key_value::Redis::connect(url, options).await.context("stores.key_value")?)
+        }
+        None => Arc::new(Local::new(wall_clock())),
+    };
+    let owner = format!("{:016x}", rand::random::<u64>());
+    let budgets = Budgets::new(config.budgets.clone(), prices, counters, Clock::System, owner);
+    Ok(Some(Arc::new(budgets)))
+}
+
+/// The same with a cost on each try, where anybody said what it is.
+fn priced(server: Server, prices: Option<Arc<Prices>>) -> Arc<dyn Model> {
+    match prices {
+        Some(prices) => Arc::new(Priced::new(Arc::new(server), prices)),
+        None => Arc::new(server),
+    }
+}
+
+fn pool(
+    served: &[&Served],
+    name: Option<&str>,
+    settings: &PoolSettings,
+    prices: Option<&Arc<Prices>>,
+) -> anyhow::Result<Pool> {
     let endpoint = |served: &&Served| {
         let model = server(served, name)?;
         let watch: Option<Arc<dyn Watch>> = match served.api {
@@ -114,7 +162,7 @@ fn pool(served: &[&Served], name: Option<&str>, settings: &PoolSettings) -> anyh
         };
         Ok(Endpoint {
             name: model.endpoint().to_owned(),
-            model: Arc::new(model),
+            model: priced(model, prices.cloned()),
             caps: settings.caps,
             watch,
             starts_cold: settings.starts_cold,

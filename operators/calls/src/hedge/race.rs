@@ -5,6 +5,7 @@
 
 use super::lock;
 use crate::{CallError, Class, Limits, Listener, Reply, Tried, TryId, Upstream};
+use forebay_schemas::NanoUsd;
 use futures::future::BoxFuture;
 use std::{sync::Mutex, time::Duration};
 use tokio::{
@@ -177,6 +178,10 @@ impl Listener for Contender<'_> {
             }),
             Side::Second => self.listener.paid(to, Box::pin(self.second(to, call))),
         }
+    }
+
+    fn cost(&self, cost: NanoUsd) {
+        self.listener.cost(cost);
     }
 
     fn limits(&self, limits: &Limits) {

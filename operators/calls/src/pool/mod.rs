@@ -22,7 +22,7 @@ use crate::{
 };
 use board::{Ask, Board, Refusal, Ticket};
 pub use board::{ModelStatus, Status};
-use forebay_schemas::{Content, Message, Role, Sampling};
+use forebay_schemas::{Content, Message, NanoUsd, Role, Sampling};
 use futures::future::{BoxFuture, join_all};
 use std::{
     pin::pin,
@@ -372,6 +372,10 @@ impl Listener for Watched<'_> {
                 result
             }),
         )
+    }
+
+    fn cost(&self, cost: NanoUsd) {
+        self.listener.cost(cost);
     }
 
     fn limits(&self, limits: &Limits) {

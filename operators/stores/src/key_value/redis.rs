@@ -10,7 +10,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::FutureExt;
 use redis::aio::{ConnectionManager, ConnectionManagerConfig};
-use redis::{Client, Cmd, ErrorKind, FromRedisValue, RedisError, Script, ServerErrorKind};
+use redis::{Client, Cmd, ErrorKind, FromRedisValue, RedisError, Script, ScriptInvocation, ServerErrorKind};
 
 use super::{KeyValue, check_entries, check_entry, check_key, check_keys};
 use crate::clock::ttl_ms;
@@ -76,7 +76,12 @@ impl Redis {
         command.query_async(&mut self.connection.clone()).await.map_err(|error| self.error(error))
     }
 
-    fn key(&self, key: &str) -> String {
+    /// Runs a script, which is one step to everybody else.
+    pub(crate) async fn run<T: FromRedisValue>(&self, script: &ScriptInvocation<'_>) -> Result<T, Error> {
+        script.invoke_async(&mut self.connection.clone()).await.map_err(|error| self.error(error))
+    }
+
+    pub(crate) fn key(&self, key: &str) -> String {
         format!("{}{key}", self.prefix)
     }
 

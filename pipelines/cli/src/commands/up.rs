@@ -91,7 +91,7 @@ impl Up {
         let health = Health::new();
         let _watchdog = Watchdog::start(health.clone())?;
         let gone = CancellationToken::new();
-        let client = models::model(&config)?;
+        let client = models::model(&config).await?;
         let serving = tokio::spawn(admin::serve(
             listener,
             telemetry.clone(),

@@ -1,0 +1,70 @@
+//! The counter port: how much of a limit is used, by calls that are over and by calls under way.
+//!
+//! Whoever is about to use something holds the most that it may take, and settles for what it took. What a process held that
+//! died in between is free again after a time. Counters are named by their callers, also for the minute or the month they
+//! are of: nothing here knows a calendar.
+//!
+//! Invariant of every adapter: of any number of simultaneous holds, those that succeed leave each counter at its limit or
+//! below it; and a hold is taken on all of its lines or on none.
+
+mod local;
+mod redis;
+
+use crate::error::check_size;
+use crate::{Answer, Error};
+use std::time::Duration;
+
+pub use self::local::Local;
+
+/// The longest name of a counter or a hold.
+pub const NAME_BYTES_MAX: usize = 512;
+/// The most lines of a hold.
+pub const LINES_MAX: usize = 64;
+/// The largest amount or limit. Redis counts in its scripts by floats, which are exact up to here.
+pub const AMOUNT_MAX: u64 = 1 << 53;
+
+/// What a hold wants of one counter.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Line {
+    /// The counter.
+    pub name: String,
+    /// The most that will be used.
+    pub amount: u64,
+    /// The most that may be used and held at a time.
+    pub limit: u64,
+    /// How long the counter is kept after its last change; longer than a hold.
+    pub keep: Duration,
+}
+
+/// Whether there was room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hold {
+    /// On every line.
+    Taken,
+    /// Not on this line, counted from 0.
+    Over {
+        /// Which it was.
+        line: usize,
+        /// What is used and held of it.
+        counted: u64,
+    },
+}
+
+/// A store of counters.
+pub trait Counters: Send + Sync + 'static {
+    /// Holds what the lines want, under an id that nobody else uses, for so long or until it is settled.
+    fn hold<'a>(&'a self, id: &'a str, lines: &'a [Line], time: Duration) -> Answer<'a, Hold>;
+
+    /// Gives a hold back and counts what was used instead: an amount for each line, 0 where it was nothing. What was used
+    /// counts also where the hold had run out. Not to be repeated.
+    fn settle<'a>(&'a self, id: &'a str, lines: &'a [Line], used: &'a [u64]) -> Answer<'a, ()>;
+}
+
+fn check(id: &str, lines: &[Line]) -> Result<(), Error> {
+    check_size("the id of a hold in bytes", id.len(), NAME_BYTES_MAX)?;
+    check_size("the lines of a hold", lines.len(), LINES_MAX)?;
+    for line in lines {
+        check_size("the name of a counter in bytes", line.name.len(), NAME_BYTES_MAX)?;
+    }
+    Ok(())
+}
