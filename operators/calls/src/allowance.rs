@@ -6,7 +6,7 @@
 //! Invariant: what is reserved for a call is settled once, by what its answer took; a call without an answer settles nothing,
 //! and whoever gave the allowance hears of that too.
 
-use crate::{Call, CallError, Listener, Model, Reply};
+use crate::{Call, CallError, Listener, Model, Reply, model::says_what_it_stands_around};
 use futures::future::BoxFuture;
 use std::sync::Arc;
 
@@ -40,21 +40,7 @@ impl Allowed {
 }
 
 impl Model for Allowed {
-    fn provider(&self) -> &'static str {
-        self.inner.provider()
-    }
-
-    fn name(&self) -> &str {
-        self.inner.name()
-    }
-
-    fn reads_messages(&self) -> bool {
-        self.inner.reads_messages()
-    }
-
-    fn has_another_way(&self, call: &Call<'_>) -> bool {
-        self.inner.has_another_way(call)
-    }
+    says_what_it_stands_around!(inner);
 
     fn complete<'a>(
         &'a self,

@@ -16,7 +16,10 @@
 
 mod race;
 
-use crate::{Budget, Call, CallError, Class, Listener, Model, Pool, Reply, window::Window};
+use crate::{
+    Budget, Call, CallError, Class, Listener, Model, Pool, Reply, model::says_what_it_stands_around,
+    window::Window,
+};
 use futures::future::BoxFuture;
 use race::{Contender, Race, Side};
 use std::{
@@ -199,21 +202,7 @@ impl Hedge {
 }
 
 impl Model for Hedge {
-    fn provider(&self) -> &'static str {
-        self.pool.provider()
-    }
-
-    fn name(&self) -> &str {
-        self.pool.name()
-    }
-
-    fn reads_messages(&self) -> bool {
-        self.pool.reads_messages()
-    }
-
-    fn has_another_way(&self, call: &Call<'_>) -> bool {
-        self.pool.has_another_way(call)
-    }
+    says_what_it_stands_around!(pool);
 
     fn complete<'a>(
         &'a self,

@@ -235,3 +235,102 @@ pub trait Model: Send + Sync + 'static {
         listener: &'a dyn Listener,
     ) -> BoxFuture<'a, Result<Reply, CallError>>;
 }
+
+/// What a layer says of itself: what the model says that it stands around. One list for all layers, or the next question
+/// that is added here would be answered by its default where a layer forgot to ask.
+macro_rules! says_what_it_stands_around {
+    ($inner:ident) => {
+        fn provider(&self) -> &'static str {
+            self.$inner.provider()
+        }
+
+        fn name(&self) -> &str {
+            self.$inner.name()
+        }
+
+        fn probe(&self) -> $crate::Task<'static> {
+            self.$inner.probe()
+        }
+
+        fn reads_messages(&self) -> bool {
+            self.$inner.reads_messages()
+        }
+
+        fn is_local(&self) -> bool {
+            self.$inner.is_local()
+        }
+
+        fn has_another_way(&self, call: &$crate::Call<'_>) -> bool {
+            self.$inner.has_another_way(call)
+        }
+    };
+}
+pub(crate) use says_what_it_stands_around;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        Allowed, Budget, Priced, Prices, Retry,
+        allowance::{Allowances, Reservation},
+    };
+    use forebay_operator::Clock;
+    use std::sync::Arc;
+
+    /// Answers every question otherwise than by default.
+    struct Own;
+
+    impl Model for Own {
+        fn provider(&self) -> &'static str {
+            "own"
+        }
+        fn name(&self) -> &str {
+            "mine"
+        }
+        fn probe(&self) -> Task<'static> {
+            Task::Embed(&[])
+        }
+        fn reads_messages(&self) -> bool {
+            false
+        }
+        fn is_local(&self) -> bool {
+            true
+        }
+        fn has_another_way(&self, _: &Call<'_>) -> bool {
+            true
+        }
+        fn complete<'a>(
+            &'a self,
+            _: &'a Call<'_>,
+            _: &'a dyn Listener,
+        ) -> BoxFuture<'a, Result<Reply, CallError>> {
+            unreachable!("nobody asks it")
+        }
+    }
+
+    struct Nothing;
+
+    impl Allowances for Nothing {
+        fn reserve<'a>(
+            &'a self,
+            _: &'a Call<'_>,
+            _: &'a str,
+        ) -> BoxFuture<'a, Result<Box<dyn Reservation>, CallError>> {
+            unreachable!("nobody calls")
+        }
+    }
+
+    #[test]
+    fn a_layer_says_of_itself_what_it_stands_around() {
+        let layers: [Arc<dyn Model>; 3] = [
+            Arc::new(Priced::new(Arc::new(Own), Arc::new(Prices::new(Clock::System)))),
+            Arc::new(Retry::new(Arc::new(Own), Arc::new(Budget::default()))),
+            Arc::new(Allowed::new(Arc::new(Own), Arc::new(Nothing))),
+        ];
+        for layer in layers {
+            assert_eq!((layer.provider(), layer.name()), ("own", "mine"));
+            assert!(matches!(layer.probe(), Task::Embed(_)), "a server of vectors is asked for vectors");
+            assert!(!layer.reads_messages() && layer.is_local() && layer.has_another_way(&Call::default()));
+        }
+    }
+}

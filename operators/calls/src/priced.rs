@@ -8,7 +8,8 @@
 //! an answer has its cost in it.
 
 use crate::{
-    Call, CallError, Class, Limits, Listener, Model, Prices, Reply, Tried, TryId, Upstream, prices::Tariff,
+    Call, CallError, Class, Limits, Listener, Model, Prices, Reply, Tried, TryId, Upstream,
+    model::says_what_it_stands_around, prices::Tariff,
 };
 use forebay_schemas::{NanoUsd, Usage};
 use futures::future::BoxFuture;
@@ -63,25 +64,7 @@ impl Meter {
 }
 
 impl Model for Priced {
-    fn provider(&self) -> &'static str {
-        self.inner.provider()
-    }
-
-    fn name(&self) -> &str {
-        self.inner.name()
-    }
-
-    fn reads_messages(&self) -> bool {
-        self.inner.reads_messages()
-    }
-
-    fn is_local(&self) -> bool {
-        self.inner.is_local()
-    }
-
-    fn has_another_way(&self, call: &Call<'_>) -> bool {
-        self.inner.has_another_way(call)
-    }
+    says_what_it_stands_around!(inner);
 
     fn complete<'a>(
         &'a self,

@@ -7,7 +7,7 @@
 //! Invariant: what is returned is the last error itself, so that the caller knows why; no wait outlives the deadline, as
 //! an error now is worth more than an answer that nobody waits for; and no try is made that the budget does not have.
 
-use crate::{Budget, Call, CallError, Class, Listener, Model, Reply};
+use crate::{Budget, Call, CallError, Class, Listener, Model, Reply, model::says_what_it_stands_around};
 use futures::future::BoxFuture;
 use std::{sync::Arc, time::Duration};
 use tokio::time::Instant;
@@ -68,21 +68,7 @@ impl Retry {
 }
 
 impl Model for Retry {
-    fn provider(&self) -> &'static str {
-        self.inner.provider()
-    }
-
-    fn name(&self) -> &str {
-        self.inner.name()
-    }
-
-    fn reads_messages(&self) -> bool {
-        self.inner.reads_messages()
-    }
-
-    fn has_another_way(&self, call: &Call<'_>) -> bool {
-        self.inner.has_another_way(call)
-    }
+    says_what_it_stands_around!(inner);
 
     fn complete<'a>(
         &'a self,

@@ -713,7 +713,7 @@ async fn set_aside(
                 messages.push(aside);
                 ledgers.extend(stage.ledger_of(incoming));
             }
-            // What cannot be read is no longer whose it says it is.
+            // What cannot be read becomes a dead letter at once.
             None => messages.extend(stage.process(incoming, None).await),
         }
     }
