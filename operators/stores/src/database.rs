@@ -13,6 +13,7 @@
 
 use std::any::Any;
 use std::collections::HashSet;
+use std::error::Error as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
@@ -21,6 +22,7 @@ use std::time::Duration;
 use redb::{Durability, WriteTransaction};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::task::spawn_blocking;
+use tracing::error;
 
 use crate::Error;
 
@@ -244,8 +246,11 @@ impl Shared {
             tokio::time::sleep(durable_every).await;
             let Some(shared) = shared.upgrade() else { return };
             lock(&shared.queue).flush_due = false;
-            // An error stays in `broken` and is the next writer's answer.
-            let _ = Database { shared }.flush().await;
+            // An error stays in `broken` and is the next writer's answer; but it may be long until one comes.
+            if let Err(failure) = (Database { shared }).flush().await {
+                let cause = failure.source().map(ToString::to_string).unwrap_or_default();
+                error!(error = %failure, cause, "could not keep what the store was given; it takes nothing more");
+            }
         });
     }
 
@@ -465,6 +470,41 @@ mod tests {
             assert!(matches!(error, Error::Full { .. }), "{error:?}");
             assert_eq!(error.to_string(), "no space left for store /data/store; free some, then restart");
         }
+    }
+
+    /// What is logged.
+    #[derive(Clone, Default)]
+    struct Log(Arc<Mutex<Vec<u8>>>);
+
+    impl io::Write for Log {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            lock(&self.0).extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_full_disk_is_told_though_no_writer_comes_any_more() {
+        let log = Log::default();
+        let writer = log.clone();
+        let subscriber = tracing_subscriber::fmt().with_writer(move || writer.clone()).finish();
+        let _guard = tracing::subscriber::set_default(subscriber);
+        let disk = Disk::default();
+        let database = open_on(disk.clone());
+        put(&database, 1).await.expect("a disk with space takes it");
+        database.flush().await.expect("a disk with space takes it");
+        disk.full.store(1, Ordering::SeqCst);
+        put(&database, 2).await.expect("memory takes it");
+        tokio::time::sleep(Duration::from_secs(3601)).await;
+        let answer = put(&database, 3).await;
+        assert!(matches!(answer, Err(Error::Full { .. })), "{answer:?}");
+        let said = String::from_utf8(lock(&log.0).clone()).expect("text");
+        assert!(said.contains("no space left for store /data/store; free some, then restart"), "{said}");
+        assert_eq!(said.lines().count(), 1, "{said}");
     }
 
     #[tokio::test]
