@@ -70,3 +70,42 @@ fn every_request_has_one_result_whatever_line_a_process_crashes_at() {
     println!("{:#?}", site.check(&mut results, written, 0));
     survivor.drain();
 }
+
+/// What a record passes on its way to the overflow topic: before the ledger is told, when it knows, and when the copies are
+/// acknowledged. A process crashes at each of them.
+const OF_MOVES: &[&str] = &["move", "moved", "aside"];
+
+/// More than the paid step works off in two seconds, so that a tenant alone goes aside.
+const FLOOD: usize = 3_000;
+
+#[test]
+fn a_flood_has_one_result_each_whatever_line_a_process_crashes_at_as_it_moves_aside() {
+    let Some(servers) = services::kafka() else { return };
+    let mut dice = Dice::new(seed());
+    let site = Site::new("aside", &servers, CONFIGURATION);
+    let others = STAGES.iter().filter(|(stage, ..)| *stage != "infer");
+    let others: Vec<_> = others.map(|(stage, ..)| site.member(stage)).collect();
+    let (mut results, mut written) = (site.client.read("results"), 0);
+    site.ask(&mut written, FLOOD);
+    // Nobody calls the model yet, so all that is to be paid for is there at once.
+    let mut prompts = site.client.read("prompts");
+    wait_for("all that is to be paid for", LIMIT, || {
+        let answered = results.to_the_end(LIMIT).len();
+        (prompts.to_the_end(LIMIT).len() + answered >= FLOOD).then_some(())
+    });
+    for point in OF_MOVES {
+        let passing = match *point {
+            "aside" => dice.within(1..4),
+            _ => dice.within(1..200),
+        };
+        let at = format!("{point}:{passing}");
+        let mut command = site.command(&["run", "answer", "--stage", "infer"]);
+        let mut process = Running::start("infer", command.env("FOREBAY_CRASH_AT", &at));
+        wait_for(&format!("a crash at {at}"), LIMIT, || (!process.is_alive()).then_some(()));
+        assert_eq!(process.ended(DRAIN).signal(), Some(Signal::ABORT.as_raw()), "{at}: {}", process.stderr());
+        println!("infer at {at}");
+    }
+    let survivor = site.member("infer");
+    println!("{:#?}", site.check(&mut results, written, 0));
+    drop((survivor, others));
+}

@@ -722,6 +722,7 @@ async fn set_aside(
     }
     ours.still().await?;
     let written = unless_gone(ours, async { sink.send(stage.check_in(messages).await).await }).await;
+    crash_point("aside");
     let Err(SendError::TooLarge { .. }) = written else { return written };
     // Which of them, only each alone can tell; a second copy is known by its id.
     for incoming in records {

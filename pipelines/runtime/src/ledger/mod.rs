@@ -469,10 +469,15 @@ impl RecordLedger {
             to: Some(topic.to_owned()),
             ..LedgerEntry::of_lease(EntryKind::Moved, &account.owner, account.now_wall_ms())
         };
+        crash_point("move");
         for call in &calls {
             account.append(LedgerEntry { call_id: Some(call.clone()), ..moved.clone() }).await?;
         }
-        if calls.is_empty() { account.append(moved).await } else { Ok(()) }
+        if calls.is_empty() {
+            account.append(moved).await?;
+        }
+        crash_point("moved");
+        Ok(())
     }
 
     /// The topic that the record went to already, where it did, as soon as that can be told.
