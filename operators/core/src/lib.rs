@@ -8,6 +8,7 @@
 mod clock;
 pub mod compliance;
 mod context;
+mod deltas;
 mod failure;
 mod ledger;
 mod operator;

@@ -63,7 +63,7 @@ impl Told {
 #[derive(Default)]
 struct Reader(Mutex<Vec<Delta>>);
 impl Host for Reader {
-    fn delta(&self, delta: Delta) {
+    fn delta(&self, _: &str, delta: Delta) {
         self.0.lock().unwrap().push(delta);
     }
     fn observe(&self, _: &str, _: &Event) {}
@@ -162,6 +162,7 @@ async fn whoever_reads_along_gets_the_tokens() {
     let clock = Clock::starting_at(compliance::NOW_MS);
     let cx = Context::new(delivery(envelope), clock, host.clone(), StopSignal::new().1);
     infer(Told(Some(Ok("so far")))).process(grounded(), &cx).await.unwrap();
+    cx.flush_deltas();
     let read = host.0.lock().unwrap();
     let read: Vec<_> = read.iter().map(|delta| (delta.attempt, delta.seq, delta.text.as_str())).collect();
     assert_eq!(read, [(0, 0, "so "), (0, 1, "far")]);

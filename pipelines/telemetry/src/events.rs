@@ -20,6 +20,8 @@ pub(crate) struct Events {
     cache_lookups: Counter<u64>,
     retrieved: Histogram<u64>,
     judgements: Counter<u64>,
+    deltas_records: Counter<u64>,
+    deltas_bytes: Counter<u64>,
     call_duration: Histogram<f64>,
     token_usage: Histogram<u64>,
     ttft: Histogram<f64>,
@@ -35,6 +37,8 @@ impl Events {
             cache_lookups: declared::CACHE_LOOKUPS.counter(meter),
             retrieved: declared::RETRIEVED.histogram_u64(meter),
             judgements: declared::JUDGEMENTS.counter(meter),
+            deltas_records: declared::DELTAS_RECORDS.counter(meter),
+            deltas_bytes: declared::DELTAS_BYTES.counter(meter),
             call_duration: declared::CALL_DURATION.histogram_f64(meter),
             token_usage: declared::TOKEN_USAGE.histogram_u64(meter),
             ttft: declared::TTFT.histogram_f64(meter),
@@ -74,6 +78,14 @@ impl Events {
                 }
             }
         }
+    }
+
+    /// A piece of an answer was sent, or lost.
+    pub(crate) fn delta(&self, stage: &str, bytes: usize, is_sent: bool) {
+        let outcome = KeyValue::new("outcome", if is_sent { "sent" } else { "lost" });
+        let labels = [KeyValue::new("stage", self.stages.word(stage)), outcome];
+        self.deltas_records.add(1, &labels);
+        self.deltas_bytes.add(u64::try_from(bytes).unwrap_or(u64::MAX), &labels);
     }
 
     fn called(&self, labels: &[KeyValue; 4], duration: Duration, error: Option<&'static str>) {

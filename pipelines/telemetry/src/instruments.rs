@@ -296,6 +296,20 @@ pub(crate) const JUDGEMENTS: Declared = Declared {
     meaning: "Answers judged, by judgement: pass, annotate or block.",
     ..LINE
 };
+pub(crate) const DELTAS_RECORDS: Declared = Declared {
+    name: "forebay.deltas.records",
+    unit: "{record}",
+    labels: &["stage", "outcome"],
+    meaning: "Pieces of answers for whoever reads along: `sent`, or `lost` because too many were on their way.",
+    ..LINE
+};
+pub(crate) const DELTAS_BYTES: Declared = Declared {
+    name: "forebay.deltas",
+    unit: "By",
+    labels: &["stage", "outcome"],
+    meaning: "Bytes of these records.",
+    ..LINE
+};
 pub(crate) const CALL_DURATION: Declared = Declared {
     name: "gen_ai.client.operation.duration",
     kind: Kind::Histogram(CALL_SECONDS),
@@ -368,6 +382,8 @@ pub(crate) const DECLARED: &[Declared] = &[
     CACHE_LOOKUPS,
     RETRIEVED,
     JUDGEMENTS,
+    DELTAS_RECORDS,
+    DELTAS_BYTES,
     CALL_DURATION,
     TOKEN_USAGE,
     TTFT,

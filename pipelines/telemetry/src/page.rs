@@ -169,6 +169,8 @@ mod tests {
         telemetry.observe("cache", &Event::CacheLookedUp { status: "hit" });
         telemetry.observe("retrieve", &Event::Retrieved { passages: 4 });
         telemetry.observe("validate", &Event::Judged { judgement: "pass" });
+        telemetry.delta("infer", 90, true);
+        telemetry.delta("infer", 90, false);
         telemetry.observe("infer", &called("small", None));
         telemetry.observe("infer", &called("small", Some("model_unavailable")));
         meter
@@ -236,6 +238,8 @@ mod tests {
             ("forebay_step_committed_offset", &[("stage", "infer"), ("partition", "3")], 90.0),
             ("forebay_step_work_queued_seconds", &[], 1.5),
             ("forebay_cache_lookups_total", &[("stage", "cache"), ("status", "hit")], 1.0),
+            ("forebay_deltas_bytes_total", &[("stage", "infer"), ("outcome", "sent")], 90.0),
+            ("forebay_deltas_records_total", &[("stage", "infer"), ("outcome", "lost")], 1.0),
             ("gen_ai_client_operation_duration_seconds_sum", &[("error_type", "model_unavailable")], 1.1),
             ("gen_ai_client_token_usage_sum", &[("gen_ai_token_type", "input")], 600.0),
             ("gen_ai_server_time_to_first_token_seconds_sum", &[], 0.2),

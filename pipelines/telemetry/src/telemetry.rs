@@ -143,6 +143,11 @@ impl Telemetry {
         self.0.events.observe(stage, event);
     }
 
+    /// Counts a piece of an answer, for whoever reads along, that was sent or lost.
+    pub fn delta(&self, stage: &str, bytes: usize, is_sent: bool) {
+        self.0.events.delta(stage, bytes, is_sent);
+    }
+
     /// All metrics, in the Prometheus text format.
     pub fn prometheus(&self) -> String {
         TextEncoder::new().encode_to_string(&self.0.registry.gather()).unwrap_or_else(|error| {
