@@ -153,21 +153,21 @@ fn contenders(addresses: &[SocketAddr], stream: bool) -> Vec<Contender> {
     let table = r#"{"m": {"input_cost_per_token": 1e-7, "output_cost_per_token": 4e-7}}"#;
     let prices = Prices::new(forebay_operator::Clock::System).with_table("m.json", table, None);
     let prices = Arc::new(prices.expect("a table"));
-    let fallback: Arc<dyn Model> = Arc::new(server(&addresses[0]));
+    let prices = Some(&prices);
+    let fallback: Vec<Arc<dyn Model>> = vec![Arc::new(server(&addresses[0]))];
     let all = [
         ("bare reqwest", bare),
         ("one try: `Server`", Way::Model(Arc::new(server(&addresses[0])))),
         ("`client()`, one endpoint", pool(&addresses[..1], None, Hedging::Off, Vec::new())),
         ("`client()`, pool of 4", pool(addresses, None, Hedging::Off, Vec::new())),
-        (
-            "pool of 4, prices, hedging, a fallback",
-            pool(addresses, Some(&prices), Hedging::Usual, vec![fallback]),
-        ),
+        ("pool of 4, prices, a fallback", pool(addresses, prices, Hedging::Off, fallback.clone())),
+        ("pool of 4, prices, a fallback, hedging", pool(addresses, prices, Hedging::Usual, fallback)),
     ];
     let contender = |(name, way)| Contender {
         name,
         way,
-        times: Histogram::new(3).expect("a histogram"),
+        // Up to ten seconds, in nanoseconds.
+        times: Histogram::new_with_max(10_000_000_000, 3).expect("a histogram"),
         cpu: Duration::ZERO,
     };
     all.into_iter().map(contender).collect()

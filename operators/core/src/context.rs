@@ -42,28 +42,53 @@ pub enum Event {
         /// How many were found.
         passages: usize,
     },
-    /// An upstream call ended.
-    Called {
-        /// The kind of provider.
-        provider: String,
-        /// The model that answered or was asked.
-        model: String,
-        /// How long it took, in microseconds.
+    /// A try of an upstream call ended.
+    Called(Called),
+    /// A call waited, or did not have to.
+    CallWaited {
+        /// `room` at an endpoint, its next `retry`, or the `ledger`.
+        what: &'static str,
+        /// How long, in microseconds.
         duration_us: i64,
-        /// Time to first token in microseconds, where the answer was streamed.
-        ttft_us: Option<i64>,
-        /// Tokens read.
-        input_tokens: Option<i64>,
-        /// Tokens written.
-        output_tokens: Option<i64>,
-        /// The code of the error, where it failed.
-        error: Option<&'static str>,
+    },
+    /// More was asked than the first try of a call.
+    CallExtended {
+        /// `retry`, `hedge`, `hedge_lost` or `fallback`.
+        how: &'static str,
+    },
+    /// A call is over; beside upstreams and waits it took so long.
+    CallOverhead {
+        /// In microseconds.
+        duration_us: i64,
     },
     /// An answer was judged.
     Judged {
         /// `pass`, `annotate` or `block`.
         judgement: &'static str,
     },
+}
+
+/// A try of an upstream call, as it ended.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Called {
+    /// The kind of provider.
+    pub provider: String,
+    /// The model that was asked.
+    pub model: String,
+    /// The model that answered, as it names itself.
+    pub response_model: Option<String>,
+    /// How long it took, in microseconds.
+    pub duration_us: i64,
+    /// Time to first token in microseconds, where the answer was streamed.
+    pub ttft_us: Option<i64>,
+    /// Tokens read.
+    pub input_tokens: Option<i64>,
+    /// Tokens written.
+    pub output_tokens: Option<i64>,
+    /// From each piece of its answer to the next, in microseconds, where it was streamed.
+    pub gaps_us: Vec<u32>,
+    /// The code of the error, where it failed.
+    pub error: Option<&'static str>,
 }
 
 /// Why work should stop.
