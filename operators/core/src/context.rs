@@ -73,10 +73,16 @@ pub enum Event {
 pub struct Called {
     /// The kind of provider.
     pub provider: String,
+    /// The hop that it is a part of, as W3C writes it.
+    pub traceparent: Option<String>,
+    /// Scheme, host and port; absent for a model in process.
+    pub endpoint: Option<String>,
     /// The model that was asked.
     pub model: String,
     /// The model that answered, as it names itself.
     pub response_model: Option<String>,
+    /// When it was sent, in microseconds since 1970.
+    pub started_at_us: i64,
     /// How long it took, in microseconds.
     pub duration_us: i64,
     /// Time to first token in microseconds, where the answer was streamed.

@@ -73,15 +73,38 @@ impl<'a> Rows<'a> {
 
     /// The call was given up, for this reason.
     pub(super) fn given_up(&self, stop: Stop) {
-        self.close(Some(Failure::from(stop).code().to_owned()));
+        self.close(Some(Failure::from(stop).code()));
     }
 
     /// Leaves the row of a try that nobody waits for any more.
-    fn close(&self, error_code: Option<String>) {
+    fn close(&self, error: Option<&'static str>) {
         let Some(open) = self.opened().take() else { return };
         let duration_us = self.cx.clock().now_us().saturating_sub(open.started_at_us);
-        let status = "cancelled".to_owned();
-        self.cx.record(Attempt { status, error_code, ..self.row(&open, duration_us) });
+        let (status, error_code) = ("cancelled".to_owned(), error.map(str::to_owned));
+        let row = Attempt { status, error_code, ..self.row(&open, duration_us) };
+        // Why it was dropped is not always known.
+        if error.is_some() {
+            self.tell(open, &row, None, error);
+        }
+        self.cx.record(row);
+    }
+
+    /// Tells whoever counts how a try ended.
+    fn tell(&self, open: Open, row: &Attempt, response_model: Option<String>, error: Option<&'static str>) {
+        self.cx.observe(&Event::Called(Called {
+            provider: open.provider.to_owned(),
+            traceparent: self.cx.envelope().traceparent.clone(),
+            endpoint: open.endpoint,
+            model: open.model,
+            response_model,
+            started_at_us: row.started_at,
+            duration_us: row.duration_us,
+            ttft_us: row.ttft_us,
+            input_tokens: row.input_tokens,
+            output_tokens: row.output_tokens,
+            gaps_us: open.gaps_us,
+            error,
+        }));
     }
 
     fn opened(&self) -> MutexGuard<'_, Option<Open>> {
@@ -240,17 +263,8 @@ impl Listener for Rows<'_> {
                 row.http_status = error.http_status.map(i32::from);
             }
         }
-        self.cx.observe(&Event::Called(Called {
-            provider: open.provider.to_owned(),
-            model: open.model,
-            response_model: tried.result.ok().map(|reply| reply.model.clone()),
-            duration_us: row.duration_us,
-            ttft_us: row.ttft_us,
-            input_tokens: row.input_tokens,
-            output_tokens: row.output_tokens,
-            gaps_us: open.gaps_us,
-            error: tried.result.err().map(|error| error.code),
-        }));
+        let response_model = tried.result.ok().map(|reply| reply.model.clone());
+        self.tell(open, &row, response_model, tried.result.err().map(|error| error.code));
         self.cx.record(row);
     }
 }

@@ -157,11 +157,13 @@ async fn every_try_leaves_a_row_however_it_ends() {
 async fn a_client_that_takes_its_request_back_stops_the_call() {
     let (switch, stop) = StopSignal::new();
     let host = Arc::new(Reader::default());
-    let cx =
-        Context::new(delivery(compliance::envelope()), Clock::starting_at(compliance::NOW_MS), host, stop);
+    let clock = Clock::starting_at(compliance::NOW_MS);
+    let cx = Context::new(delivery(compliance::envelope()), clock, host.clone(), stop);
     let (ended, ()) = tokio::join!(check(Told(None), &cx, "cancelled: 0 cancelled cancelled"), async {
         switch.send(true).unwrap();
     });
+    let counted = |event: &Event| matches!(event, Event::Called(Called { error: Some("cancelled"), .. }));
+    assert!(host.1.lock().unwrap().iter().any(counted), "a try that was given up is counted too");
     ended
 }
 
@@ -228,12 +230,15 @@ async fn where_the_time_of_a_call_went_is_told_apart() {
         host.1.lock().unwrap().clone()
     };
     let (first, second) = tokio::join!(ask(), ask());
+    let started_at_us = compliance::NOW_MS * 1_000;
     let events = |waited_us| {
         let waited = |what, duration_us| Event::CallWaited { what, duration_us };
         let called = Event::Called(Called {
             provider: "told".to_owned(),
             model: "small".to_owned(),
+            endpoint: Some("http://here".to_owned()),
             response_model: Some("small-2".to_owned()),
+            started_at_us: started_at_us + waited_us,
             duration_us: 1_000_000,
             ttft_us: Some(300_000),
             gaps_us: vec![300_000, 300_000],

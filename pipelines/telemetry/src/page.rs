@@ -161,6 +161,7 @@ mod tests {
             output_tokens: Some(11),
             gaps_us: vec![50_000, 50_000],
             error,
+            ..Called::default()
         })
     }
 

@@ -11,6 +11,7 @@ use crate::{
     instruments::DECLARED,
     meter::Instruments,
     pool::{self, Endpoint},
+    span,
 };
 use forebay_operator::Event;
 use opentelemetry::{KeyValue, metrics::MeterProvider, trace::TracerProvider};
@@ -147,8 +148,11 @@ impl Telemetry {
         StepMeter::new(&self.0.steps, tracer, stage, operator)
     }
 
-    /// Counts what an operator reported.
+    /// Counts what an operator reported; of a model call a span is made too, where spans are.
     pub fn observe(&self, stage: &str, event: &Event) {
+        if let (Event::Called(called), Some((_, tracer))) = (event, &self.0.tracers) {
+            span::call(tracer, called);
+        }
         self.0.events.observe(stage, event);
     }
 
