@@ -3,7 +3,7 @@
 //! Invariant: a trace is never cut here. Where tracing is off, the `traceparent` that came goes on as it came, and
 //! nothing is allocated for it; where it is on, what goes on names this hop, with the sampling decision of the root.
 
-use crate::Outcome;
+use crate::{Outcome, words::short};
 use axum::http::Uri;
 use forebay_operator::Called;
 use opentelemetry::{
@@ -129,10 +129,12 @@ impl fmt::Debug for StepSpan {
 /// A try of a model call that is over, within its hop. Its attributes are those of the conventions for generative AI.
 pub(crate) fn call(tracer: &SdkTracer, called: &Called) {
     let Some(parent) = called.traceparent.as_deref().and_then(parse) else { return };
+    // Clients may name it.
+    let model = short(&called.model);
     let mut attributes = vec![
         KeyValue::new("gen_ai.operation.name", "chat"),
         KeyValue::new("gen_ai.provider.name", called.provider.clone()),
-        KeyValue::new("gen_ai.request.model", called.model.clone()),
+        KeyValue::new("gen_ai.request.model", model.to_owned()),
     ];
     let mut add = |name: &'static str, value: Option<opentelemetry::Value>| {
         attributes.extend(value.map(|value| KeyValue::new(name, value)));
@@ -147,7 +149,7 @@ pub(crate) fn call(tracer: &SdkTracer, called: &Called) {
     add("server.port", server.as_ref().and_then(Uri::port_u16).map(|port| i64::from(port).into()));
     add("error.type", called.error.map(Into::into));
     let started = UNIX_EPOCH + micros(called.started_at_us);
-    let builder = SpanBuilder::from_name(format!("chat {}", called.model))
+    let builder = SpanBuilder::from_name(format!("chat {model}"))
         .with_kind(SpanKind::Client)
         .with_start_time(started)
         .with_attributes(attributes);
