@@ -157,3 +157,59 @@ fn the_trace_of_a_client_goes_on_in_the_headers_of_its_result() {
     assert!(other.is_none_or(|other| !other.contains(TRACE)));
     up.drain();
 }
+
+#[test]
+fn calls_of_a_pool_and_its_endpoints_are_told_under_the_names_that_were_chosen() {
+    const CALLS: f64 = 6.0;
+    let models = [0, 1].map(|_| ModelServer::start(|_| Says::Text("Told in a few words.".to_owned())));
+    let [one, two] = [models[0].url(), models[1].url()];
+    for (opted_in, first, not) in [
+        ("", "gen_ai_server_time_to_first_token_seconds_count", "chunk"),
+        (
+            "http,gen_ai_latest_experimental",
+            "gen_ai_client_operation_time_to_first_chunk_seconds_count",
+            "gen_ai_server",
+        ),
+    ] {
+        let data = tempfile::tempdir().unwrap();
+        let model = ["--model-url", &one, "--model-url", &two, "--model", "stub"];
+        let all = [&["up", "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"], &model[..]].concat();
+        let up =
+            Up::wait("forebay up", command(data.path(), &all).env("OTEL_SEMCONV_STABILITY_OPT_IN", opted_in));
+        let client = up.client();
+        let mut results = client.read("results");
+        for number in 0..6 {
+            client.ask(
+                json!({"id": format!("r{number}"), "prompt": format!("Is {number} told?"), "stream": true}),
+            );
+        }
+        results.at_least(6, LIMIT);
+        let seen = metrics(&up);
+        let of = |name: &str, labels: &[&str]| sum(&seen, name, labels);
+        let chat = ["gen_ai_operation_name=\"chat\"", "gen_ai_provider_name=\"openai_compatible\""];
+        let answered =
+            [&chat[..], &["gen_ai_request_model=\"stub\"", "gen_ai_response_model=\"stub\""]].concat();
+        assert_eq!(of("gen_ai_client_operation_duration_seconds_count", &answered), CALLS, "{seen:?}");
+        assert_eq!(of(first, &answered), CALLS, "{seen:?}");
+        let output = ["gen_ai_token_type=\"output\""];
+        assert_eq!(of("gen_ai_client_token_usage_sum", &output), 5.0 * CALLS);
+        assert_eq!(seen.keys().find(|series| series.contains(not)), None);
+        assert_eq!(of("forebay_call_overhead_seconds_count", &["stage=\"infer\""]), CALLS);
+        for what in ["room", "ledger"] {
+            assert_eq!(of("forebay_call_wait_seconds_count", &[&format!("for=\"{what}\"")]), CALLS, "{what}");
+        }
+        assert_eq!(of("forebay_pool_calls_total", &["outcome=\"ok\""]), CALLS);
+        assert_eq!(of("forebay_pool_breaker", &["state=\"closed\""]), 2.0);
+        for url in [&one, &two] {
+            let endpoint = format!("endpoint=\"{}\"", url.trim_end_matches("/v1"));
+            assert_eq!(of("forebay_pool_places", &[&endpoint]), 64.0);
+            assert_eq!(of("forebay_pool_in_flight_calls", &[&endpoint]), 0.0);
+        }
+        let pieces = of("forebay_deltas_records_total", &["outcome=\"sent\"", "stage=\"infer\""]);
+        assert!(
+            pieces >= CALLS && of("forebay_deltas_records_total", &["outcome=\"lost\""]) == 0.0,
+            "{pieces}"
+        );
+        up.drain();
+    }
+}

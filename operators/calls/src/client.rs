@@ -59,7 +59,7 @@ pub fn client(Parts { pool, hedging, fallbacks, allowances, jitter }: Parts) -> 
 mod tests {
     use super::*;
     use crate::{
-        Class,
+        Class, Happening, Wait,
         pool::Endpoint,
         testing::{Heard, Next, Told, call, error},
         throttle::Caps,
@@ -86,10 +86,16 @@ mod tests {
             allowances: None,
             jitter: Arc::new(|| 1.0),
         });
-        for expected_ms in [250 + 500 + 100, 250 + 500 + 100, 100, 100] {
+        let waited = |wait, ms| Happening::Waited(wait, Duration::from_millis(ms));
+        let (room, retry) = (|| waited(Wait::Room, 0), |ms| [waited(Wait::Retry, ms), Happening::Retried]);
+        let tried = [vec![room()], retry(250).into(), vec![room()], retry(500).into(), vec![room()]].concat();
+        for (expected_ms, tries) in [(850, &tried[..]), (850, &tried), (100, &tried[..1]), (100, &tried[..1])]
+        {
             let (heard, start) = (Heard::default(), Instant::now());
             let reply = model.complete(&call("why"), &heard).await.unwrap();
             assert_eq!(reply.fallback.as_deref(), Some("told"));
+            let happened = [tries, &[Happening::FellBack]].concat();
+            assert_eq!(heard.take_happenings(), happened, "{expected_ms}");
             assert_eq!(start.elapsed(), Duration::from_millis(expected_ms), "{}", heard.take());
         }
         assert_eq!(dead.tries(), 5, "then its breaker is open, and the fallback is asked at once");

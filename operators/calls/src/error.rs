@@ -3,6 +3,23 @@
 use forebay_operator::{BoxError, Failure};
 use std::time::Duration;
 
+/// The codes of a [`CallError`] that a try may end in: all that `error.type` of a metric can say. operators/README.md has their
+/// meaning.
+pub const CODES: [&str; 12] = [
+    "model_unavailable",
+    "model_timeout",
+    "model_rate_limited",
+    "model_unauthorized",
+    "model_saturated",
+    "model_malformed",
+    "model_empty",
+    "model_rejected",
+    "model_refused",
+    "model_tool_calls",
+    "model_cut",
+    "hedge_lost",
+];
+
 /// What a layer, and in the end the host, may do about an error.
 ///
 /// | Class | Comes of | Tried again | Breaker | Throttle | To the host |
@@ -149,5 +166,45 @@ impl From<Failure> for CallError {
             Failure::Rejected { .. } | Failure::Expired | Failure::Cancelled => Class::Rejected,
         };
         Self::new(class, failure.code(), failure.to_string()).because(failure)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{collections::BTreeSet, fs, path::Path};
+
+    /// Looks like a code, and is a reason for which Anthropic's models stop.
+    const NO_CODE: &str = "model_context_window_exceeded";
+
+    /// The codes in the literals of these sources.
+    fn written(folder: &Path, found: &mut BTreeSet<String>) {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                written(&path, found);
+            } else {
+                let source = fs::read_to_string(&path).unwrap();
+                let literals = source.split('"').skip(1);
+                let is_code = |word: &&str| {
+                    let name = word.strip_prefix("model_").or(word.strip_prefix("hedge_"));
+                    let is_name = |name: &str| name.bytes().all(|b| b.is_ascii_lowercase() || b == b'_');
+                    *word != NO_CODE && name.is_some_and(|name| !name.is_empty() && is_name(name))
+                };
+                found.extend(literals.filter(is_code).map(str::to_owned));
+            }
+        }
+    }
+
+    #[test]
+    fn the_vocabulary_is_closed_and_its_words_have_a_meaning() {
+        let crate_ = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let mut used = BTreeSet::new();
+        written(&crate_.join("src"), &mut used);
+        assert_eq!(used, CODES.map(str::to_owned).into(), "used, and in the vocabulary");
+        let readme = fs::read_to_string(crate_.join("../README.md")).unwrap();
+        let rows = readme.lines().filter_map(|line| line.strip_prefix("| `")?.split_once("` | calls |"));
+        let told: BTreeSet<String> = rows.map(|(code, _)| code.to_owned()).collect();
+        assert_eq!(told, CODES.map(str::to_owned).into(), "operators/README.md and the vocabulary");
     }
 }

@@ -6,7 +6,7 @@
 //! Invariant: an answer says which provider it comes from where that is not the first. A model that was called, and failed, is
 //! followed by another call only where the budget has it; where nothing was sent, as all breakers are open, no load is added.
 
-use crate::{Budget, Call, CallError, Class, Listener, Model, Reply, Route};
+use crate::{Budget, Call, CallError, Class, Happening, Listener, Model, Reply, Route};
 use futures::future::BoxFuture;
 use std::sync::Arc;
 
@@ -56,6 +56,7 @@ impl Model for Fallback {
                 if !error.may_fall_back() || (adds_load && !self.budget.draw()) {
                     break;
                 }
+                listener.happened(Happening::FellBack);
                 // The name that the client gave is the first one's.
                 let call = Call { model: None, route: Route::default(), ..call.clone() };
                 match model.complete(&call, listener).await {

@@ -17,8 +17,8 @@
 mod race;
 
 use crate::{
-    Budget, Call, CallError, Class, Listener, Model, Pool, Reply, model::says_what_it_stands_around,
-    window::Window,
+    Budget, Call, CallError, Class, Happening, Listener, Model, Pool, Reply,
+    model::says_what_it_stands_around, window::Window,
 };
 use futures::future::BoxFuture;
 use race::{Contender, Race, Side};
@@ -146,6 +146,7 @@ impl Hedge {
                 None => asked.await,
                 Some(beside) => {
                     hedged = true;
+                    listener.happened(Happening::Hedged);
                     let elsewhere = Call { route: call.route.hedge(), ..call.clone() };
                     let second = Contender::new(Side::Second, &race, &*beside);
                     let (first, second) =

@@ -165,6 +165,28 @@ pub struct Tried<'a> {
     pub result: Result<&'a Reply, &'a CallError>,
 }
 
+/// What a call waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wait {
+    /// Room at an endpoint, as breakers and throttles have it.
+    Room,
+    /// Its next try.
+    Retry,
+}
+
+/// What happens to a call beside its tries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Happening {
+    /// It waited so long; told also of a call that did not have to.
+    Waited(Wait, Duration),
+    /// It is tried again.
+    Retried,
+    /// It is tried elsewhere too, beside a try that is slow.
+    Hedged,
+    /// The next model is asked.
+    FellBack,
+}
+
 /// Hears how a call goes. Tries follow one another; a try whose end is never told was given up by the caller.
 pub trait Listener: Send + Sync {
     /// A try is sent.
@@ -189,6 +211,8 @@ pub trait Listener: Send + Sync {
     }
     /// What the try costs that goes on, though it has no answer; told before its end, or when it is dropped.
     fn cost(&self, _: NanoUsd) {}
+    /// Something happened to the call beside its tries.
+    fn happened(&self, _: Happening) {}
     /// What the provider says is left of its limits; told during a try.
     fn limits(&self, _: &Limits) {}
     /// Hears one try beside the one that goes on, as part of the same call. `None` where only one can be heard at a time:

@@ -8,7 +8,7 @@
 //! an answer has its cost in it.
 
 use crate::{
-    Call, CallError, Class, Limits, Listener, Model, Prices, Reply, Tried, TryId, Upstream,
+    Call, CallError, Class, Happening, Limits, Listener, Model, Prices, Reply, Tried, TryId, Upstream,
     model::says_what_it_stands_around, prices::Tariff,
 };
 use forebay_schemas::{NanoUsd, Usage};
@@ -189,6 +189,10 @@ impl Listener for Bill<'_> {
             result.map(|reply| Reply { cost_nano_usd: lock(&self.cost).take(), ..reply })
         };
         self.listener.paid(to, Box::pin(billed))
+    }
+
+    fn happened(&self, what: Happening) {
+        self.listener.happened(what);
     }
 
     fn limits(&self, limits: &Limits) {

@@ -7,7 +7,10 @@
 //! Invariant: what is returned is the last error itself, so that the caller knows why; no wait outlives the deadline, as
 //! an error now is worth more than an answer that nobody waits for; and no try is made that the budget does not have.
 
-use crate::{Budget, Call, CallError, Class, Listener, Model, Reply, model::says_what_it_stands_around};
+use crate::{
+    Budget, Call, CallError, Class, Happening, Listener, Model, Reply, Wait,
+    model::says_what_it_stands_around,
+};
 use futures::future::BoxFuture;
 use std::{sync::Arc, time::Duration};
 use tokio::time::Instant;
@@ -90,6 +93,8 @@ impl Model for Retry {
                     return Err(error);
                 }
                 tokio::time::sleep_until(wake).await;
+                listener.happened(Happening::Waited(Wait::Retry, delay));
+                listener.happened(Happening::Retried);
                 number += 1;
             }
         })

@@ -1,6 +1,6 @@
 //! What the tests of several layers share: an upstream that does as it is told, in virtual time.
 
-use crate::{Call, CallError, Class, Listener, Model, Reply, Tried, Upstream, limits::Limits};
+use crate::{Call, CallError, Class, Happening, Listener, Model, Reply, Tried, Upstream, limits::Limits};
 use forebay_schemas::{Content, Message, NanoUsd, Role, Usage};
 use futures::future::BoxFuture;
 use std::{
@@ -14,12 +14,16 @@ use tokio::time::Instant;
 #[derive(Clone, Default)]
 pub(crate) struct Heard {
     words: Arc<Mutex<Vec<String>>>,
+    happenings: Arc<Mutex<Vec<Happening>>>,
     who: &'static str,
 }
 
 impl Heard {
     pub(crate) fn take(&self) -> String {
         std::mem::take(&mut *self.words.lock().unwrap()).join(", ")
+    }
+    pub(crate) fn take_happenings(&self) -> Vec<Happening> {
+        std::mem::take(&mut *self.happenings.lock().unwrap())
     }
     fn add(&self, word: String) {
         self.words.lock().unwrap().push(format!("{}{word}", self.who));
@@ -32,6 +36,9 @@ impl Listener for Heard {
     }
     fn token(&self, text: &str) {
         self.add(text.to_owned());
+    }
+    fn happened(&self, what: Happening) {
+        self.happenings.lock().unwrap().push(what);
     }
     fn cost(&self, cost: NanoUsd) {
         self.add(format!("cost {}", cost.0));

@@ -3,20 +3,27 @@
 //! Five ports lead to the host: [`paid`](Context::paid), [`record`](Context::record), [`delta`](Context::delta),
 //! [`cancelled`](Context::cancelled), [`observe`](Context::observe). None tells where the record lies in Kafka.
 
-use crate::{Clock, Failure, Found, Known, Ledger};
+use crate::{
+    Clock, Failure, Found, Known, Ledger,
+    deltas::{Deltas, Piece},
+};
 use forebay_schemas::{Attempt, CallId, Delta, Envelope};
 use serde::{Serialize, de::DeserializeOwned};
 use std::{
-    future::Future,
-    sync::{Arc, Mutex, PoisonError},
+    convert::Infallible,
+    future::{Future, pending},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
-use tokio::sync::watch;
+use tokio::{
+    sync::{Notify, watch},
+    time::Instant,
+};
 
 /// What a host does for an operator.
 pub trait Host: Send + Sync {
-    /// Sends a piece of an answer to whoever reads along. Best effort: it may be lost.
-    fn delta(&self, delta: Delta);
+    /// Sends a piece of an answer to whoever reads along. Best effort: it may be lost, and never waits.
+    fn delta(&self, stage: &str, delta: Delta);
 
     /// Notes that something happened.
     fn observe(&self, stage: &str, event: &Event);
@@ -35,28 +42,59 @@ pub enum Event {
         /// How many were found.
         passages: usize,
     },
-    /// An upstream call ended.
-    Called {
-        /// The kind of provider.
-        provider: String,
-        /// The model that answered or was asked.
-        model: String,
-        /// How long it took, in microseconds.
+    /// A try of an upstream call ended.
+    Called(Called),
+    /// A call waited, or did not have to.
+    CallWaited {
+        /// `room` at an endpoint, its next `retry`, or the `ledger`.
+        what: &'static str,
+        /// How long, in microseconds.
         duration_us: i64,
-        /// Time to first token in microseconds, where the answer was streamed.
-        ttft_us: Option<i64>,
-        /// Tokens read.
-        input_tokens: Option<i64>,
-        /// Tokens written.
-        output_tokens: Option<i64>,
-        /// The code of the error, where it failed.
-        error: Option<&'static str>,
+    },
+    /// More was asked than the first try of a call.
+    CallExtended {
+        /// `retry`, `hedge`, `hedge_lost` or `fallback`.
+        how: &'static str,
+    },
+    /// A call is over; beside upstreams and waits it took so long.
+    CallOverhead {
+        /// In microseconds.
+        duration_us: i64,
     },
     /// An answer was judged.
     Judged {
         /// `pass`, `annotate` or `block`.
         judgement: &'static str,
     },
+}
+
+/// A try of an upstream call, as it ended.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Called {
+    /// The kind of provider.
+    pub provider: String,
+    /// The hop that it is a part of, as W3C writes it.
+    pub traceparent: Option<String>,
+    /// Scheme, host and port; absent for a model in process.
+    pub endpoint: Option<String>,
+    /// The model that was asked.
+    pub model: String,
+    /// The model that answered, as it names itself.
+    pub response_model: Option<String>,
+    /// When it was sent, in microseconds since 1970.
+    pub started_at_us: i64,
+    /// How long it took, in microseconds.
+    pub duration_us: i64,
+    /// Time to first token in microseconds, where the answer was streamed.
+    pub ttft_us: Option<i64>,
+    /// Tokens read.
+    pub input_tokens: Option<i64>,
+    /// Tokens written.
+    pub output_tokens: Option<i64>,
+    /// From each piece of its answer to the next, in microseconds, where it was streamed.
+    pub gaps_us: Vec<u32>,
+    /// The code of the error, where it failed.
+    pub error: Option<&'static str>,
 }
 
 /// Why work should stop.
@@ -93,7 +131,7 @@ impl StopSignal {
         let mut signal = self.0.clone();
         if signal.wait_for(|given| *given).await.is_err() {
             // Nobody holds the switch any more, so it will never be given.
-            std::future::pending::<()>().await;
+            pending::<()>().await;
         }
     }
 }
@@ -121,14 +159,16 @@ pub struct Context {
     host: Arc<dyn Host>,
     stop: StopSignal,
     rows: Mutex<Vec<Attempt>>,
-    /// The attempt that writes, and the number of its next piece.
-    deltas: Mutex<(u32, u32)>,
+    deltas: Mutex<Deltas>,
+    /// Told when a piece begins to wait for others.
+    holds: Notify,
 }
 
 impl Context {
     /// A context for one delivery.
     pub fn new(delivery: Delivery, clock: Clock, host: Arc<dyn Host>, stop: StopSignal) -> Self {
-        Self { delivery, clock, host, stop, rows: Mutex::default(), deltas: Mutex::default() }
+        let (rows, deltas, holds) = Default::default();
+        Self { delivery, clock, host, stop, rows, deltas, holds }
     }
 
     /// A context that reaches nobody, for tests of operators.
@@ -232,15 +272,54 @@ impl Context {
         std::mem::take(&mut self.rows.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Sends a piece of the answer to whoever reads along; nothing happens where nobody does.
+    /// Sends a piece of the answer to whoever reads along, together with what comes shortly after it; nothing happens where
+    /// nobody does.
     pub fn delta(&self, attempt: u32, text: &str) {
         if self.delivery.envelope.stream {
+            let mut deltas = self.deltas();
+            let was_empty = deltas.due().is_none();
+            let pieces = deltas.add(attempt, text, Instant::now());
+            self.send(pieces.into_iter().flatten());
+            if was_empty && deltas.due().is_some() {
+                self.holds.notify_one();
+            }
+        }
+    }
+
+    /// Sends what waits for more of the answer when it has waited long enough, for as long as it is polled; for hosts.
+    pub async fn send_deltas(&self) -> Infallible {
+        if !self.delivery.envelope.stream {
+            return pending().await;
+        }
+        loop {
+            let due = self.deltas().due();
+            match due {
+                None => self.holds.notified().await,
+                Some(due) => {
+                    tokio::time::sleep_until(due).await;
+                    let mut deltas = self.deltas();
+                    self.send(deltas.take_due(Instant::now()));
+                }
+            }
+        }
+    }
+
+    /// Sends what still waits for more of the answer; for hosts, before they send what the step gives.
+    pub fn flush_deltas(&self) {
+        let mut deltas = self.deltas();
+        self.send(deltas.take());
+    }
+
+    fn deltas(&self) -> MutexGuard<'_, Deltas> {
+        self.deltas.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Called with the pieces' lock held, or two of them might change places.
+    fn send(&self, pieces: impl IntoIterator<Item = Piece>) {
+        for Piece { attempt, seq, text } in pieces {
             let id = self.delivery.envelope.id.as_str().to_owned();
             let tenant = self.delivery.envelope.tenant.clone();
-            let mut next = self.deltas.lock().unwrap_or_else(PoisonError::into_inner);
-            let seq = if next.0 == attempt { next.1 } else { 0 };
-            *next = (attempt, seq.saturating_add(1));
-            self.host.delta(Delta { id, tenant, attempt, seq, text: text.to_owned() });
+            self.host.delta(&self.delivery.stage, Delta { id, tenant, attempt, seq, text });
         }
     }
 
@@ -249,7 +328,7 @@ impl Context {
         let deadline = async {
             match self.remaining() {
                 Some(left) => tokio::time::sleep(left).await,
-                None => std::future::pending().await,
+                None => pending().await,
             }
         };
         tokio::select! {
@@ -270,6 +349,68 @@ impl Context {
 pub struct Quiet;
 
 impl Host for Quiet {
-    fn delta(&self, _: Delta) {}
+    fn delta(&self, _: &str, _: Delta) {}
     fn observe(&self, _: &str, _: &Event) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::compliance;
+
+    /// Notes pieces, and when they came.
+    struct Reader(Instant, Mutex<Vec<String>>);
+    impl Host for Reader {
+        fn delta(&self, stage: &str, Delta { id, attempt, seq, text, .. }: Delta) {
+            assert_eq!((stage, id.as_str()), ("infer", compliance::envelope().id.as_str()));
+            let came = format!("{} ms: {attempt}.{seq} {text}", self.0.elapsed().as_millis());
+            self.1.lock().unwrap().push(came);
+        }
+        fn observe(&self, _: &str, _: &Event) {}
+    }
+
+    fn read_by(stream: bool) -> (Arc<Reader>, Context) {
+        let envelope = Envelope { stream, ..compliance::envelope() };
+        let (stage, cluster) = ("infer".into(), "test".into());
+        let delivery = Delivery { envelope, recorded_at_ms: 0, stage, cluster, ledger: None };
+        let reader = Arc::new(Reader(Instant::now(), Mutex::default()));
+        let cx = Context::new(delivery, Clock::System, reader.clone(), StopSignal::new().1);
+        (reader, cx)
+    }
+
+    /// Writes ten tokens 7 ms apart, with a stall of a second behind the sixth.
+    async fn write(cx: &Context) {
+        for number in 0..10_u64 {
+            cx.delta(2, &format!("{number} "));
+            tokio::time::sleep(Duration::from_millis(if number == 5 { 1_000 } else { 7 })).await;
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn no_piece_waits_longer_than_20_ms_also_where_none_follows() {
+        let (reader, cx) = read_by(true);
+        tokio::select! {
+            () = write(&cx) => cx.flush_deltas(),
+            never = cx.send_deltas() => match never {},
+        }
+        cx.flush_deltas();
+        let expected = [
+            "0 ms: 2.0 0 ",
+            "27 ms: 2.1 1 2 3 ",
+            "48 ms: 2.2 4 5 ",
+            "1055 ms: 2.3 6 7 8 ",
+            "1063 ms: 2.4 9 ",
+        ];
+        assert_eq!(*reader.1.lock().unwrap(), expected);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn nothing_is_sent_where_nobody_reads() {
+        let (reader, cx) = read_by(false);
+        tokio::select! {
+            () = write(&cx) => cx.flush_deltas(),
+            never = cx.send_deltas() => match never {},
+        }
+        assert_eq!(reader.1.lock().unwrap().len(), 0);
+    }
 }

@@ -8,6 +8,7 @@
 mod clock;
 pub mod compliance;
 mod context;
+mod deltas;
 mod failure;
 mod ledger;
 mod operator;
@@ -15,7 +16,7 @@ mod step;
 mod table;
 
 pub use clock::Clock;
-pub use context::{Context, Delivery, Event, Host, Quiet, Stop, StopSignal};
+pub use context::{Called, Context, Delivery, Event, Host, Quiet, Stop, StopSignal};
 pub use failure::{BoxError, Failure};
 pub use ledger::{Found, Known, Ledger, Turn};
 pub use operator::{Operator, Output, Port};

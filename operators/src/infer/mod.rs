@@ -3,6 +3,7 @@
 //! Invariant: a model that costs something is not called for what a ledger remembers, every try leaves a row, and work
 //! stops when the client takes the request back or its deadline passes. An answer cites only what stands in a passage.
 
+mod account;
 mod citations;
 mod prompt;
 mod rows;
@@ -87,6 +88,7 @@ impl Infer {
             }
             replied = self.model.complete(&call, &rows) => replied,
         };
+        rows.over();
         let reply = replied.map_err(|error| error.into_failure(format!("model {}", self.model.name())))?;
         Ok(self.generated(reply, grounded))
     }

@@ -5,8 +5,9 @@
 //!
 //! Invariant: a try that was started leaves one row, however it ends; where nobody waited for its end, when this is dropped.
 
-use forebay_calls::{CallError, Class, Listener, Reply, Tried, TryId, Upstream};
-use forebay_operator::{Context, Event, Failure, Stop};
+use super::account::{Account, Away, word};
+use forebay_calls::{CallError, Class, Happening, Listener, Reply, Tried, TryId, Upstream};
+use forebay_operator::{Called, Context, Event, Failure, Stop};
 use forebay_schemas::{Attempt, NanoUsd};
 use futures::future::BoxFuture;
 use std::{
@@ -16,6 +17,10 @@ use std::{
     },
     time::Duration,
 };
+use tokio::time::Instant;
+
+/// Times between pieces of an answer that are kept; an answer with more is no other for it.
+const GAPS_MAX: usize = 8_192;
 
 /// The index of the call, and that of the hedge beside it.
 const CALL: u32 = 0;
@@ -28,6 +33,7 @@ pub(super) struct Rows<'a> {
     /// The number of the next try of both. A host that processes a record again has counted its earlier tries in the
     /// envelope.
     next: Arc<AtomicU32>,
+    account: Account,
     /// The try that goes on.
     open: Mutex<Option<Open>>,
 }
@@ -39,6 +45,10 @@ struct Open {
     endpoint: Option<String>,
     model: String,
     ttft_us: Option<i64>,
+    /// When its last piece came, and the times before it.
+    heard_at: Option<Instant>,
+    gaps_us: Vec<u32>,
+    away: Option<Away>,
     /// Known also where there is no answer.
     cost_nano_usd: Option<i64>,
 }
@@ -46,20 +56,55 @@ struct Open {
 impl<'a> Rows<'a> {
     pub(super) fn new(cx: &'a Context) -> Self {
         let next = Arc::new(AtomicU32::new(cx.envelope().attempts));
-        Self { cx, index: CALL, next, open: Mutex::default() }
+        Self { cx, index: CALL, next, account: Account::new(), open: Mutex::default() }
+    }
+
+    /// The call is over.
+    pub(super) fn over(&self) {
+        if let Some(duration) = self.account.rest() {
+            self.cx.observe(&Event::CallOverhead { duration_us: micros(duration) });
+        }
+    }
+
+    fn waited(&self, what: &'static str, duration: Duration) {
+        self.account.waited(duration);
+        self.cx.observe(&Event::CallWaited { what, duration_us: micros(duration) });
     }
 
     /// The call was given up, for this reason.
     pub(super) fn given_up(&self, stop: Stop) {
-        self.close(Some(Failure::from(stop).code().to_owned()));
+        self.close(Some(Failure::from(stop).code()));
     }
 
     /// Leaves the row of a try that nobody waits for any more.
-    fn close(&self, error_code: Option<String>) {
+    fn close(&self, error: Option<&'static str>) {
         let Some(open) = self.opened().take() else { return };
         let duration_us = self.cx.clock().now_us().saturating_sub(open.started_at_us);
-        let status = "cancelled".to_owned();
-        self.cx.record(Attempt { status, error_code, ..self.row(&open, duration_us) });
+        let (status, error_code) = ("cancelled".to_owned(), error.map(str::to_owned));
+        let row = Attempt { status, error_code, ..self.row(&open, duration_us) };
+        // Why it was dropped is not always known.
+        if error.is_some() {
+            self.tell(open, &row, None, error);
+        }
+        self.cx.record(row);
+    }
+
+    /// Tells whoever counts how a try ended.
+    fn tell(&self, open: Open, row: &Attempt, response_model: Option<String>, error: Option<&'static str>) {
+        self.cx.observe(&Event::Called(Called {
+            provider: open.provider.to_owned(),
+            traceparent: self.cx.envelope().traceparent.clone(),
+            endpoint: open.endpoint,
+            model: open.model,
+            response_model,
+            started_at_us: row.started_at,
+            duration_us: row.duration_us,
+            ttft_us: row.ttft_us,
+            input_tokens: row.input_tokens,
+            output_tokens: row.output_tokens,
+            gaps_us: open.gaps_us,
+            error,
+        }));
     }
 
     fn opened(&self) -> MutexGuard<'_, Option<Open>> {
@@ -76,6 +121,9 @@ impl<'a> Rows<'a> {
             endpoint,
             model,
             ttft_us: None,
+            heard_at: None,
+            gaps_us: Vec::new(),
+            away: None,
             cost_nano_usd: None,
         }
     }
@@ -117,7 +165,8 @@ impl Drop for Rows<'_> {
 impl Listener for Rows<'_> {
     fn started(&self, to: Upstream<'_>) {
         let attempt = self.next.fetch_add(1, Ordering::Relaxed);
-        *self.opened() = Some(self.open(attempt, to));
+        let away = Some(self.account.sent());
+        *self.opened() = Some(Open { away, ..self.open(attempt, to) });
     }
 
     fn paid<'a>(
@@ -133,12 +182,26 @@ impl Listener for Rows<'_> {
             "ambiguous".clone_into(&mut row.status);
             row
         };
-        Box::pin(self.cx.paid(self.index, row, call))
+        // What lies around the try is the ledger's.
+        Box::pin(async move {
+            let (began, away) = (Instant::now(), Mutex::new(Duration::ZERO));
+            let timed = async {
+                let sent = Instant::now();
+                let result = call.await;
+                *away.lock().unwrap_or_else(PoisonError::into_inner) = sent.elapsed();
+                result
+            };
+            let result = self.cx.paid(self.index, row, timed).await;
+            let away = away.into_inner().unwrap_or_else(PoisonError::into_inner);
+            self.waited("ledger", began.elapsed().saturating_sub(away));
+            result
+        })
     }
 
     fn beside(&self) -> Option<Box<dyn Listener + '_>> {
         let next = Arc::clone(&self.next);
-        let hedge = Rows { cx: self.cx, index: HEDGE, next, open: Mutex::default() };
+        let account = self.account.clone();
+        let hedge = Rows { cx: self.cx, index: HEDGE, next, account, open: Mutex::default() };
         (self.index == CALL).then(|| Box::new(hedge) as Box<dyn Listener + '_>)
     }
 
@@ -152,7 +215,21 @@ impl Listener for Rows<'_> {
         let Some(open) = &mut *open else { return };
         let now_us = self.cx.clock().now_us();
         open.ttft_us.get_or_insert(now_us.saturating_sub(open.started_at_us));
+        let now = Instant::now();
+        if let Some(before) = open.heard_at.replace(now).filter(|_| open.gaps_us.len() < GAPS_MAX) {
+            open.gaps_us.push(u32::try_from(now.duration_since(before).as_micros()).unwrap_or(u32::MAX));
+        }
         self.cx.delta(open.attempt, text);
+    }
+
+    fn happened(&self, what: Happening) {
+        let how = match what {
+            Happening::Waited(what, duration) => return self.waited(word(what), duration),
+            Happening::Retried => "retry",
+            Happening::Hedged => "hedge",
+            Happening::FellBack => "fallback",
+        };
+        self.cx.observe(&Event::CallExtended { how });
     }
 
     fn cost(&self, cost: NanoUsd) {
@@ -162,7 +239,8 @@ impl Listener for Rows<'_> {
     }
 
     fn ended(&self, tried: &Tried<'_>) {
-        let Some(open) = self.opened().take() else { return };
+        let Some(mut open) = self.opened().take() else { return };
+        drop(open.away.take());
         let mut row = self.row(&open, micros(tried.duration));
         row.ttft_us = tried.ttft.map(micros);
         match tried.result {
@@ -174,7 +252,10 @@ impl Listener for Rows<'_> {
             Err(error) => {
                 let status = match error.class {
                     Class::Rejected => "rejected",
-                    Class::Lost => "hedge_lost",
+                    Class::Lost => {
+                        self.cx.observe(&Event::CallExtended { how: "hedge_lost" });
+                        "hedge_lost"
+                    }
                     _ => "failed",
                 };
                 status.clone_into(&mut row.status);
@@ -182,15 +263,8 @@ impl Listener for Rows<'_> {
                 row.http_status = error.http_status.map(i32::from);
             }
         }
-        self.cx.observe(&Event::Called {
-            provider: open.provider.to_owned(),
-            model: open.model,
-            duration_us: row.duration_us,
-            ttft_us: row.ttft_us,
-            input_tokens: row.input_tokens,
-            output_tokens: row.output_tokens,
-            error: tried.result.err().map(|error| error.code),
-        });
+        let response_model = tried.result.ok().map(|reply| reply.model.clone());
+        self.tell(open, &row, response_model, tried.result.err().map(|error| error.code));
         self.cx.record(row);
     }
 }

@@ -5,7 +5,9 @@ use crate::{Extractive, samples};
 use forebay_calls::{
     CallError, Class, Hedge, Listener, Pool, Tried, Upstream, pool::Endpoint, throttle::Caps,
 };
-use forebay_operator::{Clock, Delivery, Event, Found, Host, Known, Ledger, StopSignal, Turn, compliance};
+use forebay_operator::{
+    Called, Clock, Delivery, Event, Found, Host, Known, Ledger, StopSignal, Turn, compliance,
+};
 use forebay_schemas::{Attempt, CallId, Delta, Record as _, Retrieval};
 use futures::future::BoxFuture;
 use std::{sync::Mutex, time::Duration};
@@ -40,6 +42,16 @@ impl Told {
         }
         let result = match self.0 {
             None => std::future::pending().await,
+            Some(_) => self.answer(),
+        };
+        let duration = Duration::from_millis(5);
+        listener.ended(&Tried { to: HERE, duration, ttft: None, result: result.as_ref() });
+        result
+    }
+
+    fn answer(&self) -> Result<Reply, CallError> {
+        match self.0 {
+            None => unreachable!("it has no end"),
             Some(Ok(text)) => Ok(Reply {
                 text: text.to_owned(),
                 vectors: Vec::new(),
@@ -52,21 +64,20 @@ impl Told {
                 fallback: None,
             }),
             Some(Err(class)) => Err(CallError::new(class, "model_unavailable", "it failed").with_status(500)),
-        };
-        let duration = Duration::from_millis(5);
-        listener.ended(&Tried { to: HERE, duration, ttft: None, result: result.as_ref() });
-        result
+        }
     }
 }
 
-/// Reads along.
+/// Reads along, and notes what happens.
 #[derive(Default)]
-struct Reader(Mutex<Vec<Delta>>);
+struct Reader(Mutex<Vec<Delta>>, Mutex<Vec<Event>>);
 impl Host for Reader {
-    fn delta(&self, delta: Delta) {
+    fn delta(&self, _: &str, delta: Delta) {
         self.0.lock().unwrap().push(delta);
     }
-    fn observe(&self, _: &str, _: &Event) {}
+    fn observe(&self, _: &str, event: &Event) {
+        self.1.lock().unwrap().push(event.clone());
+    }
 }
 
 /// Remembers the answer that was paid for, after a try that nobody heard of.
@@ -146,11 +157,13 @@ async fn every_try_leaves_a_row_however_it_ends() {
 async fn a_client_that_takes_its_request_back_stops_the_call() {
     let (switch, stop) = StopSignal::new();
     let host = Arc::new(Reader::default());
-    let cx =
-        Context::new(delivery(compliance::envelope()), Clock::starting_at(compliance::NOW_MS), host, stop);
+    let clock = Clock::starting_at(compliance::NOW_MS);
+    let cx = Context::new(delivery(compliance::envelope()), clock, host.clone(), stop);
     let (ended, ()) = tokio::join!(check(Told(None), &cx, "cancelled: 0 cancelled cancelled"), async {
         switch.send(true).unwrap();
     });
+    let counted = |event: &Event| matches!(event, Event::Called(Called { error: Some("cancelled"), .. }));
+    assert!(host.1.lock().unwrap().iter().any(counted), "a try that was given up is counted too");
     ended
 }
 
@@ -162,9 +175,79 @@ async fn whoever_reads_along_gets_the_tokens() {
     let clock = Clock::starting_at(compliance::NOW_MS);
     let cx = Context::new(delivery(envelope), clock, host.clone(), StopSignal::new().1);
     infer(Told(Some(Ok("so far")))).process(grounded(), &cx).await.unwrap();
+    cx.flush_deltas();
     let read = host.0.lock().unwrap();
     let read: Vec<_> = read.iter().map(|delta| (delta.attempt, delta.seq, delta.text.as_str())).collect();
     assert_eq!(read, [(0, 0, "so "), (0, 1, "far")]);
+}
+
+/// Takes a second to answer, and writes a token each 300 ms.
+struct Slow;
+impl Model for Slow {
+    fn provider(&self) -> &'static str {
+        "told"
+    }
+    fn name(&self) -> &str {
+        "small"
+    }
+    fn complete<'a>(
+        &'a self,
+        _: &'a Call<'_>,
+        listener: &'a dyn Listener,
+    ) -> BoxFuture<'a, Result<Reply, CallError>> {
+        let told = async move {
+            listener.started(HERE);
+            let sent = Instant::now();
+            for _ in 0..3 {
+                tokio::time::sleep(Duration::from_millis(300)).await;
+                listener.token("so ");
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            let answered = Told(Some(Ok("so so so "))).answer();
+            let (duration, ttft) = (sent.elapsed(), Some(Duration::from_millis(300)));
+            listener.ended(&Tried { to: HERE, duration, ttft, result: answered.as_ref() });
+            answered
+        };
+        listener.paid(HERE, Box::pin(told))
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn where_the_time_of_a_call_went_is_told_apart() {
+    let endpoint = Endpoint {
+        name: "http://here".to_owned(),
+        model: Arc::new(Slow),
+        caps: Caps { outstanding: 1, requests_per_minute: None, tokens_per_minute: None },
+        watch: None,
+        starts_cold: false,
+    };
+    let infer = infer(Pool::new("small", vec![endpoint], Arc::new(|| 0.5)));
+    let ask = async || {
+        let envelope = forebay_schemas::Envelope { stream: true, ..compliance::envelope() };
+        let (host, clock) = (Arc::new(Reader::default()), Clock::starting_at(compliance::NOW_MS));
+        let cx = Context::new(delivery(envelope), clock, host.clone(), StopSignal::new().1);
+        infer.process(grounded(), &cx).await.unwrap();
+        host.1.lock().unwrap().clone()
+    };
+    let (first, second) = tokio::join!(ask(), ask());
+    let started_at_us = compliance::NOW_MS * 1_000;
+    let events = |waited_us| {
+        let waited = |what, duration_us| Event::CallWaited { what, duration_us };
+        let called = Event::Called(Called {
+            provider: "told".to_owned(),
+            model: "small".to_owned(),
+            endpoint: Some("http://here".to_owned()),
+            response_model: Some("small-2".to_owned()),
+            started_at_us: started_at_us + waited_us,
+            duration_us: 1_000_000,
+            ttft_us: Some(300_000),
+            gaps_us: vec![300_000, 300_000],
+            ..Called::default()
+        });
+        let own = Event::CallOverhead { duration_us: 0 };
+        [waited("room", waited_us), called, waited("ledger", 0), own]
+    };
+    assert_eq!((first, second), (events(0).to_vec(), events(1_000_000).to_vec()));
 }
 
 #[tokio::test(start_paused = true)]

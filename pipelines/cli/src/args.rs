@@ -174,6 +174,9 @@ pub struct Ask {
     /// How long to wait for the result, and the request's deadline.
     #[arg(long, default_value = "60s", value_name = "DURATION")]
     pub wait: humantime::Duration,
+    /// Prints the answer while it is written.
+    #[arg(long, conflicts_with = "json")]
+    pub stream: bool,
     /// Prints the record of `results` as it is.
     #[arg(long)]
     pub json: bool,

@@ -17,6 +17,7 @@ use forebay_plan::{
     leaves::{Leaf, faults_of, hint, leaves},
 };
 use forebay_runtime::host::kafka::may_be_secret;
+use forebay_telemetry::GenAi;
 use std::{collections::BTreeMap, path::PathBuf};
 
 /// One setting.
@@ -60,6 +61,8 @@ const SETTINGS: &[Setting] = &[
     setting("memory.records", "FOREBAY_MEMORY_RECORDS", "256MiB"),
     setting("claims.over", "FOREBAY_CLAIMS_OVER", "256KiB"),
     setting("otlp_endpoint", "FOREBAY_OTLP_ENDPOINT", ""),
+    // The variable is OpenTelemetry's own: whoever sets it for all services means this one too.
+    setting("otel.semconv_stability_opt_in", "OTEL_SEMCONV_STABILITY_OPT_IN", ""),
 ];
 
 /// librdkafka's properties stand below this path, and are not listed one by one.
@@ -102,6 +105,8 @@ pub struct Config {
     /// Bodies of more bytes go to the object store; none where all stay in their messages.
     pub claims_over: Option<usize>,
     pub otlp_endpoint: Option<String>,
+    /// What calls of models are told under.
+    pub gen_ai: GenAi,
     pub kafka: BTreeMap<String, String>,
 }
 
@@ -267,6 +272,7 @@ impl Config {
             memory_bytes,
             claims_over,
             otlp_endpoint: text("otlp_endpoint"),
+            gen_ai: GenAi::opted_in(get("otel.semconv_stability_opt_in").unwrap_or_default()),
             kafka: kafka.collect(),
             values,
         })

@@ -9,7 +9,7 @@ use forebay_calls::{
     Allowed, Api, Model, Pool, Priced, Prices, Retry, Secret, Server,
     allowance::Allowances,
     client::{Parts, client},
-    pool::{Endpoint, Http, Wake, Watch},
+    pool::{Ended, Endpoint, Http, ModelStatus, Status, Wake, Watch},
     server::{Timeouts, Vllm},
 };
 use forebay_operator::Clock;
@@ -18,10 +18,14 @@ use forebay_operators::{
     budgets::{Budgets, Unit},
 };
 use forebay_stores::{Counters, counters::Local, key_value, wall_clock};
+use forebay_telemetry::pool::{Endpoint as Standing, EndpointModel};
 use futures::future::BoxFuture;
 use reqwest::Url;
 use std::{sync::Arc, time::Duration};
 use tracing::{info, warn};
+
+/// How old what an endpoint says of itself may be; the pool itself takes it to be full then.
+pub const FRESH_MS: u64 = 3_000;
 
 /// How long waking may take.
 const WAKE_MAX: Duration = Duration::from_secs(10);
@@ -41,6 +45,12 @@ impl Client {
         }
     }
 
+    /// How all endpoints stand, for metrics.
+    pub fn endpoints(&self) -> impl Fn() -> Vec<Standing> + Send + Sync + 'static {
+        let pools = self.pools.clone();
+        move || pools.iter().flat_map(|pool| pool.status()).map(|status| standing(&status)).collect()
+    }
+
     /// How all endpoints stand, as JSON.
     pub fn status(&self) -> impl Fn() -> String + Send + Sync + 'static {
         let pools = self.pools.clone();
@@ -48,6 +58,35 @@ impl Client {
             let all: Vec<_> = pools.iter().flat_map(|pool| pool.status()).collect();
             serde_json::to_string(&all).unwrap_or_default()
         }
+    }
+}
+
+/// How an endpoint stands, as metrics have it. What it said too long ago is not told as if it were so.
+fn standing(status: &Status) -> Standing {
+    let is_fresh = status.scraped_ms_ago.is_some_and(|ago| ago <= FRESH_MS);
+    let Ended { ok, failed, limited, rejected, given_up } = status.ended;
+    let model = |model: &ModelStatus| EndpointModel {
+        model: model.model.clone(),
+        breaker: model.breaker,
+        share: model.share,
+        limit: model.limit,
+    };
+    Standing {
+        endpoint: status.endpoint.clone(),
+        is_ready: status.is_ready,
+        in_flight: status.running,
+        places: status.outstanding_max,
+        tokens: status.tokens,
+        ended: vec![
+            ("ok", ok),
+            ("failed", failed),
+            ("limited", limited),
+            ("rejected", rejected),
+            ("given_up", given_up),
+        ],
+        waiting: status.waiting.filter(|_| is_fresh),
+        kv_used: status.kv_used.filter(|_| is_fresh),
+        models: status.models.iter().map(model).collect(),
     }
 }
 

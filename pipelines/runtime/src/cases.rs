@@ -342,6 +342,6 @@ fn change(log: &MemoryLog, topic: &str, offset: i64) -> Option<Change> {
 struct Alone;
 
 impl Host for Alone {
-    fn delta(&self, _: Delta) {}
+    fn delta(&self, _: &str, _: Delta) {}
     fn observe(&self, _: &str, _: &Event) {}
 }

@@ -234,11 +234,12 @@ struct KafkaHost {
 }
 
 impl Host for KafkaHost {
-    fn delta(&self, delta: Delta) {
+    fn delta(&self, stage: &str, delta: Delta) {
         let Ok(value) = delta.encode() else { return };
         let key = Some(delta.id.into_bytes());
         let message = Outgoing { topic: Arc::clone(&self.deltas), key, value, headers: Headers::new() };
-        self.sink.send_best_effort(&message);
+        let is_sent = self.sink.send_best_effort(&message);
+        self.telemetry.delta(stage, message.value.as_ref().map_or(0, Vec::len), is_sent);
     }
 
     fn observe(&self, stage: &str, event: &Event) {

@@ -391,7 +391,13 @@ impl Stage {
             };
             let cx = self.context(incoming, &envelope, ledger, running.signal());
             let started = Instant::now();
-            let result = AssertUnwindSafe(attempt.run(&cx)).catch_unwind().await;
+            let result = tokio::select! {
+                biased;
+                result = AssertUnwindSafe(attempt.run(&cx)).catch_unwind() => result,
+                never = cx.send_deltas() => match never {},
+            };
+            // However it ended: whoever reads along has all of it before the result.
+            cx.flush_deltas();
             let micros = i64::try_from(started.elapsed().as_micros()).unwrap_or(i64::MAX);
             if let Some(hop) = self.parts.step.hop() {
                 envelope.timings.add(hop, micros);

@@ -3,7 +3,8 @@
 //! Invariant: an instrument is made from its line in [`DECLARED`] only, and METRICS.md is written from the same lines.
 //! So the page, the Prometheus output and the code cannot disagree; a test fails where they would.
 //!
-//! Names of `gen_ai.*` and their buckets are those of the OpenTelemetry semantic conventions, v1.41.
+//! Names of `gen_ai.*` and their buckets are those of the OpenTelemetry semantic conventions, v1.41; what later ones call otherwise
+//! has a line for each.
 
 use opentelemetry::metrics::{Counter, Gauge, Histogram, Meter};
 
@@ -18,6 +19,26 @@ pub(crate) enum Kind {
     Histogram(&'static [f64]),
 }
 
+/// The names of OpenTelemetry's conventions for generative AI.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum GenAi {
+    /// Those of v1.41.
+    #[default]
+    V1_41,
+    /// The latest that are known here.
+    Latest,
+}
+
+impl GenAi {
+    /// What `OTEL_SEMCONV_STABILITY_OPT_IN` asks for: a list of words, of which most are about other conventions.
+    pub fn opted_in(list: &str) -> Self {
+        match list.split(',').any(|word| word.trim() == "gen_ai_latest_experimental") {
+            true => Self::Latest,
+            false => Self::V1_41,
+        }
+    }
+}
+
 /// One instrument, as users see it.
 pub(crate) struct Declared {
     pub(crate) name: &'static str,
@@ -29,6 +50,8 @@ pub(crate) struct Declared {
     pub(crate) sometimes: &'static [&'static str],
     /// At most so many series; what comes later is counted under `otel_metric_overflow`.
     pub(crate) series_max: usize,
+    /// The conventions under which it is told, where not under all.
+    pub(crate) only: Option<GenAi>,
     pub(crate) meaning: &'static str,
 }
 
@@ -57,12 +80,17 @@ const TOKENS: &[f64] = &[
     16_777_216.0,
     67_108_864.0,
 ];
+/// Around the 0.15 ms that it may be; beyond, for what a store of budgets takes.
+const OVERHEAD_SECONDS: &[f64] =
+    &[0.000_05, 0.000_1, 0.000_15, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.1, 1.0];
 const PASSAGES: &[f64] = &[0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0];
 
 const STEP: &[&str] = &["stage", "operator"];
 const STEP_TOPIC: &[&str] = &["stage", "operator", "topic"];
 const STEP_PARTITION: &[&str] = &["stage", "operator", "topic", "partition"];
 const CALL: &[&str] = &["stage", "gen_ai.operation.name", "gen_ai.provider.name", "gen_ai.request.model"];
+const ENDPOINT: &[&str] = &["endpoint"];
+const ENDPOINT_MODEL: &[&str] = &["endpoint", "model"];
 
 /// Enough for a hundred steps with a handful of series each.
 const SERIES: usize = 1_000;
@@ -77,6 +105,7 @@ const LINE: Declared = Declared {
     labels: STEP,
     sometimes: &[],
     series_max: SERIES,
+    only: None,
     meaning: "",
 };
 
@@ -296,13 +325,28 @@ pub(crate) const JUDGEMENTS: Declared = Declared {
     meaning: "Answers judged, by judgement: pass, annotate or block.",
     ..LINE
 };
+pub(crate) const DELTAS_RECORDS: Declared = Declared {
+    name: "forebay.deltas.records",
+    unit: "{record}",
+    labels: &["stage", "outcome"],
+    meaning: "Pieces of answers for whoever reads along: `sent`, or `lost` because too many were on their way.",
+    ..LINE
+};
+pub(crate) const DELTAS_BYTES: Declared = Declared {
+    name: "forebay.deltas",
+    unit: "By",
+    labels: &["stage", "outcome"],
+    meaning: "Bytes of these records.",
+    ..LINE
+};
 pub(crate) const CALL_DURATION: Declared = Declared {
     name: "gen_ai.client.operation.duration",
     kind: Kind::Histogram(CALL_SECONDS),
     unit: "s",
     labels: CALL,
-    sometimes: &["error.type"],
-    meaning: "How long a call of a model took. Calls that failed have the label error_type.",
+    sometimes: &["gen_ai.response.model", "error.type"],
+    meaning: "How long a try of a call of a model took, from its sending to the end of its answer. One that failed has the label \
+              error_type, a code of operators/README.md; one that was answered, gen_ai_response_model.",
     ..LINE
 };
 pub(crate) const TOKEN_USAGE: Declared = Declared {
@@ -316,6 +360,7 @@ pub(crate) const TOKEN_USAGE: Declared = Declared {
         "gen_ai.request.model",
         "gen_ai.token.type",
     ],
+    sometimes: &["gen_ai.response.model"],
     meaning: "Tokens of a call, by type: input or output.",
     ..LINE
 };
@@ -324,7 +369,9 @@ pub(crate) const TTFT: Declared = Declared {
     kind: Kind::Histogram(TTFT_SECONDS),
     unit: "s",
     labels: CALL,
-    meaning: "From the sending of a streamed call to its first token that is not empty, as the caller saw it.",
+    sometimes: &["gen_ai.response.model"],
+    only: Some(GenAi::V1_41),
+    meaning: "From the sending of a streamed call that was answered to its first token that is not empty, as the caller saw it.",
     ..LINE
 };
 pub(crate) const TPOT: Declared = Declared {
@@ -332,7 +379,135 @@ pub(crate) const TPOT: Declared = Declared {
     kind: Kind::Histogram(TPOT_SECONDS),
     unit: "s",
     labels: CALL,
-    meaning: "Time per output token of a streamed call after its first, as the caller saw it.",
+    sometimes: &["gen_ai.response.model"],
+    only: Some(GenAi::V1_41),
+    meaning: "Time per output token after the first of a streamed call that was answered, as the caller saw it: from the first \
+              token to the end, by the number of the others.",
+    ..LINE
+};
+pub(crate) const TIME_TO_FIRST_CHUNK: Declared = Declared {
+    name: "gen_ai.client.operation.time_to_first_chunk",
+    kind: Kind::Histogram(CALL_SECONDS),
+    unit: "s",
+    labels: CALL,
+    sometimes: &["gen_ai.response.model", "error.type"],
+    only: Some(GenAi::Latest),
+    meaning: "From the sending of a streamed call to the first piece of its answer that is not empty.",
+    ..LINE
+};
+pub(crate) const TIME_PER_OUTPUT_CHUNK: Declared = Declared {
+    name: "gen_ai.client.operation.time_per_output_chunk",
+    kind: Kind::Histogram(CALL_SECONDS),
+    unit: "s",
+    labels: CALL,
+    sometimes: &["gen_ai.response.model", "error.type"],
+    only: Some(GenAi::Latest),
+    meaning: "From each piece of a streamed answer to the next.",
+    ..LINE
+};
+pub(crate) const CALL_WAIT: Declared = Declared {
+    name: "forebay.call.wait",
+    kind: Kind::Histogram(CALL_SECONDS),
+    unit: "s",
+    labels: &["stage", "for"],
+    meaning: "How long a call waited, apart from its tries: for `room` at an endpoint, as breakers and throttles have it; for its next \
+              try (`retry`); for the `ledger` to write down each try, and how it ended. A call that found room at once counts with 0.",
+    ..LINE
+};
+pub(crate) const CALL_EXTENDED: Declared = Declared {
+    name: "forebay.call.extended",
+    unit: "{call}",
+    labels: &["stage", "how"],
+    meaning: "Times that more than the first try of a call was made: a `retry`, a `hedge` beside a slow try, a `fallback` to the next model; \
+              and tries that lost to the other one (`hedge_lost`).",
+    ..LINE
+};
+pub(crate) const CALL_OVERHEAD: Declared = Declared {
+    name: "forebay.call.overhead",
+    kind: Kind::Histogram(OVERHEAD_SECONDS),
+    unit: "s",
+    labels: &["stage"],
+    meaning: "What Forebay's own layers took of a call: all of its time but its tries and its waits. The books of budgets count here.",
+    ..LINE
+};
+pub(crate) const POOL_READY: Declared = Declared {
+    name: "forebay.pool.ready",
+    kind: Kind::Gauge,
+    unit: "{endpoint}",
+    labels: ENDPOINT,
+    meaning: "Whether an endpoint gets calls: 0 where it starts cold and was not yet seen to answer.",
+    ..LINE
+};
+pub(crate) const POOL_CALLS: Declared = Declared {
+    name: "forebay.pool.calls",
+    unit: "{call}",
+    labels: &["endpoint", "outcome"],
+    meaning: "Calls of an endpoint that ended, by outcome: ok, failed, limited (it took no more of us, or no key was good), rejected \
+              (the request was at fault), given_up (another try was faster, or nobody waited any more).",
+    ..LINE
+};
+pub(crate) const POOL_IN_FLIGHT: Declared = Declared {
+    name: "forebay.pool.in_flight.calls",
+    kind: Kind::Gauge,
+    unit: "{call}",
+    labels: ENDPOINT,
+    meaning: "Calls of ours that run at an endpoint.",
+    ..LINE
+};
+pub(crate) const POOL_PLACES: Declared = Declared {
+    name: "forebay.pool.places",
+    kind: Kind::Gauge,
+    unit: "{call}",
+    labels: ENDPOINT,
+    meaning: "The most calls that may run there, as configured.",
+    ..LINE
+};
+pub(crate) const POOL_TOKENS: Declared = Declared {
+    name: "forebay.pool.in_flight.tokens",
+    kind: Kind::Gauge,
+    unit: "{token}",
+    labels: ENDPOINT,
+    meaning: "Tokens that these calls may take.",
+    ..LINE
+};
+pub(crate) const POOL_WAITING: Declared = Declared {
+    name: "forebay.pool.engine.waiting",
+    kind: Kind::Gauge,
+    unit: "{request}",
+    labels: ENDPOINT,
+    meaning: "Requests that wait in an endpoint's engine, as it said within the last seconds.",
+    ..LINE
+};
+pub(crate) const POOL_KV: Declared = Declared {
+    name: "forebay.pool.engine.kv_used",
+    kind: Kind::Gauge,
+    unit: "1",
+    labels: ENDPOINT,
+    meaning: "The part of its KV cache that is in use, from 0 to 1, as it said within the last seconds.",
+    ..LINE
+};
+pub(crate) const POOL_BREAKER: Declared = Declared {
+    name: "forebay.pool.breaker",
+    kind: Kind::Gauge,
+    unit: "{state}",
+    labels: &["endpoint", "model", "state"],
+    meaning: "1 for the state that a model's breaker at an endpoint is in: closed, ramp, open or half_open; 0 for the others.",
+    ..LINE
+};
+pub(crate) const POOL_SHARE: Declared = Declared {
+    name: "forebay.pool.share",
+    kind: Kind::Gauge,
+    unit: "1",
+    labels: ENDPOINT_MODEL,
+    meaning: "The part of its calls that a model at an endpoint gets, from 0 to 1: less while it comes back.",
+    ..LINE
+};
+pub(crate) const POOL_LIMIT: Declared = Declared {
+    name: "forebay.pool.limit",
+    kind: Kind::Gauge,
+    unit: "{call}",
+    labels: ENDPOINT_MODEL,
+    meaning: "Calls at once that a model at an endpoint was seen to bear.",
     ..LINE
 };
 
@@ -368,10 +543,27 @@ pub(crate) const DECLARED: &[Declared] = &[
     CACHE_LOOKUPS,
     RETRIEVED,
     JUDGEMENTS,
+    DELTAS_RECORDS,
+    DELTAS_BYTES,
     CALL_DURATION,
     TOKEN_USAGE,
     TTFT,
     TPOT,
+    TIME_TO_FIRST_CHUNK,
+    TIME_PER_OUTPUT_CHUNK,
+    CALL_WAIT,
+    CALL_EXTENDED,
+    CALL_OVERHEAD,
+    POOL_READY,
+    POOL_CALLS,
+    POOL_IN_FLIGHT,
+    POOL_PLACES,
+    POOL_TOKENS,
+    POOL_WAITING,
+    POOL_KV,
+    POOL_BREAKER,
+    POOL_SHARE,
+    POOL_LIMIT,
 ];
 
 impl Declared {

@@ -14,11 +14,13 @@ mod instruments;
 pub mod logging;
 mod meter;
 mod page;
+pub mod pool;
 mod span;
 mod telemetry;
 mod words;
 
 pub use health::{BEAT_AGE_MAX, Component, Health, Readiness, Report};
+pub use instruments::GenAi;
 pub use meter::{Outcome, StepMeter};
 pub use page::metrics_reference;
 pub use span::StepSpan;

@@ -1,6 +1,9 @@
 //! Writes the reference of all metrics, METRICS.md, from the table of instruments.
 
-use crate::instruments::{DECLARED, Declared, Kind};
+use crate::{
+    GenAi,
+    instruments::{DECLARED, Declared, Kind},
+};
 use std::fmt::Write;
 
 /// METRICS.md: every metric with its name in Prometheus and in OpenTelemetry, unit, labels and meaning.
@@ -13,6 +16,9 @@ pub fn metrics_reference() -> String {
          entry; where a collector is set, they also go to its `/v1/metrics` over OTLP, under the second. Labels hold\n\
          words of bounded sets, never ids, tenants or texts. What does not fit is counted as `other`, and series\n\
          beyond an instrument's limit under the label `otel_metric_overflow`.\n\n\
+         Names of `gen_ai_*` are those of version 1.41 of OpenTelemetry's semantic conventions. Where the setting\n\
+         `otel.semconv_stability_opt_in`, or the variable `OTEL_SEMCONV_STABILITY_OPT_IN` that all of OpenTelemetry\n\
+         knows, names `gen_ai_latest_experimental`, they are the latest.\n\n\
          `target_info` names the service and its version.\n",
     );
     for declared in DECLARED {
@@ -40,6 +46,13 @@ fn entry(page: &mut String, declared: &Declared) {
         labels.join(", "),
         declared.series_max,
     );
+    if let Some(only) = declared.only {
+        let names = match only {
+            GenAi::V1_41 => "v1.41",
+            GenAi::Latest => "the latest conventions",
+        };
+        let _ = writeln!(page, "- under the names of {names} only");
+    }
     if let Kind::Histogram(bounds) = declared.kind {
         let bounds: Vec<String> = bounds.iter().map(f64::to_string).collect();
         let _ = writeln!(page, "- buckets: {}", bounds.join(", "));
@@ -52,6 +65,7 @@ impl Declared {
         let unit = match self.unit {
             "s" => "_seconds",
             "By" => "_bytes",
+            "1" => "_ratio",
             _ => "",
         };
         let total = if self.kind == Kind::Counter { "_total" } else { "" };
@@ -66,8 +80,12 @@ fn sanitized(name: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Outcome, Settings, StepMeter, Telemetry, words};
-    use forebay_operator::Event;
+    use crate::{
+        Outcome, Settings, StepMeter, Telemetry,
+        pool::{Endpoint, EndpointModel},
+        words,
+    };
+    use forebay_operator::{Called, Event};
     use std::{
         collections::{BTreeMap, BTreeSet},
         time::Duration,
@@ -125,18 +143,40 @@ mod tests {
     }
 
     fn quiet() -> Telemetry {
-        Telemetry::start(Settings::new("forebay", "0.1.0")).unwrap()
+        named_by(GenAi::V1_41)
+    }
+
+    fn named_by(gen_ai: GenAi) -> Telemetry {
+        Telemetry::start(Settings { gen_ai, ..Settings::new("forebay", "0.1.0") }).unwrap()
     }
 
     fn called(model: &str, error: Option<&'static str>) -> Event {
-        Event::Called {
+        Event::Called(Called {
             provider: "openai".to_owned(),
             model: model.to_owned(),
+            response_model: error.is_none().then(|| format!("{model}-0613")),
             duration_us: 1_100_000,
             ttft_us: Some(100_000),
             input_tokens: Some(300),
             output_tokens: Some(11),
+            gaps_us: vec![50_000, 50_000],
             error,
+            ..Called::default()
+        })
+    }
+
+    fn standing(endpoint: &str, breaker: &'static str) -> Endpoint {
+        let is_up = breaker == "closed";
+        Endpoint {
+            endpoint: endpoint.to_owned(),
+            is_ready: true,
+            in_flight: 3,
+            places: 64,
+            tokens: 4_096,
+            ended: vec![("ok", 7), ("failed", 5)],
+            waiting: is_up.then_some(2.0),
+            kv_used: is_up.then_some(0.25),
+            models: vec![EndpointModel { model: "m".to_owned(), breaker, share: 1.0, limit: 45.5 }],
         }
     }
 
@@ -169,20 +209,30 @@ mod tests {
         telemetry.observe("cache", &Event::CacheLookedUp { status: "hit" });
         telemetry.observe("retrieve", &Event::Retrieved { passages: 4 });
         telemetry.observe("validate", &Event::Judged { judgement: "pass" });
+        telemetry.delta("infer", 90, true);
+        telemetry.delta("infer", 90, false);
         telemetry.observe("infer", &called("small", None));
         telemetry.observe("infer", &called("small", Some("model_unavailable")));
+        telemetry.observe("infer", &Event::CallWaited { what: "room", duration_us: 300_000 });
+        telemetry.observe("infer", &Event::CallExtended { how: "retry" });
+        telemetry.observe("infer", &Event::CallOverhead { duration_us: 120 });
+        telemetry.watch_pool(|| vec![standing("http://a:1", "closed"), standing("http://b:1", "open")]);
         meter
     }
 
     #[test]
     fn prometheus_shows_all_that_is_declared_and_nothing_else() {
-        let telemetry = quiet();
+        [GenAi::V1_41, GenAi::Latest].into_iter().for_each(all_that_is_declared_and_nothing_else);
+    }
+
+    fn all_that_is_declared_and_nothing_else(names: GenAi) {
+        let telemetry = named_by(names);
         let _meter = exercise(&telemetry);
         let mut shown = parse(&telemetry.prometheus());
         let target = shown.remove("target_info").unwrap();
         assert_eq!(target.samples[0].1["service_name"], "forebay");
         assert_eq!(target.samples[0].1["service_version"], "0.1.0");
-        for declared in DECLARED {
+        for declared in DECLARED.iter().filter(|declared| declared.only.is_none_or(|only| only == names)) {
             let name = declared.prometheus_name();
             let family = shown.remove(&name).unwrap_or_else(|| panic!("{name} is declared and not shown"));
             let kind = match declared.kind {
@@ -236,14 +286,50 @@ mod tests {
             ("forebay_step_committed_offset", &[("stage", "infer"), ("partition", "3")], 90.0),
             ("forebay_step_work_queued_seconds", &[], 1.5),
             ("forebay_cache_lookups_total", &[("stage", "cache"), ("status", "hit")], 1.0),
+            ("forebay_deltas_bytes_total", &[("stage", "infer"), ("outcome", "sent")], 90.0),
+            ("forebay_deltas_records_total", &[("stage", "infer"), ("outcome", "lost")], 1.0),
             ("gen_ai_client_operation_duration_seconds_sum", &[("error_type", "model_unavailable")], 1.1),
-            ("gen_ai_client_token_usage_sum", &[("gen_ai_token_type", "input")], 600.0),
-            ("gen_ai_server_time_to_first_token_seconds_sum", &[], 0.2),
-            // One second for the ten tokens after the first, twice.
-            ("gen_ai_server_time_per_output_token_seconds_sum", &[], 0.2),
+            (
+                "gen_ai_client_token_usage_sum",
+                &[("gen_ai_token_type", "input"), ("gen_ai_response_model", "small-0613")],
+                300.0,
+            ),
+            ("gen_ai_client_operation_duration_seconds_sum", &[("gen_ai_response_model", "small-0613")], 1.1),
+            // Of the one that was answered only.
+            ("gen_ai_server_time_to_first_token_seconds_sum", &[], 0.1),
+            // One second for the ten tokens after the first.
+            ("gen_ai_server_time_per_output_token_seconds_sum", &[], 0.1),
+            ("forebay_call_wait_seconds_sum", &[("for", "room")], 0.3),
+            ("forebay_call_extended_total", &[("how", "retry")], 1.0),
+            ("forebay_call_overhead_seconds_bucket", &[("le", "0.00015")], 1.0),
+            ("forebay_pool_calls_total", &[("endpoint", "http://b:1"), ("outcome", "failed")], 5.0),
+            ("forebay_pool_breaker", &[("endpoint", "http://b:1"), ("state", "open")], 1.0),
+            ("forebay_pool_breaker", &[("endpoint", "http://b:1"), ("state", "closed")], 0.0),
+            ("forebay_pool_limit", &[("endpoint", "http://a:1"), ("model", "m")], 45.5),
+            // What an endpoint did not say of late is not told: there is one series.
+            ("forebay_pool_engine_kv_used_ratio", &[], 0.25),
         ] {
             assert_eq!(value(&telemetry, sample, labels), Some(expected), "{sample} {labels:?}");
         }
+    }
+
+    #[test]
+    fn the_names_of_the_conventions_are_chosen_as_opentelemetry_has_it() {
+        for (list, expected) in [
+            ("", GenAi::V1_41),
+            ("http", GenAi::V1_41),
+            ("gen_ai_latest_experimental", GenAi::Latest),
+            ("http/dup, gen_ai_latest_experimental", GenAi::Latest),
+        ] {
+            assert_eq!(GenAi::opted_in(list), expected, "{list:?}");
+        }
+        let telemetry = named_by(GenAi::Latest);
+        let _meter = exercise(&telemetry);
+        let of = |sample, error| value(&telemetry, sample, &[("error_type", error)]);
+        let failed = |sample| of(sample, "model_unavailable");
+        assert_eq!(failed("gen_ai_client_operation_time_to_first_chunk_seconds_sum"), Some(0.1));
+        assert_eq!(failed("gen_ai_client_operation_time_per_output_chunk_seconds_count"), Some(2.0));
+        assert_eq!(failed("gen_ai_client_operation_time_per_output_chunk_seconds_sum"), Some(0.1));
     }
 
     #[test]

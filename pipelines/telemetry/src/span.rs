@@ -1,9 +1,11 @@
-//! One hop of a record as a span of its trace.
+//! One hop of a record as a span of its trace, and each try of a model call within it.
 //!
 //! Invariant: a trace is never cut here. Where tracing is off, the `traceparent` that came goes on as it came, and
 //! nothing is allocated for it; where it is on, what goes on names this hop, with the sampling decision of the root.
 
-use crate::Outcome;
+use crate::{Outcome, words::short};
+use axum::http::Uri;
+use forebay_operator::Called;
 use opentelemetry::{
     Context, KeyValue,
     trace::{
@@ -12,7 +14,10 @@ use opentelemetry::{
     },
 };
 use opentelemetry_sdk::trace::{SdkTracer, Span};
-use std::fmt;
+use std::{
+    fmt,
+    time::{Duration, UNIX_EPOCH},
+};
 
 /// A `traceparent` of W3C's version 00: `00-{32 digits}-{16 digits}-{2 digits}`.
 const TRACEPARENT_BYTES: usize = 55;
@@ -119,6 +124,45 @@ impl fmt::Debug for StepSpan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("StepSpan").field(&self.traceparent()).finish()
     }
+}
+
+/// A try of a model call that is over, within its hop. Its attributes are those of the conventions for generative AI.
+pub(crate) fn call(tracer: &SdkTracer, called: &Called) {
+    let Some(parent) = called.traceparent.as_deref().and_then(parse) else { return };
+    // Clients may name it.
+    let model = short(&called.model);
+    let mut attributes = vec![
+        KeyValue::new("gen_ai.operation.name", "chat"),
+        KeyValue::new("gen_ai.provider.name", called.provider.clone()),
+        KeyValue::new("gen_ai.request.model", model.to_owned()),
+    ];
+    let mut add = |name: &'static str, value: Option<opentelemetry::Value>| {
+        attributes.extend(value.map(|value| KeyValue::new(name, value)));
+    };
+    add("gen_ai.response.model", called.response_model.clone().map(Into::into));
+    add("gen_ai.usage.input_tokens", called.input_tokens.map(Into::into));
+    add("gen_ai.usage.output_tokens", called.output_tokens.map(Into::into));
+    let ttft_s = called.ttft_us.map(|us| micros(us).as_secs_f64());
+    add("gen_ai.response.time_to_first_chunk", ttft_s.map(Into::into));
+    let server: Option<Uri> = called.endpoint.as_deref().and_then(|endpoint| endpoint.parse().ok());
+    add("server.address", server.as_ref().and_then(Uri::host).map(|host| host.to_owned().into()));
+    add("server.port", server.as_ref().and_then(Uri::port_u16).map(|port| i64::from(port).into()));
+    add("error.type", called.error.map(Into::into));
+    let started = UNIX_EPOCH + micros(called.started_at_us);
+    let builder = SpanBuilder::from_name(format!("chat {model}"))
+        .with_kind(SpanKind::Client)
+        .with_start_time(started)
+        .with_attributes(attributes);
+    let context = Context::new().with_remote_span_context(parent);
+    let mut span = builder.start_with_context(tracer, &context);
+    if called.error.is_some() {
+        span.set_status(Status::error(""));
+    }
+    span.end_with_timestamp(started + micros(called.duration_us));
+}
+
+fn micros(us: i64) -> Duration {
+    Duration::from_micros(u64::try_from(us).unwrap_or(0))
 }
 
 /// The context that a `traceparent` names; `None` where it names none, and a new trace begins, as W3C demands.

@@ -5,7 +5,14 @@
 //!
 //! Invariant: where no collector is set, nothing is sent and no span is made.
 
-use crate::{StepMeter, events::Events, instruments::DECLARED, meter::Instruments};
+use crate::{
+    GenAi, StepMeter,
+    events::Events,
+    instruments::DECLARED,
+    meter::Instruments,
+    pool::{self, Endpoint},
+    span,
+};
 use forebay_operator::Event;
 use opentelemetry::{KeyValue, metrics::MeterProvider, trace::TracerProvider};
 use opentelemetry_otlp::{MetricExporter, SpanExporter, WithExportConfig};
@@ -43,6 +50,8 @@ pub struct Settings {
     pub sample_ratio: f64,
     /// How often metrics go to the collector.
     pub metric_interval: Duration,
+    /// What calls of models are told under.
+    pub gen_ai: GenAi,
 }
 
 impl Settings {
@@ -55,6 +64,7 @@ impl Settings {
             otlp_endpoint: None,
             sample_ratio: 1.0,
             metric_interval: Duration::from_secs(15),
+            gen_ai: GenAi::default(),
         }
     }
 
@@ -127,7 +137,7 @@ impl Telemetry {
             registry,
             tracers: tracers.map(|provider| (provider.clone(), provider.tracer(SCOPE))),
             steps: Arc::new(Instruments::new(&meter)),
-            events: Events::new(&meter),
+            events: Events::new(&meter, settings.gen_ai),
             meters,
         })))
     }
@@ -138,9 +148,22 @@ impl Telemetry {
         StepMeter::new(&self.0.steps, tracer, stage, operator)
     }
 
-    /// Counts what an operator reported.
+    /// Counts what an operator reported; of a model call a span is made too, where spans are.
     pub fn observe(&self, stage: &str, event: &Event) {
+        if let (Event::Called(called), Some((_, tracer))) = (event, &self.0.tracers) {
+            span::call(tracer, called);
+        }
         self.0.events.observe(stage, event);
+    }
+
+    /// Tells from now on how the endpoints of a pool stand, as `read` gives them from memory; once in a process.
+    pub fn watch_pool(&self, read: impl Fn() -> Vec<Endpoint> + Send + Sync + 'static) {
+        pool::watch(&self.0.meters.meter(SCOPE), read);
+    }
+
+    /// Counts a piece of an answer, for whoever reads along, that was sent or lost.
+    pub fn delta(&self, stage: &str, bytes: usize, is_sent: bool) {
+        self.0.events.delta(stage, bytes, is_sent);
     }
 
     /// All metrics, in the Prometheus text format.

@@ -14,6 +14,11 @@ pub(crate) const OTHER: &str = "other";
 /// Longer words count as [`OTHER`]: they are texts.
 const WORD_BYTES_MAX: usize = 256;
 
+/// The word as it may be shown.
+pub(crate) fn short(word: &str) -> &str {
+    if word.len() > WORD_BYTES_MAX { OTHER } else { word }
+}
+
 /// One thing for each word.
 pub(crate) struct PerWord<T> {
     known: RwLock<HashMap<Box<str>, T>>,
@@ -27,7 +32,7 @@ impl<T: Clone> PerWord<T> {
 
     /// The thing of this word, made where the word is new.
     pub(crate) fn get(&self, word: &str, make: impl FnOnce(&str) -> T) -> T {
-        let word = if word.len() > WORD_BYTES_MAX { OTHER } else { word };
+        let word = short(word);
         if let Some(thing) = self.known.read().unwrap_or_else(PoisonError::into_inner).get(word) {
             return thing.clone();
         }

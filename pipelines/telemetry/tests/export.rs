@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "what goes wrong fails the test")]
 
 use axum::{Router, body::Bytes, extract::State, routing::post};
+use forebay_operator::{Called, Event};
 use forebay_telemetry::{Outcome, Settings, StartError, Telemetry};
 use opentelemetry_proto::tonic::{
     collector::trace::v1::ExportTraceServiceRequest,
@@ -101,6 +102,68 @@ async fn one_trace_shows_both_hops() {
     assert_eq!(attribute(second, "error.type"), text("unavailable"));
     assert_eq!(second.status.as_ref().unwrap().code, StatusCode::Error as i32);
     assert!(!received.metrics.lock().unwrap().is_empty(), "metrics are sent at the end too");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_try_of_a_model_call_is_a_span_within_its_hop() {
+    let (received, address) = collector().await;
+    let telemetry = traced(address, 1.0);
+    let hop = telemetry.step("infer", "infer").span(None, "prompts", 0, 7);
+    let failed = Called {
+        provider: "openai_compatible".to_owned(),
+        traceparent: hop.traceparent(),
+        endpoint: Some("http://gpu-1:8000".to_owned()),
+        model: "small".to_owned(),
+        started_at_us: 1_700_000_000_000_000,
+        duration_us: 1_500_000,
+        error: Some("model_timeout"),
+        ..Called::default()
+    };
+    let answered = Called {
+        response_model: Some("small-2".to_owned()),
+        started_at_us: failed.started_at_us + 2_000_000,
+        ttft_us: Some(250_000),
+        input_tokens: Some(300),
+        output_tokens: Some(11),
+        error: None,
+        ..failed.clone()
+    };
+    // Without a hop it would be a trace of its own, that tells nobody anything.
+    let alone = Called { traceparent: None, ..failed.clone() };
+    for called in [failed, answered, alone] {
+        telemetry.observe("infer", &Event::Called(called));
+    }
+    hop.end(Outcome::Ok);
+    telemetry.shutdown().await;
+
+    let mut spans = received.spans();
+    spans.sort_by_key(|span| span.start_time_unix_nano);
+    let [failed, answered, hop] = &spans[..] else { panic!("{} spans arrived", spans.len()) };
+    for call in [failed, answered] {
+        assert_eq!((&call.trace_id, &call.parent_span_id), (&hop.trace_id, &hop.span_id));
+        assert_eq!((call.name.as_str(), call.kind), ("chat small", SpanKind::Client as i32));
+        assert_eq!(call.end_time_unix_nano - call.start_time_unix_nano, 1_500_000_000);
+        for (name, expected) in [
+            ("gen_ai.operation.name", text("chat")),
+            ("gen_ai.provider.name", text("openai_compatible")),
+            ("gen_ai.request.model", text("small")),
+            ("server.address", text("gpu-1")),
+            ("server.port", Some(Value::IntValue(8_000))),
+        ] {
+            assert_eq!(attribute(call, name), expected, "{name}");
+        }
+    }
+    let number = |number| Some(Value::IntValue(number));
+    for (name, of_failed, of_answered) in [
+        ("error.type", text("model_timeout"), None),
+        ("gen_ai.response.model", None, text("small-2")),
+        ("gen_ai.usage.input_tokens", None, number(300)),
+        ("gen_ai.usage.output_tokens", None, number(11)),
+        ("gen_ai.response.time_to_first_chunk", None, Some(Value::DoubleValue(0.25))),
+    ] {
+        assert_eq!((attribute(failed, name), attribute(answered, name)), (of_failed, of_answered), "{name}");
+    }
+    assert_eq!(failed.status.as_ref().unwrap().code, StatusCode::Error as i32);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -4,7 +4,7 @@
 //! that it lost. The first is closed with the winner's answer before the second is closed.
 
 use super::lock;
-use crate::{CallError, Class, Limits, Listener, Reply, Tried, TryId, Upstream};
+use crate::{CallError, Class, Happening, Limits, Listener, Reply, Tried, TryId, Upstream};
 use forebay_schemas::NanoUsd;
 use futures::future::BoxFuture;
 use std::{sync::Mutex, time::Duration};
@@ -182,6 +182,10 @@ impl Listener for Contender<'_> {
 
     fn cost(&self, cost: NanoUsd) {
         self.listener.cost(cost);
+    }
+
+    fn happened(&self, what: Happening) {
+        self.listener.happened(what);
     }
 
     fn limits(&self, limits: &Limits) {

@@ -47,6 +47,7 @@ async fn check(asked: Call<'static>, slow: fn() -> Next, other: fn() -> Next, ex
         hedge.complete(&call("why"), &heard).await.unwrap();
     }
     heard.take();
+    heard.take_happenings();
     let start = Instant::now();
     let result = hedge.complete(&asked, &heard).await;
     let took = u64::try_from(start.elapsed().as_millis()).unwrap();
@@ -56,6 +57,7 @@ async fn check(asked: Call<'static>, slow: fn() -> Next, other: fn() -> Next, ex
     };
     // Which of the two was first does not matter.
     let told = heard.take();
+    assert_eq!(heard.take_happenings().contains(&Happening::Hedged), told.contains("hedge to"), "{told}");
     let names =
         if told.starts_with("to two") { [("one", "b"), ("two", "a")] } else { [("one", "a"), ("two", "b")] };
     let told = names.iter().fold(told, |told, (name, short)| told.replace(name, short));

@@ -17,7 +17,7 @@ use crate::{
     retry::Jitter,
     throttle::{Caps, Reserved, Throttle},
 };
-pub use status::{ModelStatus, Status};
+pub use status::{Ended, ModelStatus, Status};
 use std::{collections::HashMap, time::Duration};
 use tokio::time::Instant;
 
@@ -82,6 +82,7 @@ struct Site {
     lanes: HashMap<String, Lane>,
     running: usize,
     tokens: u64,
+    ended: Ended,
     /// What it said last of how it fares; nothing of an endpoint that never did, as cloud services do not.
     load: Option<(Load, Instant)>,
     seen: Seen,
@@ -146,6 +147,7 @@ impl Board {
             lanes: HashMap::new(),
             running: 0,
             tokens: 0,
+            ended: Ended::default(),
             load: None,
             seen: Seen::default(),
             is_ready,
@@ -264,6 +266,7 @@ impl Board {
         has_key: bool,
         now: Instant,
     ) {
+        self.sites[ticket.endpoint].ended.count(result.err().map(|error| error.class));
         let lane = self.release(&ticket);
         let health = result.map_or_else(|error| error.class.health(), |_| Health::Good);
         lane.breaker.ended(health, ticket.is_probe, now);
@@ -290,6 +293,9 @@ impl Board {
 
     /// A call was given up, or never sent.
     pub(super) fn given_up(&mut self, ticket: Ticket, was_sent: bool, now: Instant) {
+        if was_sent {
+            self.sites[ticket.endpoint].ended.count(Some(Class::Lost));
+        }
         let lane = self.release(&ticket);
         lane.breaker.ended(Health::Unknown, ticket.is_probe, now);
         match was_sent {

@@ -17,11 +17,11 @@ mod tests;
 mod watch;
 
 use crate::{
-    Call, CallError, Class, Limits, Listener, Model, Reply, Tried, TryId, Upstream, retry::Jitter,
-    throttle::Caps,
+    Call, CallError, Class, Happening, Limits, Listener, Model, Reply, Tried, TryId, Upstream, Wait,
+    retry::Jitter, throttle::Caps,
 };
 use board::{Ask, Board, Refusal, Ticket};
-pub use board::{ModelStatus, Status};
+pub use board::{Ended, ModelStatus, Status};
 use forebay_schemas::{Content, Message, NanoUsd, Role, Sampling};
 use futures::future::{BoxFuture, join_all};
 use std::{
@@ -39,6 +39,8 @@ pub use watch::{Http, Load, Watch};
 const WAIT_MAX: Duration = Duration::from_secs(60);
 /// How long a call waits for an endpoint that it was not at, while one is free that it was.
 const ELSEWHERE_MAX: Duration = Duration::from_secs(1);
+/// Finding an endpoint takes less, and that is work; from here on it is a wait.
+const WAIT_MIN: Duration = Duration::from_millis(1);
 /// How often an endpoint is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// How often one is looked at that did not say how it fares when it was asked so many times.
@@ -289,7 +291,11 @@ impl Model for Pool {
         listener: &'a dyn Listener,
     ) -> BoxFuture<'a, Result<Reply, CallError>> {
         Box::pin(async move {
-            let ticket = self.admit(call).await?;
+            let began = Instant::now();
+            let admitted = self.admit(call).await;
+            let waited = Some(began.elapsed()).filter(|&waited| waited >= WAIT_MIN).unwrap_or_default();
+            listener.happened(Happening::Waited(Wait::Room, waited));
+            let ticket = admitted?;
             let (endpoint, model) = (ticket.endpoint, ticket.model.clone());
             call.route.goes_to(endpoint);
             let place = Mutex::new(Some(Place { pool: self, ticket: Some(ticket), was_sent: false }));
@@ -376,6 +382,10 @@ impl Listener for Watched<'_> {
 
     fn cost(&self, cost: NanoUsd) {
         self.listener.cost(cost);
+    }
+
+    fn happened(&self, what: Happening) {
+        self.listener.happened(what);
     }
 
     fn limits(&self, limits: &Limits) {

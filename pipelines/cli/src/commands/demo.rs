@@ -91,7 +91,7 @@ async fn tell(
             questions.len()
         ));
     }
-    let mut client = Client::connect(&up.kafka, &up.config).await?;
+    let mut client = Client::connect(&up.kafka, &up.config, false).await?;
     let mut totals = Totals::default();
     let repeats: Vec<Request> = questions.iter().take(REPEATS).cloned().collect();
     if !ask_all(&mut client, &mut totals, questions, up, show).await? {

@@ -4,6 +4,7 @@ use crate::{
     args::Pool,
     config::{self, ADMIN_DEFAULT, Config},
     console::{out, say},
+    models::FRESH_MS,
 };
 use anyhow::Context as _;
 use comfy_table::{CellAlignment, Table, presets::UTF8_HORIZONTAL_ONLY};
@@ -12,9 +13,6 @@ use std::{process::ExitCode, time::Duration};
 
 /// How long the admin port may take to answer from its memory.
 const ANSWER_MAX: Duration = Duration::from_secs(5);
-
-/// How old what an endpoint says of itself may be; the pool itself takes it to be full then.
-const FRESH_MS: u64 = 3_000;
 
 /// Asks the admin port.
 pub async fn run(pool: Pool, config: Config) -> anyhow::Result<ExitCode> {

@@ -92,6 +92,7 @@ impl Up {
         let _watchdog = Watchdog::start(health.clone())?;
         let gone = CancellationToken::new();
         let client = models::model(&config).await?;
+        telemetry.watch_pool(client.endpoints());
         let serving = tokio::spawn(admin::serve(
             listener,
             telemetry.clone(),
@@ -185,6 +186,7 @@ fn telemetry(config: &Config, stage: Option<&str>) -> anyhow::Result<Telemetry> 
     let name = stage.map_or_else(|| "forebay".to_owned(), |stage| format!("forebay.{stage}"));
     let mut settings = Settings::new(name, env!("CARGO_PKG_VERSION"));
     settings.otlp_endpoint = config.otlp_endpoint.clone();
+    settings.gen_ai = config.gen_ai;
     Ok(Telemetry::start(settings)?)
 }
 

@@ -5,6 +5,7 @@
 mod aside;
 mod cancels;
 mod claims;
+mod deltas;
 mod endings;
 mod flow;
 mod ledger;

@@ -1,7 +1,9 @@
 //! A log in memory with stages whose operators do as a test says.
 
 use bytes::Bytes;
-use forebay_operator::{Addressed, Change, Clock, Context, Failure, Opened, Port, Quiet, Step, Table as _};
+use forebay_operator::{
+    Addressed, Change, Clock, Context, Failure, Host, Opened, Port, Quiet, Step, Table as _,
+};
 use forebay_plan::Channel;
 use forebay_runtime::{
     ahead::Ahead,
@@ -59,7 +61,12 @@ where
 
 /// The record goes on as it came.
 pub fn on(run: &Run) -> Addressed {
-    Addressed { port: "out", key: None, body: Some(run.body.clone().into_bytes()) }
+    on_text(&run.body)
+}
+
+/// A text goes on.
+pub fn on_text(text: &str) -> Addressed {
+    Addressed { port: "out", key: None, body: Some(text.as_bytes().to_vec()) }
 }
 
 /// An operator that does as it is told.
@@ -145,6 +152,8 @@ pub struct Spec {
     pub script: Arc<Script>,
     /// Another operator than one that does as the script says.
     pub step: Option<Arc<dyn Step>>,
+    /// Another host than one that does nothing.
+    pub host: Option<Arc<dyn Host>>,
     /// Where its paid calls are remembered.
     pub ledger: Option<Arc<dyn Log>>,
     /// How many ambiguous tries are followed by another.
@@ -170,6 +179,7 @@ impl Spec {
             claims: None,
             script,
             step: None,
+            host: None,
             ledger: None,
             ambiguous_max: AMBIGUOUS_MAX,
             ahead: None,
@@ -306,7 +316,7 @@ impl World {
             },
             cluster: "memory".into(),
             clock: self.clock,
-            host: Arc::new(Quiet),
+            host: spec.host.clone().unwrap_or_else(|| Arc::new(Quiet)),
             patience: spec.patience.clone(),
             meter: meter.clone(),
         });

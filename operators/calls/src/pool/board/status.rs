@@ -1,7 +1,7 @@
 //! How endpoints stand, for people.
 
 use super::{Board, Site};
-use crate::breaker::Passage;
+use crate::{Class, breaker::Passage};
 use serde::Serialize;
 use std::time::Duration;
 use tokio::time::Instant;
@@ -15,6 +15,7 @@ impl Board {
             running: site.running,
             outstanding_max: site.caps.outstanding,
             tokens: site.tokens,
+            ended: site.ended,
             waiting: site.load.as_ref().map(|(load, _)| load.waiting),
             kv_used: site.load.as_ref().map(|(load, _)| load.kv_used),
             scraped_ms_ago: site.load.as_ref().map(|(_, at)| millis(now.duration_since(*at))),
@@ -53,6 +54,8 @@ pub struct Status {
     pub outstanding_max: usize,
     /// Tokens that these may take.
     pub tokens: u64,
+    /// How its calls ended so far.
+    pub ended: Ended,
     /// Requests that wait in its engine, as it says.
     pub waiting: Option<f64>,
     /// The part of its KV cache that is in use, as it says.
@@ -61,6 +64,35 @@ pub struct Status {
     pub scraped_ms_ago: Option<u64>,
     /// Its models.
     pub models: Vec<ModelStatus>,
+}
+
+/// How calls of an endpoint ended.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Ended {
+    /// With an answer.
+    pub ok: u64,
+    /// The endpoint could not be reached, or failed.
+    pub failed: u64,
+    /// It took no more of us, or no key was good.
+    pub limited: u64,
+    /// The request was at fault.
+    pub rejected: u64,
+    /// Another try was faster, or nobody waited any more.
+    pub given_up: u64,
+}
+
+impl Ended {
+    /// One more, with an error of this class where it had one.
+    pub(super) fn count(&mut self, error: Option<Class>) {
+        let counter = match error {
+            None => &mut self.ok,
+            Some(Class::Unreachable | Class::Outage | Class::Transient | Class::Cut) => &mut self.failed,
+            Some(Class::Limited | Class::Account) => &mut self.limited,
+            Some(Class::Rejected) => &mut self.rejected,
+            Some(Class::Lost | Class::Closed) => &mut self.given_up,
+        };
+        *counter += 1;
+    }
 }
 
 /// How a model at an endpoint stands.

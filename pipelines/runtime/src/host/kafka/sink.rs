@@ -33,10 +33,16 @@ const RETRY_AFTER: Duration = Duration::from_millis(500);
 /// How long to wait for room in the producer's queue.
 const QUEUE_FULL_WAIT: Duration = Duration::from_millis(5);
 
+/// Messages on their way that may be lost; more are lost at once. While a broker is away these are all that wait for it, so the
+/// producer's queue has room for what must not be lost.
+const LOSSY_MAX: usize = 4096;
+
 /// The producer of a process.
 #[derive(Clone)]
 pub struct KafkaSink {
     producer: Arc<ThreadedProducer<Acknowledgements>>,
+    /// Messages on their way that may be lost.
+    lossy: Arc<AtomicUsize>,
     /// Given when the process ends and nobody waits for a broker any more.
     closed: CancellationToken,
 }
@@ -46,13 +52,14 @@ impl KafkaSink {
     pub fn new(kafka: &Kafka, closed: CancellationToken) -> Result<Self, SettingsError> {
         let config = kafka.producer_config();
         let producer = config.create_with_context(Acknowledgements).map_err(SettingsError::Client)?;
-        Ok(Self { producer: Arc::new(producer), closed })
+        Ok(Self { producer: Arc::new(producer), lossy: Arc::default(), closed })
     }
 
-    /// Writes a message that may be lost.
-    pub fn send_best_effort(&self, message: &Outgoing) {
-        // Nobody waits for this try; a producer whose queue is full, or that is closed, loses the message.
-        let _ = self.enqueue(message, None, 0, &Arc::new(Try::of(1)));
+    /// Writes a message that may be lost; never waits. Whether it is on its way: it is lost where too many are, where the
+    /// producer's queue is full, or where it is closed.
+    pub fn send_best_effort(&self, message: &Outgoing) -> bool {
+        LossyPlace::take(&self.lossy)
+            .is_some_and(|place| self.enqueue(message, None, Sent::Lossy(place)).is_ok())
     }
 
     /// Waits until nothing is on its way, or for a bounded time.
@@ -72,7 +79,8 @@ impl KafkaSink {
         let this = self.clone();
         let try_to_append = move |message: &Outgoing| {
             let on_its_way = Arc::new(Try::of(1));
-            if let Err(fault) = this.enqueue(message, Some(partition), 0, &on_its_way) {
+            let sent = Sent::Awaited { of: Arc::clone(&on_its_way), place: 0 };
+            if let Err(fault) = this.enqueue(message, Some(partition), sent) {
                 on_its_way.settle(0, Err(fault));
             }
             on_its_way
@@ -93,19 +101,13 @@ impl KafkaSink {
         })
     }
 
-    fn enqueue(
-        &self,
-        message: &Outgoing,
-        partition: Option<i32>,
-        place: usize,
-        of: &Arc<Try>,
-    ) -> Result<(), KafkaError> {
+    fn enqueue(&self, message: &Outgoing, partition: Option<i32>, sent: Sent) -> Result<(), KafkaError> {
         let mut headers = OwnedHeaders::new_with_capacity(message.headers.len());
         for (name, value) in &message.headers {
             headers = headers.insert(Header { key: name, value: value.as_deref() });
         }
-        let sent = Box::new(Sent { of: Arc::clone(of), place });
-        let mut record = BaseRecord::<[u8], [u8], _>::with_opaque_to(&message.topic, sent).headers(headers);
+        let mut record =
+            BaseRecord::<[u8], [u8], _>::with_opaque_to(&message.topic, Box::new(sent)).headers(headers);
         record.key = message.key.as_deref();
         record.payload = message.value.as_deref();
         record.partition = partition;
@@ -116,7 +118,8 @@ impl KafkaSink {
     async fn try_to_write(&self, messages: &[Outgoing], places: &[usize]) -> Vec<(usize, KafkaError)> {
         let on_their_way = Arc::new(Try::of(places.len()));
         for &place in places {
-            if let Err(fault) = self.enqueue(&messages[place], None, place, &on_their_way) {
+            let sent = Sent::Awaited { of: Arc::clone(&on_their_way), place };
+            if let Err(fault) = self.enqueue(&messages[place], None, sent) {
                 on_their_way.settle(place, Err(fault));
             }
         }
@@ -216,9 +219,28 @@ impl Try {
 }
 
 /// A message on its way.
-struct Sent {
-    of: Arc<Try>,
-    place: usize,
+enum Sent {
+    /// Somebody waits for its answer.
+    Awaited { of: Arc<Try>, place: usize },
+    /// It may be lost.
+    Lossy(LossyPlace),
+}
+
+/// A place among [`LOSSY_MAX`], given back when it is dropped.
+struct LossyPlace(Arc<AtomicUsize>);
+
+impl LossyPlace {
+    fn take(taken: &Arc<AtomicUsize>) -> Option<Self> {
+        let free = |taken| (taken < LOSSY_MAX).then_some(taken + 1);
+        taken.fetch_update(Ordering::AcqRel, Ordering::Acquire, free).ok()?;
+        Some(Self(Arc::clone(taken)))
+    }
+}
+
+impl Drop for LossyPlace {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
 }
 
 /// Hears from librdkafka what became of each message.
@@ -238,7 +260,10 @@ impl ProducerContext for Acknowledgements {
 
     fn delivery(&self, result: &DeliveryResult<'_>, sent: Box<Sent>) {
         let result = result.as_ref().map(|message| message.offset()).map_err(|(fault, _)| fault.clone());
-        sent.of.settle(sent.place, result);
+        match *sent {
+            Sent::Awaited { of, place } => of.settle(place, result),
+            Sent::Lossy(place) => drop(place),
+        }
     }
 }
 
@@ -259,5 +284,14 @@ mod tests {
         let refused = of.settled().await;
         assert_eq!(refused.iter().map(|(place, _)| *place).collect::<Vec<_>>(), [1, 3]);
         assert!(Try::of(0).settled().await.is_empty());
+    }
+
+    #[test]
+    fn of_messages_that_may_be_lost_so_many_are_on_their_way() {
+        let taken = Arc::default();
+        let mut places: Vec<_> = std::iter::from_fn(|| LossyPlace::take(&taken)).collect();
+        assert_eq!(places.len(), LOSSY_MAX);
+        places.truncate(1);
+        assert_eq!(taken.load(Ordering::Acquire), 1);
     }
 }

@@ -1,0 +1,130 @@
+//! Answers that are read while they are written, on the simulator.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on says why by panicking")]
+
+use forebay_tests::{
+    Client, Reader, Record, Running,
+    product::{Up, command, finish},
+    wait_for,
+};
+use serde_json::{Value, json};
+use std::{collections::BTreeMap, path::Path, time::Duration};
+
+const LIMIT: Duration = Duration::from_secs(120);
+
+/// What may be quoted has characters of two, three and four bytes.
+const DOCUMENT: &str = "# Möwen\n\nÜber dem Grünhafen kreisen die Möwen und schreien „früh“ – so heißt es im Märchen 🐦 überall.\n";
+const QUESTION: &str = "Wo kreisen die Möwen und schreien, wie es im Märchen heißt?";
+
+/// A simulator that writes 100 tokens a second, and what `--model-url` takes.
+fn simulator(data: &Path, more: &[&str]) -> (Running, String) {
+    let mut all = vec!["simulate-model", "--listen", "127.0.0.1:0", "--latency", "20ms"];
+    all.extend(["--set", "token_gap=10ms", "--set", "answer.tokens=100"]);
+    all.extend(more);
+    let running = Running::start("forebay simulate-model", &mut command(data, &all));
+    let url =
+        wait_for("the simulator's address", LIMIT, || running.stdout().lines().next().map(str::to_owned));
+    (running, url)
+}
+
+fn up(data: &Path, url: &str) -> Up {
+    let up = Up::start(data, &["--model-url", url, "--model", "simulated"]);
+    let document = data.join("möwen.md");
+    std::fs::write(&document, DOCUMENT).unwrap();
+    let ingested = finish(&mut command(data, &["ingest", document.to_str().unwrap()]), LIMIT);
+    assert_eq!(ingested.code, 0, "{ingested:?}");
+    up
+}
+
+fn ask(client: &Client, id: &str) {
+    client.ask(json!({"id": id, "prompt": QUESTION, "stream": true, "cache": {"no_cache": true}}));
+}
+
+/// The pieces of each request's last attempt in their order, of which none is missing; and the number of that attempt.
+fn pieces(deltas: &mut Reader) -> BTreeMap<String, (u64, Vec<Record>)> {
+    let mut last: BTreeMap<String, (u64, Vec<Record>)> = BTreeMap::new();
+    for record in deltas.to_the_end(LIMIT) {
+        let piece = record.json();
+        let (id, number) = (piece["id"].as_str().unwrap(), piece["attempt"].as_u64().unwrap());
+        let (attempt, pieces) = last.entry(id.to_owned()).or_insert((number, Vec::new()));
+        assert!(number >= *attempt, "a lower attempt behind a higher one: {piece}");
+        if number > *attempt {
+            (*attempt, *pieces) = (number, Vec::new());
+        }
+        assert_eq!((&piece["seq"], record.key_text().as_str()), (&json!(pieces.len()), id), "{piece}");
+        pieces.push(record.clone());
+    }
+    last
+}
+
+fn text(pieces: &[Record]) -> String {
+    pieces.iter().map(|piece| piece.json()["text"].as_str().unwrap().to_owned()).collect()
+}
+
+fn tokens(result: &Value) -> usize {
+    result["usage"]["completion_tokens"].as_u64().unwrap().try_into().unwrap()
+}
+
+#[test]
+fn pieces_make_up_the_answer_byte_for_byte_and_are_fewer_than_its_tokens() {
+    const REQUESTS: usize = 64;
+    let data = tempfile::tempdir().unwrap();
+    let (_simulator, url) = simulator(data.path(), &[]);
+    let up = up(data.path(), &url);
+    let client = up.client();
+    let (mut results, mut deltas) = (client.read("results"), client.read("deltas"));
+    let ids: Vec<_> = (0..REQUESTS).map(|number| format!("r{number}")).collect();
+    ids.iter().for_each(|id| ask(&client, id));
+    let (mut written, mut records) = (0, 0);
+    let answers: Vec<_> = ids.iter().map(|id| (id, results.of_key(id, LIMIT))).collect();
+    let all = pieces(&mut deltas);
+    for (id, result) in answers {
+        let (_, pieces) = &all[id];
+        assert!(pieces.iter().all(|piece| piece.timestamp_ms <= result.timestamp_ms), "before the result");
+        let result = result.json();
+        assert_eq!(text(pieces), result["text"].as_str().unwrap(), "{result}");
+        assert!(text(pieces).contains("Märchen 🐦 überall"), "{result}");
+        written += tokens(&result);
+        records += pieces.len();
+    }
+    assert!(records * 2 < written, "{records} records for {written} tokens");
+
+    let asked = finish(&mut command(data.path(), &["ask", "--stream", QUESTION]), LIMIT);
+    assert!(asked.code == 0 && asked.stdout.contains("Märchen 🐦 überall"), "{asked:?}");
+    assert_eq!(asked.stdout.matches("Märchen").count(), 1, "once: {asked:?}");
+    up.drain();
+}
+
+#[test]
+fn an_answer_that_is_begun_anew_has_a_higher_attempt() {
+    let data = tempfile::tempdir().unwrap();
+    let (_simulator, url) = simulator(data.path(), &["--set", "token_gap=100ms"]);
+    let crashed = up(data.path(), &url);
+    let mut deltas = crashed.client().read("deltas");
+    ask(&crashed.client(), "r");
+    let half =
+        deltas.until("a part of the answer", LIMIT, |records| (records.len() > 3).then(|| text(records)));
+    crashed.kill();
+    let up = Up::start(data.path(), &["--model-url", &url, "--model", "simulated"]);
+    let result = up.client().read("results").of_key("r", LIMIT).json();
+    let (attempt, pieces) = pieces(&mut up.client().read("deltas")).remove("r").unwrap();
+    assert!(attempt > 0, "what was read before is replaced");
+    assert_eq!(text(&pieces), result["text"].as_str().unwrap(), "{result}");
+    assert!(half.len() < text(&pieces).len());
+    up.drain();
+}
+
+#[test]
+fn what_came_before_a_stream_was_cut_is_there_before_the_failure() {
+    let data = tempfile::tempdir().unwrap();
+    let (_simulator, url) = simulator(data.path(), &["--set", "faults.cut=100%"]);
+    let up = up(data.path(), &url);
+    let mut deltas = up.client().read("deltas");
+    ask(&up.client(), "r");
+    let result = up.client().read("results").of_key("r", LIMIT);
+    assert_eq!(result.json()["error"]["code"], "model_cut", "{}", result.json());
+    let (attempt, pieces) = pieces(&mut deltas).remove("r").unwrap();
+    assert!(attempt == 0 && !text(&pieces).is_empty());
+    assert!(pieces.iter().all(|piece| piece.timestamp_ms <= result.timestamp_ms), "before the result");
+    up.drain();
+}
