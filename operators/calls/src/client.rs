@@ -1,6 +1,11 @@
 //! All layers of a pool's client, in their order.
 
-use crate::{Allowed, Budget, Fallback, Hedge, Model, Pool, Retry, allowance::Allowances, retry::Jitter};
+use crate::{
+    Allowed, Budget, Fallback, Hedge, Model, Pool, Retry, Tiers,
+    allowance::Allowances,
+    retry::Jitter,
+    tiers::{Policy, Tier},
+};
 use std::{sync::Arc, time::Duration};
 
 /// When a call is asked a second time elsewhere.
@@ -30,9 +35,21 @@ pub struct Parts {
 }
 
 /// A client, from the inside out. Each layer is a [`Model`] around a `Model`.
-pub fn client(Parts { pool, hedging, fallbacks, allowances, jitter }: Parts) -> Arc<dyn Model> {
+pub fn client(parts: Parts) -> Arc<dyn Model> {
     // One for all that is made beyond the first try of a call, or three layers would each add their fifth.
-    let budget = Arc::new(Budget::default());
+    tier(String::new(), parts, &Arc::default()).model
+}
+
+/// A client of several pools, the cheapest first, each under the name of its tier. Each tier is paid out of the allowances by
+/// itself, as the next one may not be within them.
+pub fn tiered(tiers: Vec<(String, Parts)>, policy: Policy) -> Arc<dyn Model> {
+    let budget = Arc::default();
+    let tiers = tiers.into_iter().map(|(name, parts)| tier(name, parts, &budget)).collect();
+    Arc::new(Tiers::new(tiers, policy))
+}
+
+fn tier(name: String, parts: Parts, budget: &Arc<Budget>) -> Tier {
+    let Parts { pool, hedging, fallbacks, allowances, jitter } = parts;
     // One try, at the best endpoint that its breaker and throttle let it go to.
     let model: Arc<dyn Model> = pool.clone();
     // Around one try: a hedge is the other half of it. It knows the pool, as it must not fire when that is full.
@@ -44,15 +61,16 @@ pub fn client(Parts { pool, hedging, fallbacks, allowances, jitter }: Parts) -> 
     // Around both halves: what neither could, a later try may.
     let model: Arc<dyn Model> = Arc::new(Retry::new(model, budget.clone()).with_jitter(jitter));
     // Around all tries: another model is asked only when this one is given up.
-    let model: Arc<dyn Model> = match fallbacks.is_empty() {
-        true => model,
-        false => Arc::new(Fallback::new(model, fallbacks, budget)),
+    let with_fallbacks: Arc<dyn Model> = match fallbacks.is_empty() {
+        true => model.clone(),
+        false => Arc::new(Fallback::new(model.clone(), fallbacks, budget.clone())),
     };
     // Outermost: who may not spend makes no call at all, and pays once whatever it took.
-    match allowances {
-        Some(allowances) => Arc::new(Allowed::new(model, allowances)),
+    let allowed = |model: Arc<dyn Model>| match &allowances {
+        Some(allowances) => Arc::new(Allowed::new(model, allowances.clone())) as Arc<dyn Model>,
         None => model,
-    }
+    };
+    Tier { name, model: allowed(with_fallbacks), alone: allowed(model) }
 }
 
 #[cfg(test)]

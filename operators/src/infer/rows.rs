@@ -3,6 +3,9 @@
 //! A hedge is a try beside another, so a ledger must know both at once: it is a call of its own there. Its answer is
 //! kept under the call that it was made for, so whoever reads that call again never asks for the hedge.
 //!
+//! Each tier of a cascade is a call of its own too, by its place in the cascade: what one answered is remembered while the
+//! next is asked. Its tries have higher numbers than those before, so whoever reads along takes its tokens for the others'.
+//!
 //! Invariant: a try that was started leaves one row, however it ends; where nobody waited for its end, when this is dropped.
 
 use forebay_calls::{CallError, Class, Listener, Reply, Tried, TryId, Upstream};
@@ -17,19 +20,27 @@ use std::{
     time::Duration,
 };
 
-/// The index of the call, and that of the hedge beside it.
-const CALL: u32 = 0;
-const HEDGE: u32 = 1;
+/// Indices of calls that each tier has: its call, and the hedge beside it.
+const CALLS_PER_TIER: u32 = 2;
 
 /// Listens to a call, or to the hedge beside it.
 pub(super) struct Rows<'a> {
     cx: &'a Context,
-    index: u32,
+    is_hedge: bool,
+    tier: Mutex<Tier>,
     /// The number of the next try of both. A host that processes a record again has counted its earlier tries in the
     /// envelope.
     next: Arc<AtomicU32>,
     /// The try that goes on.
     open: Mutex<Option<Open>>,
+}
+
+/// The tier that is asked.
+#[derive(Clone, Default)]
+struct Tier {
+    place: u32,
+    /// Absent where there are no tiers.
+    name: Option<String>,
 }
 
 struct Open {
@@ -46,7 +57,16 @@ struct Open {
 impl<'a> Rows<'a> {
     pub(super) fn new(cx: &'a Context) -> Self {
         let next = Arc::new(AtomicU32::new(cx.envelope().attempts));
-        Self { cx, index: CALL, next, open: Mutex::default() }
+        Self { cx, is_hedge: false, tier: Mutex::default(), next, open: Mutex::default() }
+    }
+
+    fn asked(&self) -> MutexGuard<'_, Tier> {
+        self.tier.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The index of the call.
+    fn index(&self) -> u32 {
+        self.asked().place.saturating_mul(CALLS_PER_TIER) + u32::from(self.is_hedge)
     }
 
     /// The call was given up, for this reason.
@@ -81,7 +101,7 @@ impl<'a> Rows<'a> {
     }
 
     fn row(&self, open: &Open, duration_us: i64) -> Attempt {
-        let call_id = self.cx.call_id(self.index).as_str().to_owned();
+        let call_id = self.cx.call_id(self.index()).as_str().to_owned();
         let envelope = self.cx.envelope();
         Attempt {
             attempt_id: format!("{call_id}/{}", open.attempt),
@@ -103,6 +123,7 @@ impl<'a> Rows<'a> {
             input_tokens: None,
             output_tokens: None,
             cost_nano_usd: open.cost_nano_usd,
+            tier: self.asked().name.clone(),
         }
     }
 }
@@ -115,6 +136,14 @@ impl Drop for Rows<'_> {
 }
 
 impl Listener for Rows<'_> {
+    fn tier(&self, place: u32, name: &str) {
+        *self.asked() = Tier { place, name: Some(name.to_owned()) };
+        if place > 0 {
+            // The tier before may have been answered from a ledger, and then no try of it was counted here.
+            self.next.fetch_max(self.cx.next_attempt(), Ordering::Relaxed);
+        }
+    }
+
     fn started(&self, to: Upstream<'_>) {
         let attempt = self.next.fetch_add(1, Ordering::Relaxed);
         *self.opened() = Some(self.open(attempt, to));
@@ -133,18 +162,19 @@ impl Listener for Rows<'_> {
             "ambiguous".clone_into(&mut row.status);
             row
         };
-        Box::pin(self.cx.paid(self.index, row, call))
+        Box::pin(self.cx.paid(self.index(), row, call))
     }
 
     fn beside(&self) -> Option<Box<dyn Listener + '_>> {
         let next = Arc::clone(&self.next);
-        let hedge = Rows { cx: self.cx, index: HEDGE, next, open: Mutex::default() };
-        (self.index == CALL).then(|| Box::new(hedge) as Box<dyn Listener + '_>)
+        let tier = Mutex::new(self.asked().clone());
+        let hedge = Rows { cx: self.cx, is_hedge: true, tier, next, open: Mutex::default() };
+        (!self.is_hedge).then(|| Box::new(hedge) as Box<dyn Listener + '_>)
     }
 
     fn try_id(&self) -> Option<TryId> {
         let number = self.opened().as_ref()?.attempt;
-        Some(TryId { call: self.cx.call_id(self.index).as_str().to_owned(), number })
+        Some(TryId { call: self.cx.call_id(self.index()).as_str().to_owned(), number })
     }
 
     fn token(&self, text: &str) {
