@@ -78,6 +78,13 @@ impl TierSettings {
     }
 }
 
+/// The models of the tiers, for what cannot do without.
+pub fn models(tiers: Option<TierSettings>) -> anyhow::Result<Vec<String>> {
+    let missing =
+        || wrong("there are no tiers: name their models, the cheapest first, by --tiers or tiers.models");
+    Ok(tiers.ok_or_else(missing)?.models)
+}
+
 fn escalation(text: &str) -> Option<Escalation> {
     let mut escalation = Escalation::default();
     for word in text.split(',').map(str::trim).filter(|word| !word.is_empty() && *word != "off") {
