@@ -156,6 +156,16 @@ mod tests {
     }
 
     #[test]
+    fn the_example_of_the_guide_is_a_configuration() {
+        let guide = include_str!("../../../guides/tiers.md");
+        let example = guide.split("```").find_map(|block| block.strip_prefix("yaml\n")).unwrap();
+        let config = crate::config::merge(Some(("forebay.yaml", example)), |_| None, &[]).unwrap();
+        let tiers = config.tiers.unwrap();
+        assert_eq!((tiers.models.join(" "), tiers.policy.rules.len()), ("small-8b large-70b".to_owned(), 3));
+        assert_eq!(tiers.policy.escalation.logprob_min, Some(-0.8));
+    }
+
+    #[test]
     fn what_is_wrong_is_named_with_its_value_and_its_place() {
         let refused = |pairs: &[(&str, &str)]| read(pairs).unwrap_err();
         assert_eq!(refused(&[("rules", "x")]), "tiers.rules has no effect without tiers.models");
