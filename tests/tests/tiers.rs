@@ -100,8 +100,8 @@ fn log_is_read(up: &Up, data: &Path) {
     assert_eq!((has("prompt"), has("cache_status"), has("attempt_id")), (3, 3, 4), "{}", log.stdout);
     let file = data.join("log.jsonl");
     std::fs::write(&file, &log.stdout).unwrap();
-    let args = ["tiers", "calibrate", "--tiers", "small,large", "--log"];
-    let calibrated = finish(command(data, &args).arg(&file), LIMIT);
+    let args = ["tiers", "calibrate", "--tiers", "small,large", "--log", file.to_str().unwrap()];
+    let calibrated = finish(&mut command(data, &args), LIMIT);
     assert_eq!(calibrated.code, 2, "{calibrated:?}");
     assert!(calibrated.stderr.contains("3 requests can be used; left out: none"), "{calibrated:?}");
 }
