@@ -27,12 +27,17 @@ impl Pair {
     fn new() -> Self {
         let data = tempfile::tempdir().unwrap();
         let small = ModelServer::start(|call| {
-            let said = last_said(call);
-            Says::Text(
-                if said.contains("easy") { "It is so." } else { "I cannot help with that." }.to_owned(),
-            )
+            let answer = match last_said(call) {
+                said if said.contains("easy") => "It is so.",
+                said if said.contains("sources") => "It is so [9].",
+                _ => "I cannot help with that.",
+            };
+            Says::Text(answer.to_owned())
         });
-        let large = ModelServer::start(|_| Says::Text("It is 42.".to_owned()));
+        let large = ModelServer::start(|call| {
+            let answer = if call["response_format"].is_null() { "It is 42." } else { r#"{"it": 42}"# };
+            Says::Text(answer.to_owned())
+        });
         let prices = data.path().join("prices.json");
         // Each call has 10 tokens and 5.
         let price = |each: f64| json!({"input_cost_per_token": each, "output_cost_per_token": each});
@@ -60,7 +65,15 @@ impl Pair {
 }
 
 fn ask(up: &Up, id: &str, prompt: &str) -> Value {
-    up.client().ask(json!({"id": id, "prompt": prompt, "cache": {"no_cache": true, "no_store": true}}));
+    ask_for(up, id, prompt, Value::Null)
+}
+
+fn ask_for(up: &Up, id: &str, prompt: &str, response_format: Value) -> Value {
+    let mut asked = json!({"id": id, "prompt": prompt, "cache": {"no_cache": true, "no_store": true}});
+    if !response_format.is_null() {
+        asked["response_format"] = response_format;
+    }
+    up.client().ask(asked);
     up.client().read("results").of_key(id, LIMIT).json()
 }
 
@@ -97,13 +110,13 @@ fn log_is_read(up: &Up, data: &Path) {
     assert_eq!(log.code, 0, "{log:?}");
     let lines: Vec<Value> = log.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     let has = |name: &str| lines.iter().filter(|line| !line[name].is_null()).count();
-    assert_eq!((has("prompt"), has("cache_status"), has("attempt_id")), (3, 3, 4), "{}", log.stdout);
+    assert_eq!((has("prompt"), has("cache_status"), has("attempt_id")), (5, 5, 8), "{}", log.stdout);
     let file = data.join("log.jsonl");
     std::fs::write(&file, &log.stdout).unwrap();
     let args = ["tiers", "calibrate", "--tiers", "small,large", "--log", file.to_str().unwrap()];
     let calibrated = finish(&mut command(data, &args), LIMIT);
     assert_eq!(calibrated.code, 2, "{calibrated:?}");
-    assert!(calibrated.stderr.contains("3 requests can be used; left out: none"), "{calibrated:?}");
+    assert!(calibrated.stderr.contains("5 requests can be used; left out: none"), "{calibrated:?}");
 }
 
 #[test]
@@ -119,8 +132,14 @@ fn an_easy_question_costs_little_and_a_hard_one_what_both_tiers_take() {
     assert_eq!((pair.calls(), rows(&up, "hard")), ((2, 1), both));
     let ruled = ask(&up, "ruled", "Say at once what is easy.");
     assert_eq!((&ruled["cost_nano_usd"], pair.calls()), (&json!(1_500), (2, 2)), "{ruled}");
-    let tiers = ["easy", "hard", "ruled"].map(|id| tier_of(&up, id).unwrap());
-    assert_eq!(tiers, ["small", "large", "large"]);
+    let schema = json!({"type": "object", "required": ["it"], "properties": {"it": {"type": "integer"}}});
+    let form = json!({"type": "json_schema", "json_schema": {"name": "it", "schema": schema}});
+    let formed = ask_for(&up, "formed", "What is easy, in JSON?", form);
+    assert_eq!((&formed["text"], pair.calls()), (&json!(r#"{"it": 42}"#), (3, 3)), "{formed}");
+    let marked = ask(&up, "marked", "What do the sources say?");
+    assert_eq!((&marked["text"], pair.calls()), (&json!("It is 42."), (4, 4)), "{marked}");
+    let tiers = ["easy", "hard", "ruled", "formed", "marked"].map(|id| tier_of(&up, id).unwrap());
+    assert_eq!(tiers, ["small", "large", "large", "large", "large"]);
     log_is_read(&up, pair.data.path());
     up.drain();
 }

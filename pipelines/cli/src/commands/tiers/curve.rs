@@ -79,8 +79,8 @@ fn grid(seen: &[Seen<'_>], tier: usize, steps: usize) -> Vec<f64> {
     let between =
         (1..steps.saturating_sub(1)).filter_map(|step| chances.get(step * chances.len() / (steps - 1)));
     let mut grid = vec![0.0];
-    // Rounded as it is printed and kept, so that what is said holds of what is written.
-    grid.extend(between.map(|chance| (chance * 1e4).round() / 1e4));
+    // Cut off where it is printed, so that what is said holds of what is written, and reached by whom it is taken from.
+    grid.extend(between.map(|chance| (chance * 1e4).floor() / 1e4));
     grid.push(NEVER);
     grid.dedup();
     grid
@@ -197,6 +197,33 @@ mod tests {
         assert_eq!((small.cost, small.shares.as_slice()), (1.0 + 0.25 * 10.0, [1.0, 0.0].as_slice()));
         assert!((small.quality - (0.75 + 0.25 * 0.9)).abs() < 1e-9, "{small:?}");
         assert!(small.low < small.quality && small.quality < small.high && small.answers == 40);
+    }
+
+    #[test]
+    fn of_three_tiers_each_choice_shares_all_requests_out() {
+        let words = ["easy", "middling", "hard"];
+        let row = |number: usize, tier: usize| {
+            let kind = number % 3;
+            let quality = if tier >= kind { 1.0 } else { 0.0 };
+            let cost = [1.0, 10.0, 100.0][tier];
+            asked(&format!("a question that is {}", words[kind]), &[(tier, cost, quality, false)])
+        };
+        let all: Vec<_> = (0..180).map(|number| row(number, number / 3 % 3)).collect();
+        let learned = |tier: usize| {
+            let rows = all.iter().filter(|asked| asked.answers[0].tier == tier);
+            let rows = rows.map(|asked| (asked.features.clone(), asked.answers[0].quality));
+            Weights::learn(&rows.collect::<Vec<_>>(), 1)
+        };
+        let points = pareto(&all.iter().collect::<Vec<_>>(), &[learned(0), learned(1)]);
+        for point in &points {
+            let sum = point.shares.iter().sum::<f64>();
+            assert!((sum - 1.0).abs() < 1e-9 && point.thresholds.len() == 2, "{point:?}");
+        }
+        let best = points.last().unwrap();
+        assert!(
+            (best.quality - 1.0).abs() < 1e-9 && (best.cost - 37.0).abs() < 1e-9,
+            "a third each: {best:?}"
+        );
     }
 
     #[test]
