@@ -157,7 +157,7 @@ fn a_process_that_is_killed_between_two_tiers_does_not_pay_for_the_first_again()
     pair.large.let_through(usize::MAX);
     let up = pair.up();
     let result = up.client().read("results").of_key("hard", LIMIT).json();
-    assert_eq!(result["text"], json!("It is 42."), "{result}");
+    assert_eq!((&result["text"], &result["cost_nano_usd"]), (&json!("It is 42."), &json!(1_515)), "{result}");
     assert_eq!(pair.calls(), (1, 2), "the small tier was paid for once");
     let expected =
         vec![row("small", "ok", Some(15)), row("large", "ambiguous", None), row("large", "ok", Some(1_500))];

@@ -84,6 +84,44 @@ mod tests {
     };
     use tokio::time::Instant;
 
+    fn parts(told: &Arc<Told>, last: &Arc<Told>) -> Parts {
+        let endpoint = Endpoint {
+            name: "e".to_owned(),
+            model: told.clone(),
+            caps: Caps { outstanding: 8, requests_per_minute: None, tokens_per_minute: None },
+            watch: None,
+            starts_cold: false,
+        };
+        Parts {
+            pool: Arc::new(Pool::new("m", vec![endpoint], Arc::new(|| 0.5))),
+            hedging: Hedging::Off,
+            fallbacks: vec![last.clone()],
+            allowances: None,
+            jitter: Arc::new(|| 1.0),
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn each_tier_has_a_stack_of_its_own_and_who_stands_in_answers_only_where_nothing_else_does() {
+        let escalation = crate::tiers::Escalation { on_refusal: true, ..Default::default() };
+        let refusal = || Next::says(1, crate::testing::reply("I cannot help with that."));
+        for (small, expected, asked_last) in [
+            (refusal as fn() -> Next, "I cannot help with that.", 0),
+            (|| Next::err(1, error(Class::Unreachable)), "last", 1),
+        ] {
+            let small = Told::by("small", move |_| small());
+            let dead = Told::by("dead", |_| Next::err(0, error(Class::Unreachable)));
+            let last = Told::by("last", |_| Next::ok(1));
+            let named = |name: &str, told| (name.to_owned(), parts(told, &last));
+            let policy = Policy { escalation, ..Policy::default() };
+            let model = tiered(vec![named("small", &small), named("large", &dead)], policy);
+            let reply = model.complete(&call("why"), &Heard::default()).await.unwrap();
+            assert_eq!((reply.text.as_str(), last.tries()), (expected, asked_last));
+            assert_eq!(reply.answered.is_some(), asked_last == 0, "who stands in is of no tier");
+            assert_eq!(dead.tries(), if asked_last == 0 { 3 } else { 0 }, "a better tier is tried again too");
+        }
+    }
+
     #[tokio::test(start_paused = true)]
     async fn an_endpoint_that_is_gone_costs_a_few_calls_some_time_and_the_rest_none() {
         let dead = Told::by("dead", |_| Next::err(0, error(Class::Unreachable)));
