@@ -15,7 +15,7 @@
 use crate::console::wrong;
 use anyhow::Context as _;
 use forebay_calls::tiers::classifier::{Features, Sight, mixed};
-use forebay_schemas::{Attempt, Content, Record as _, Request, Role};
+use forebay_schemas::{Attempt, Message, Record as _, Request, Role};
 use serde_json::Value;
 use std::{
     collections::{BTreeMap, HashMap},
@@ -67,8 +67,8 @@ type Key = (String, String);
 struct Lines {
     request: Option<Request>,
     outcome: Option<Outcome>,
-    /// What each tier took, and whether that is known of all its tries.
-    attempts: BTreeMap<usize, (i64, bool)>,
+    /// The tries of each tier by their ids, as a row may lie there twice, and what each took.
+    attempts: BTreeMap<usize, BTreeMap<String, Option<i64>>>,
     qualities: Vec<f64>,
 }
 
@@ -82,6 +82,26 @@ struct Outcome {
     is_hit: bool,
     status: String,
     passages: usize,
+}
+
+impl Outcome {
+    fn of(value: &Value, is_row: bool, tier_of: impl Fn([&str; 2]) -> Option<usize>) -> Self {
+        let text = |name: &str| value.get(name).and_then(Value::as_str).unwrap_or_default();
+        let integer = |name: &str| value.get(name).and_then(Value::as_i64);
+        let (model, cost, cache) = match is_row {
+            true => ("model_served", "billed_nano_usd", "cache_status"),
+            false => ("model", "cost_nano_usd", "cache"),
+        };
+        Self {
+            generation: integer("generation").unwrap_or(0),
+            is_row,
+            tier: tier_of(["tier", model]),
+            cost: integer(cost),
+            is_hit: text(cache) == "hit",
+            status: text("status").to_owned(),
+            passages: integer("passages").and_then(|count| usize::try_from(count).ok()).unwrap_or(0),
+        }
+    }
 }
 
 /// Reads these files; `tiers` are the names of the models, the cheapest first.
@@ -134,7 +154,6 @@ fn take(line: &str, tiers: &[String], requests: &mut HashMap<Key, Lines>) -> Res
         let name = names.iter().find_map(|name| value.get(*name)?.as_str())?;
         tiers.iter().position(|tier| tier == name)
     };
-    let integer = |name: &str| value.get(name).and_then(Value::as_i64);
     if has("prompt") || has("messages") {
         let body = value.to_string();
         let request =
@@ -144,10 +163,8 @@ fn take(line: &str, tiers: &[String], requests: &mut HashMap<Key, Lines>) -> Res
         let row: Attempt = serde_json::from_value(value.clone())
             .map_err(|fault| format!("it is no row of attempts: {fault}"))?;
         if let Some(tier) = tier_of(["tier", "model"]) {
-            let (cost, is_known) =
-                lines_of(&value, "request_id", requests)?.attempts.entry(tier).or_insert((0, true));
-            *cost = cost.saturating_add(row.cost_nano_usd.unwrap_or(0));
-            *is_known &= row.cost_nano_usd.is_some();
+            let tries = lines_of(&value, "request_id", requests)?.attempts.entry(tier).or_default();
+            tries.insert(row.attempt_id, row.cost_nano_usd);
         }
     } else if has("request_id") && has("quality") {
         let quality = value["quality"].as_f64().filter(|quality| (0.0..=1.0).contains(quality));
@@ -155,20 +172,11 @@ fn take(line: &str, tiers: &[String], requests: &mut HashMap<Key, Lines>) -> Res
             quality.ok_or_else(|| format!("its quality is {}; it may be 0 to 1", value["quality"]))?;
         lines_of(&value, "request_id", requests)?.qualities.push(quality);
     } else if has("status") && (has("id") || has("request_id")) {
-        let is_row = has("request_id");
-        let text = |name: &str| value.get(name).and_then(Value::as_str).unwrap_or_default();
-        let outcome = Outcome {
-            generation: integer("generation").unwrap_or(0),
-            is_row,
-            tier: if is_row { tier_of(["tier", "model_served"]) } else { tier_of(["tier", "model"]) },
-            cost: integer(if is_row { "billed_nano_usd" } else { "cost_nano_usd" }),
-            is_hit: text("cache_status") == "hit" || text("cache") == "hit",
-            status: text("status").to_owned(),
-            passages: integer("passages").and_then(|count| usize::try_from(count).ok()).unwrap_or(0),
-        };
-        let lines = lines_of(&value, if is_row { "request_id" } else { "id" }, requests)?;
+        let lines = lines_of(&value, if has("request_id") { "request_id" } else { "id" }, requests)?;
+        let outcome = Outcome::of(&value, has("request_id"), tier_of);
         let known = lines.outcome.as_ref().map(|known| (known.generation, known.is_row));
-        if known.is_none_or(|known| known <= (outcome.generation, is_row)) {
+        // The last generation, and of a row and a result the row.
+        if known.is_none_or(|known| known <= (outcome.generation, outcome.is_row)) {
             lines.outcome = Some(outcome);
         }
     } else {
@@ -210,21 +218,13 @@ impl Lines {
             count => self.qualities.iter().sum::<f64>() / super::curve::float(count),
         };
         let mut answers = Vec::new();
-        for (tier, (cost, is_known)) in self.attempts.range(..served) {
-            if !is_known {
-                return Err("what a tier took is not known");
-            }
-            answers.push(Answer { tier: *tier, cost: of_money(*cost), quality: 0.0, escalated: true });
+        for (tier, tries) in self.attempts.range(..served) {
+            let cost = of_all(tries.values()).ok_or("what a tier took is not known")?;
+            answers.push(Answer { tier: *tier, cost: of_money(cost), quality: 0.0, escalated: true });
         }
         // What a better tier took whose answer never came is part of what this answer took.
-        let own: Vec<_> = self.attempts.range(served..).map(|(_, took)| took).collect();
-        let cost = match own.is_empty() {
-            false if own.iter().all(|(_, is_known)| *is_known) => {
-                Some(own.iter().map(|(cost, _)| cost).sum())
-            }
-            false => None,
-            true => outcome.cost,
-        };
+        let mut own = self.attempts.range(served..).flat_map(|(_, tries)| tries.values()).peekable();
+        let cost = if own.peek().is_some() { of_all(own) } else { outcome.cost };
         let cost = of_money(cost.ok_or("what it took is not known")?);
         answers.push(Answer { tier: served, cost, quality, escalated: false });
         let question = request.question();
@@ -241,15 +241,15 @@ impl Lines {
     }
 }
 
+/// What the user and the model said, as the model's client counts it.
 fn turns(request: &Request) -> usize {
-    let said = request.messages.iter().flatten();
-    let by_text = said.filter(|message| matches!(message.role, Role::User | Role::Assistant));
-    match &request.messages {
-        Some(_) => by_text
-            .filter(|message| !matches!(&message.content, Some(Content::Parts(parts)) if parts.is_empty()))
-            .count(),
-        None => 1,
-    }
+    let is_turn = |message: &&Message| matches!(message.role, Role::User | Role::Assistant);
+    request.messages.as_ref().map_or(1, |messages| messages.iter().filter(is_turn).count())
+}
+
+/// The sum of these costs, where all are known.
+fn of_all<'a>(costs: impl Iterator<Item = &'a Option<i64>>) -> Option<i64> {
+    costs.copied().try_fold(0_i64, |sum, cost| sum.checked_add(cost?))
 }
 
 #[expect(clippy::cast_precision_loss, reason = "nine digits of a cost are enough")]

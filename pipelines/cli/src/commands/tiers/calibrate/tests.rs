@@ -177,6 +177,8 @@ fn rows_of_attempts_tell_what_each_tier_took_and_that_the_first_was_not_good_eno
         attempt("small", 0, 10),
         attempt("large", 1, 0),
         attempt("large", 2, 70),
+        // Written twice, as after a crash.
+        attempt("large", 2, 70),
         json!({"id": "r", "tenant": "shop", "status": "answered", "model": "large-2026", "cost_nano_usd": 80, "cache": "miss"}),
     ] {
         writeln!(lines, "{line}").unwrap();
