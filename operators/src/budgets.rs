@@ -282,6 +282,7 @@ mod tests {
                     finish_reason: None,
                     ttft: None,
                     fallback: None,
+                    ..Reply::default()
                 })
             })
         }

@@ -98,6 +98,7 @@ impl Model for Extractive {
                 finish_reason: Some("stop".to_owned()),
                 ttft: call.stream.then(|| sent.elapsed()),
                 fallback: None,
+                ..Reply::default()
             };
             let (duration, ttft) = (sent.elapsed(), reply.ttft);
             listener.ended(&Tried { to, duration, ttft, result: Ok(&reply) });

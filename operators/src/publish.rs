@@ -153,6 +153,7 @@ fn outcome(ending: &Ending, envelope: &Envelope, ended_at_ms: i64, cost: Option<
         citations: answer.map_or(0, |answer| i32::try_from(answer.citations.len()).unwrap_or(i32::MAX)),
         prompt_hash: request.map(prompt_hash),
         metadata: request.and_then(|request| request.metadata.as_ref()).map(ToString::to_string),
+        tier: answer.and_then(|answer| answer.tier.clone()),
     }
 }
 

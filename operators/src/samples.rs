@@ -114,6 +114,7 @@ pub(crate) fn completion() -> Completion {
             finish_reason: Some("stop".to_owned()),
             ttft_us: None,
             is_fallback: false,
+            tier: None,
         },
     }
 }

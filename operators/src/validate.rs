@@ -44,7 +44,8 @@ impl Operator for Validate {
     type Out = Validated;
 
     async fn process(&self, completion: Completion, cx: &Context) -> Result<Vec<Validated>, Failure> {
-        let findings = findings(&completion);
+        let Completion { passages, answer, .. } = &completion;
+        let findings = findings(&answer.text, &answer.citations, passages);
         let judgement = if findings.is_empty() { Judgement::Pass } else { Judgement::Block };
         cx.observe(&Event::Judged { judgement: judgement.as_str() });
         let error = findings.first().map(|Finding { code, message }| {
@@ -72,16 +73,14 @@ impl Operator for Validate {
 }
 
 /// What is wrong with an answer.
-fn findings(Completion { passages, answer, .. }: &Completion) -> Vec<Finding> {
+pub(crate) fn findings(text: &str, citations: &[Citation], passages: &[Passage]) -> Vec<Finding> {
     let mut findings = Vec::new();
-    if answer.text.trim().is_empty() {
+    if text.trim().is_empty() {
         let message = "it is empty".to_owned();
         findings.push(Finding { code: "answer_empty".to_owned(), message });
     }
-    for Citation { document, start, end, .. } in answer
-        .citations
-        .iter()
-        .filter(|citation| !passages.iter().any(|passage| stands_in(citation, passage)))
+    for Citation { document, start, end, .. } in
+        citations.iter().filter(|citation| !passages.iter().any(|passage| stands_in(citation, passage)))
     {
         let message = format!("no passage has its quotation of {document:?}, bytes {start} to {end}");
         findings.push(Finding { code: "citation_unfounded".to_owned(), message });

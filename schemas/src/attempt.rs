@@ -43,4 +43,6 @@ row! {
     output_tokens: Option<i64> ["tokens"],
     /// What the call cost; null where it is not known.
     cost_nano_usd: Option<i64> ["nano-USD"],
+    /// The tier that was asked, by the name of its model; null where there are no tiers.
+    tier: Option<String>,
 }

@@ -92,6 +92,9 @@ pub struct Generated {
     /// Whether it comes from a stand-in, as the model that was to answer could not: not kept in the cache.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub is_fallback: bool,
+    /// The tier that answered, by the name of its model; absent where there are no tiers, or another model stood in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tier: Option<String>,
 }
 
 /// The record of `completions`.

@@ -91,4 +91,6 @@ row! {
     prompt_hash: Option<String>,
     /// The request's metadata as JSON.
     metadata: Option<String>,
+    /// The tier that answered, by the name of its model; null where there are no tiers, or another model stood in.
+    tier: Option<String>,
 }

@@ -2,6 +2,9 @@
 //!
 //! A row is declared once, with the unit and meaning of each column; its Avro schema and its reference come from
 //! there. Types are those that Delta tables know: no unsigned numbers, no enums.
+//!
+//! Invariant: a column is added as the last one, and may be null. So each older form is the present one without some of its
+//! last columns, and its rows are read with null in them.
 
 use crate::{DecodeError, EncodeError};
 use apache_avro::{
@@ -13,6 +16,9 @@ use apache_avro::{
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 use std::sync::LazyLock;
+
+/// How many columns an older row may lack.
+const ADDED_MAX: usize = 4;
 
 /// One column of a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,18 +57,32 @@ impl<C: Cell> Cell for Option<C> {
 pub struct Form {
     schema: Schema,
     header: Vec<u8>,
+    /// The same as it was before its last columns came, the youngest first.
+    older: Vec<Form>,
 }
 
 impl Form {
     /// Builds the form from the columns.
     pub(crate) fn of(name: &str, doc: &str, columns: &[Column]) -> Result<Self, Box<apache_avro::Error>> {
+        let added = columns.iter().rev().take_while(|column| column.nullable).count().min(ADDED_MAX);
+        let older = (1..=added).map(|count| Self::alone(name, doc, &columns[..columns.len() - count]));
+        Ok(Self { older: older.collect::<Result<_, _>>()?, ..Self::alone(name, doc, columns)? })
+    }
+
+    fn alone(name: &str, doc: &str, columns: &[Column]) -> Result<Self, Box<apache_avro::Error>> {
         let schema = Schema::parse(&avro(name, doc, columns)).map_err(Box::new)?;
         // In Avro's canonical form a logical type is its plain one: "long". apache_avro writes {"type":"long"} there,
         // and its fingerprint is not the one that the specification, Java and fastavro give.
         let plain = record(name, doc, columns, |column| json!(column.avro));
         let plain = Schema::parse(&plain).map_err(Box::new)?;
         let header = RabinFingerprintHeader::from_schema(&plain).build_header();
-        Ok(Self { schema, header })
+        Ok(Self { schema, header, older: Vec::new() })
+    }
+
+    /// The form that these bytes are in, and the datum in them.
+    fn split<'a>(&self, body: &'a [u8]) -> Option<(&Self, &'a [u8])> {
+        let mut forms = std::iter::once(self).chain(&self.older);
+        forms.find_map(|form| Some((form, body.strip_prefix(form.header.as_slice())?)))
     }
 }
 
@@ -114,10 +134,9 @@ pub(crate) fn decode<R: DeserializeOwned>(
 ) -> Result<R, DecodeError> {
     let wrong = |detail: String| DecodeError::Avro { record, detail };
     let form = form.as_ref().map_err(|error| wrong(error.to_string()))?;
-    let Some(mut datum) = body.strip_prefix(form.header.as_slice()) else {
-        return Err(wrong(foreign(body, form)));
-    };
-    let mut read = || GenericDatumReader::builder(&form.schema).build()?.read_deser(&mut datum);
+    let Some((written, mut datum)) = form.split(body) else { return Err(wrong(foreign(body, form))) };
+    // A column that was not there then has no bytes; the type of the row reads it as null.
+    let mut read = || GenericDatumReader::builder(&written.schema).build()?.read_deser(&mut datum);
     let row = read().map_err(|error: apache_avro::Error| wrong(error.to_string()))?;
     match datum.len() {
         0 => Ok(row),

@@ -188,6 +188,7 @@ mod any_record {
                         finish_reason,
                         ttft_us,
                         is_fallback,
+                        tier: None,
                     }
                 },
             )
@@ -306,7 +307,13 @@ mod any_record {
     pub fn attempt() -> impl Strategy<Value = Attempt> {
         let names = (text(), text(), text(), text(), text(), text(), text());
         let wanted = (any::<i32>(), any::<i32>(), any::<i64>(), any::<i64>());
-        let maybe = (option::of(text()), option::of(text()), option::of(text()), any::<Option<i32>>());
+        let maybe = (
+            option::of(text()),
+            option::of(text()),
+            option::of(text()),
+            any::<Option<i32>>(),
+            option::of(text()),
+        );
         (names, wanted, maybe, any::<[Option<i64>; 4]>()).prop_map(|(names, wanted, maybe, numbers)| {
             Attempt {
                 attempt_id: names.0,
@@ -328,6 +335,7 @@ mod any_record {
                 input_tokens: numbers[1],
                 output_tokens: numbers[2],
                 cost_nano_usd: numbers[3],
+                tier: maybe.4,
             }
         })
     }

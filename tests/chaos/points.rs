@@ -76,7 +76,7 @@ fn every_request_has_one_result_whatever_line_a_process_crashes_at() {
 const OF_MOVES: &[&str] = &["move", "moved", "aside"];
 
 /// More than the paid step works off in two seconds, so that a tenant alone goes aside.
-const FLOOD: usize = 3_000;
+const FLOOD: usize = 8_000;
 
 #[test]
 fn a_flood_has_one_result_each_whatever_line_a_process_crashes_at_as_it_moves_aside() {

@@ -1,6 +1,11 @@
 //! All layers of a pool's client, in their order.
 
-use crate::{Allowed, Budget, Fallback, Hedge, Model, Pool, Retry, allowance::Allowances, retry::Jitter};
+use crate::{
+    Allowed, Budget, Fallback, Hedge, Model, Pool, Retry, Tiers,
+    allowance::Allowances,
+    retry::Jitter,
+    tiers::{Policy, Tier},
+};
 use std::{sync::Arc, time::Duration};
 
 /// When a call is asked a second time elsewhere.
@@ -30,9 +35,21 @@ pub struct Parts {
 }
 
 /// A client, from the inside out. Each layer is a [`Model`] around a `Model`.
-pub fn client(Parts { pool, hedging, fallbacks, allowances, jitter }: Parts) -> Arc<dyn Model> {
+pub fn client(parts: Parts) -> Arc<dyn Model> {
     // One for all that is made beyond the first try of a call, or three layers would each add their fifth.
-    let budget = Arc::new(Budget::default());
+    tier(String::new(), parts, &Arc::default()).model
+}
+
+/// A client of several pools, the cheapest first, each under the name of its tier. Each tier is paid out of the allowances by
+/// itself, as the next one may not be within them.
+pub fn tiered(tiers: Vec<(String, Parts)>, policy: Policy) -> Arc<dyn Model> {
+    let budget = Arc::default();
+    let tiers = tiers.into_iter().map(|(name, parts)| tier(name, parts, &budget)).collect();
+    Arc::new(Tiers::new(tiers, policy))
+}
+
+fn tier(name: String, parts: Parts, budget: &Arc<Budget>) -> Tier {
+    let Parts { pool, hedging, fallbacks, allowances, jitter } = parts;
     // One try, at the best endpoint that its breaker and throttle let it go to.
     let model: Arc<dyn Model> = pool.clone();
     // Around one try: a hedge is the other half of it. It knows the pool, as it must not fire when that is full.
@@ -44,15 +61,16 @@ pub fn client(Parts { pool, hedging, fallbacks, allowances, jitter }: Parts) -> 
     // Around both halves: what neither could, a later try may.
     let model: Arc<dyn Model> = Arc::new(Retry::new(model, budget.clone()).with_jitter(jitter));
     // Around all tries: another model is asked only when this one is given up.
-    let model: Arc<dyn Model> = match fallbacks.is_empty() {
-        true => model,
-        false => Arc::new(Fallback::new(model, fallbacks, budget)),
+    let with_fallbacks: Arc<dyn Model> = match fallbacks.is_empty() {
+        true => model.clone(),
+        false => Arc::new(Fallback::new(model.clone(), fallbacks, budget.clone())),
     };
     // Outermost: who may not spend makes no call at all, and pays once whatever it took.
-    match allowances {
-        Some(allowances) => Arc::new(Allowed::new(model, allowances)),
+    let allowed = |model: Arc<dyn Model>| match &allowances {
+        Some(allowances) => Arc::new(Allowed::new(model, allowances.clone())) as Arc<dyn Model>,
         None => model,
-    }
+    };
+    Tier { name, model: allowed(with_fallbacks), alone: allowed(model) }
 }
 
 #[cfg(test)]
@@ -65,6 +83,44 @@ mod tests {
         throttle::Caps,
     };
     use tokio::time::Instant;
+
+    fn parts(told: &Arc<Told>, last: &Arc<Told>) -> Parts {
+        let endpoint = Endpoint {
+            name: "e".to_owned(),
+            model: told.clone(),
+            caps: Caps { outstanding: 8, requests_per_minute: None, tokens_per_minute: None },
+            watch: None,
+            starts_cold: false,
+        };
+        Parts {
+            pool: Arc::new(Pool::new("m", vec![endpoint], Arc::new(|| 0.5))),
+            hedging: Hedging::Off,
+            fallbacks: vec![last.clone()],
+            allowances: None,
+            jitter: Arc::new(|| 1.0),
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn each_tier_has_a_stack_of_its_own_and_who_stands_in_answers_only_where_nothing_else_does() {
+        let escalation = crate::tiers::Escalation { on_refusal: true, ..Default::default() };
+        let refusal = || Next::says(1, crate::testing::reply("I cannot help with that."));
+        for (small, expected, asked_last) in [
+            (refusal as fn() -> Next, "I cannot help with that.", 0),
+            (|| Next::err(1, error(Class::Unreachable)), "last", 1),
+        ] {
+            let small = Told::by("small", move |_| small());
+            let dead = Told::by("dead", |_| Next::err(0, error(Class::Unreachable)));
+            let last = Told::by("last", |_| Next::ok(1));
+            let named = |name: &str, told| (name.to_owned(), parts(told, &last));
+            let policy = Policy { escalation, ..Policy::default() };
+            let model = tiered(vec![named("small", &small), named("large", &dead)], policy);
+            let reply = model.complete(&call("why"), &Heard::default()).await.unwrap();
+            assert_eq!((reply.text.as_str(), last.tries()), (expected, asked_last));
+            assert_eq!(reply.answered.is_some(), asked_last == 0, "who stands in is of no tier");
+            assert_eq!(dead.tries(), if asked_last == 0 { 3 } else { 0 }, "a better tier is tried again too");
+        }
+    }
 
     #[tokio::test(start_paused = true)]
     async fn an_endpoint_that_is_gone_costs_a_few_calls_some_time_and_the_rest_none() {

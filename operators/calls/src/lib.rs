@@ -5,6 +5,7 @@
 //!
 //! ```text
 //! Embeddings, Reranker   texts of many callers in few calls; for vectors and scores only
+//! Tiers       the cheapest model that is good enough; around a client for each of them
 //! Allowed     a tenant spends what it may, and no more
 //! Fallback    where a model is given up, the next one is asked
 //! Retry       what the world failed is tried again, shortly, elsewhere, and as the budget has it
@@ -39,6 +40,7 @@ pub mod server;
 #[cfg(test)]
 mod testing;
 pub mod throttle;
+pub mod tiers;
 mod window;
 
 pub use allowance::Allowed;
@@ -57,3 +59,4 @@ pub use retry::Retry;
 pub use route::Route;
 pub use secret::Secret;
 pub use server::{Api, Server};
+pub use tiers::Tiers;

@@ -1,9 +1,15 @@
 //! The port to whatever writes answers, or computes vectors and scores.
 
-use crate::{CallError, limits::Limits, route::Route};
+use crate::{
+    CallError,
+    limits::Limits,
+    route::Route,
+    tiers::{Answered, Judge},
+};
 use forebay_schemas::{Citation, Content, Lane, Message, NanoUsd, Passage, Sampling, Tenant, Usage};
 use futures::future::BoxFuture;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -47,6 +53,12 @@ pub struct Call<'a> {
     pub tenant: Tenant,
     /// In which of the two queues it waited.
     pub lane: Lane,
+    /// What its client said beside it.
+    pub metadata: Option<&'a Value>,
+    /// Whether the log-probability of the answer is wanted, where the server tells it.
+    pub logprobs: bool,
+    /// How whoever asks judges an answer.
+    pub judge: Judge<'a>,
     /// Where it was tried already; layers note and read it, whoever calls begins with an empty one.
     pub route: Route,
 }
@@ -107,7 +119,7 @@ impl Call<'_> {
 }
 
 /// What a model wrote, and what it took. A ledger keeps it, so it is read by later versions too.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Reply {
     /// The answer; empty only where vectors were wanted.
     pub text: String,
@@ -130,6 +142,12 @@ pub struct Reply {
     /// The kind of provider that answered, where it is not the one that was to: a fallback.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fallback: Option<String>,
+    /// The mean of the natural logarithms of its tokens' probabilities; absent unless asked for and told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub logprob: Option<f64>,
+    /// The tier that answered, where there are tiers and none stood in. Noted around what a ledger keeps.
+    #[serde(skip)]
+    pub answered: Option<Answered>,
 }
 
 /// Whom a try asks.
@@ -215,6 +233,8 @@ pub trait Listener: Send + Sync {
     fn happened(&self, _: Happening) {}
     /// What the provider says is left of its limits; told during a try.
     fn limits(&self, _: &Limits) {}
+    /// A tier of this name is asked from now on, as a call of its own; `place` counts the tiers that were asked, from 0.
+    fn tier(&self, _place: u32, _name: &str) {}
     /// Hears one try beside the one that goes on, as part of the same call. `None` where only one can be heard at a time:
     /// then none is made.
     fn beside(&self) -> Option<Box<dyn Listener + '_>> {

@@ -10,6 +10,9 @@ use std::{
 };
 use tokio::time::Instant;
 
+/// What an upstream is told to answer that shall answer its name.
+const YES: &str = "yes";
+
 /// Notes what it hears, a word each; also of a try beside.
 #[derive(Clone, Default)]
 pub(crate) struct Heard {
@@ -33,6 +36,9 @@ impl Heard {
 impl Listener for Heard {
     fn started(&self, to: Upstream<'_>) {
         self.add(format!("to {}", to.endpoint.unwrap_or(to.model)));
+    }
+    fn tier(&self, place: u32, name: &str) {
+        self.add(format!("tier {place} {name}"));
     }
     fn token(&self, text: &str) {
         self.add(text.to_owned());
@@ -80,6 +86,7 @@ pub(crate) fn reply(text: &str) -> Reply {
         finish_reason: None,
         ttft: None,
         fallback: None,
+        ..Reply::default()
     }
 }
 
@@ -107,7 +114,11 @@ pub(crate) struct Next {
 
 impl Next {
     pub(crate) fn ok(ms: u64) -> Self {
-        Self { after: Duration::from_millis(ms), first_token: None, result: Ok(reply("yes")), limits: None }
+        Self { after: Duration::from_millis(ms), first_token: None, result: Ok(reply(YES)), limits: None }
+    }
+    /// An answer that is not just the upstream's name.
+    pub(crate) fn says(ms: u64, reply: Reply) -> Self {
+        Self { result: Ok(reply), ..Self::ok(ms) }
     }
     pub(crate) fn err(ms: u64, error: CallError) -> Self {
         Self { result: Err(error), ..Self::ok(ms) }
@@ -170,7 +181,10 @@ impl Model for Told {
                 listener.limits(&limits);
             }
             if let Ok(reply) = &mut result {
-                (reply.text, reply.ttft) = (self.name.to_owned(), first_token);
+                reply.ttft = first_token;
+                if reply.text == YES {
+                    self.name.clone_into(&mut reply.text);
+                }
             }
             let tried = Tried { to, duration: after, ttft: first_token, result: result.as_ref() };
             listener.ended(&tried);

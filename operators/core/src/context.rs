@@ -267,6 +267,13 @@ impl Context {
         self.rows.lock().unwrap_or_else(PoisonError::into_inner).push(row);
     }
 
+    /// The number of the next try: above those of all rows that are here, and of the tries that the host has counted.
+    pub fn next_attempt(&self) -> u32 {
+        let rows = self.rows.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = rows.iter().filter_map(|row| u32::try_from(row.attempt).ok()?.checked_add(1)).max();
+        known.unwrap_or(0).max(self.delivery.envelope.attempts)
+    }
+
     /// Takes the rows that were recorded; for hosts.
     pub fn take_rows(&self) -> Vec<Attempt> {
         std::mem::take(&mut self.rows.lock().unwrap_or_else(PoisonError::into_inner))

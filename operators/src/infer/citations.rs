@@ -36,6 +36,12 @@ pub(super) fn find(answer: &str, passages: &[Passage]) -> Vec<Citation> {
     found
 }
 
+/// Whether it has a mark that leads to no passage: its model made a source up.
+pub(super) fn makes_up(answer: &str, passages: &[Passage]) -> bool {
+    let exists = |number: &usize| (1..=passages.len()).contains(number);
+    statements(answer).iter().flat_map(|(_, numbers)| numbers).any(|number| !exists(number))
+}
+
 fn citation(passage: &Passage, range: Range<usize>) -> Citation {
     Citation {
         document: passage.document.clone(),
@@ -163,6 +169,20 @@ mod tests {
         check("Bananas are yellow and bent [1].", &[]);
         check("[1]", &[]);
         check("It says \"the broker loses records\" [2].", &[]);
+    }
+
+    #[test]
+    fn a_mark_of_no_passage_is_made_up() {
+        let passages = [samples::passage(ONE), samples::passage(TWO)];
+        for (answer, expected) in [
+            ("So it is [1][2].", false),
+            ("So it is [3].", true),
+            ("So [1, 9].", true),
+            ("So [0].", true),
+            ("So.", false),
+        ] {
+            assert_eq!(makes_up(answer, &passages), expected, "{answer}");
+        }
     }
 
     proptest! {

@@ -11,10 +11,14 @@ mod rows;
 use crate::{
     cache::Shape,
     catalogue::{Resources, Shipped},
+    validate,
 };
-use forebay_calls::{Call, Model, Reply, Route, Task};
+use forebay_calls::{
+    Call, Model, Reply, Route, Task,
+    tiers::{Judge, Verdict},
+};
 use forebay_operator::{Context, Failure, Operator, ports};
-use forebay_schemas::{CacheStatus, Completion, Generated, Grounded, Hop, Request};
+use forebay_schemas::{CacheStatus, Citation, Completion, Generated, Grounded, Hop, Request};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::{num::NonZeroU64, sync::Arc};
@@ -78,7 +82,16 @@ impl Operator for Infer {
 
 impl Infer {
     async fn ask(&self, grounded: &Grounded, cx: &Context) -> Result<Generated, Failure> {
-        let call = self.call(grounded, cx);
+        // What `validate` would hold back, and what it cannot know, as the marks are gone by then.
+        let judge = |reply: &Reply| {
+            let citations = cited(reply, grounded);
+            match validate::findings(&reply.text, &citations, &grounded.passages).is_empty() {
+                false => Verdict::Bad,
+                true if citations::makes_up(&reply.text, &grounded.passages) => Verdict::Doubtful,
+                true => Verdict::Good,
+            }
+        };
+        let call = Call { judge: Judge(Some(&judge)), ..self.call(grounded, cx) };
         let rows = rows::Rows::new(cx);
         let replied = tokio::select! {
             biased;
@@ -113,18 +126,23 @@ impl Infer {
             deadline: cx.remaining().map(|left| Instant::now() + left),
             tenant: cx.envelope().tenant.clone(),
             lane: cx.envelope().lane,
+            metadata: request.metadata.as_ref(),
             route: Route::default(),
+            ..Call::default()
         }
     }
 
     fn generated(&self, reply: Reply, grounded: &Grounded) -> Generated {
-        let citations = reply.citations.unwrap_or_else(|| citations::find(&reply.text, &grounded.passages));
+        let (tier, provider) =
+            reply.answered.as_ref().map(|answered| (answered.tier.clone(), answered.provider)).unzip();
+        let provider = provider.unwrap_or_else(|| self.model.provider()).to_owned();
         Generated {
-            citations,
+            citations: cited(&reply, grounded),
             is_fallback: reply.fallback.is_some(),
+            tier,
             text: reply.text,
             model: reply.model,
-            provider: reply.fallback.unwrap_or_else(|| self.model.provider().to_owned()),
+            provider: reply.fallback.unwrap_or(provider),
             usage: reply.usage,
             cost_nano_usd: reply.cost_nano_usd,
             finish_reason: reply.finish_reason,
@@ -139,6 +157,12 @@ impl Infer {
             None => CacheStatus::Bypass,
         }
     }
+}
+
+/// The quotations of an answer: its model's own, or those that are found for it.
+fn cited(reply: &Reply, grounded: &Grounded) -> Vec<Citation> {
+    let found = || citations::find(&reply.text, &grounded.passages);
+    reply.citations.clone().unwrap_or_else(found)
 }
 
 #[cfg(test)]

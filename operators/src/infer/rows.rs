@@ -3,6 +3,9 @@
 //! A hedge is a try beside another, so a ledger must know both at once: it is a call of its own there. Its answer is
 //! kept under the call that it was made for, so whoever reads that call again never asks for the hedge.
 //!
+//! Each tier of a cascade is a call of its own too, by its place in the cascade: what one answered is remembered while the
+//! next is asked. Its tries have higher numbers than those before, so whoever reads along takes its tokens for the others'.
+//!
 //! Invariant: a try that was started leaves one row, however it ends; where nobody waited for its end, when this is dropped.
 
 use super::account::{Account, Away, word};
@@ -22,20 +25,28 @@ use tokio::time::Instant;
 /// Times between pieces of an answer that are kept; an answer with more is no other for it.
 const GAPS_MAX: usize = 8_192;
 
-/// The index of the call, and that of the hedge beside it.
-const CALL: u32 = 0;
-const HEDGE: u32 = 1;
+/// Indices of calls that each tier has: its call, and the hedge beside it.
+const CALLS_PER_TIER: u32 = 2;
 
 /// Listens to a call, or to the hedge beside it.
 pub(super) struct Rows<'a> {
     cx: &'a Context,
-    index: u32,
+    is_hedge: bool,
+    tier: Mutex<Tier>,
     /// The number of the next try of both. A host that processes a record again has counted its earlier tries in the
     /// envelope.
     next: Arc<AtomicU32>,
     account: Account,
     /// The try that goes on.
     open: Mutex<Option<Open>>,
+}
+
+/// The tier that is asked.
+#[derive(Clone, Default)]
+struct Tier {
+    place: u32,
+    /// Absent where there are no tiers.
+    name: Option<String>,
 }
 
 struct Open {
@@ -56,7 +67,17 @@ struct Open {
 impl<'a> Rows<'a> {
     pub(super) fn new(cx: &'a Context) -> Self {
         let next = Arc::new(AtomicU32::new(cx.envelope().attempts));
-        Self { cx, index: CALL, next, account: Account::new(), open: Mutex::default() }
+        let tier = Mutex::default();
+        Self { cx, is_hedge: false, tier, next, account: Account::new(), open: Mutex::default() }
+    }
+
+    fn asked(&self) -> MutexGuard<'_, Tier> {
+        self.tier.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The index of the call.
+    fn index(&self) -> u32 {
+        self.asked().place.saturating_mul(CALLS_PER_TIER) + u32::from(self.is_hedge)
     }
 
     /// The call is over.
@@ -129,7 +150,7 @@ impl<'a> Rows<'a> {
     }
 
     fn row(&self, open: &Open, duration_us: i64) -> Attempt {
-        let call_id = self.cx.call_id(self.index).as_str().to_owned();
+        let call_id = self.cx.call_id(self.index()).as_str().to_owned();
         let envelope = self.cx.envelope();
         Attempt {
             attempt_id: format!("{call_id}/{}", open.attempt),
@@ -151,6 +172,7 @@ impl<'a> Rows<'a> {
             input_tokens: None,
             output_tokens: None,
             cost_nano_usd: open.cost_nano_usd,
+            tier: self.asked().name.clone(),
         }
     }
 }
@@ -163,6 +185,14 @@ impl Drop for Rows<'_> {
 }
 
 impl Listener for Rows<'_> {
+    fn tier(&self, place: u32, name: &str) {
+        *self.asked() = Tier { place, name: Some(name.to_owned()) };
+        if place > 0 {
+            // The tier before may have been answered from a ledger, and then no try of it was counted here.
+            self.next.fetch_max(self.cx.next_attempt(), Ordering::Relaxed);
+        }
+    }
+
     fn started(&self, to: Upstream<'_>) {
         let attempt = self.next.fetch_add(1, Ordering::Relaxed);
         let away = Some(self.account.sent());
@@ -191,7 +221,7 @@ impl Listener for Rows<'_> {
                 *away.lock().unwrap_or_else(PoisonError::into_inner) = sent.elapsed();
                 result
             };
-            let result = self.cx.paid(self.index, row, timed).await;
+            let result = self.cx.paid(self.index(), row, timed).await;
             let away = away.into_inner().unwrap_or_else(PoisonError::into_inner);
             self.waited("ledger", began.elapsed().saturating_sub(away));
             result
@@ -200,14 +230,14 @@ impl Listener for Rows<'_> {
 
     fn beside(&self) -> Option<Box<dyn Listener + '_>> {
         let next = Arc::clone(&self.next);
-        let account = self.account.clone();
-        let hedge = Rows { cx: self.cx, index: HEDGE, next, account, open: Mutex::default() };
-        (self.index == CALL).then(|| Box::new(hedge) as Box<dyn Listener + '_>)
+        let (account, tier) = (self.account.clone(), Mutex::new(self.asked().clone()));
+        let hedge = Rows { cx: self.cx, is_hedge: true, tier, next, account, open: Mutex::default() };
+        (!self.is_hedge).then(|| Box::new(hedge) as Box<dyn Listener + '_>)
     }
 
     fn try_id(&self) -> Option<TryId> {
         let number = self.opened().as_ref()?.attempt;
-        Some(TryId { call: self.cx.call_id(self.index).as_str().to_owned(), number })
+        Some(TryId { call: self.cx.call_id(self.index()).as_str().to_owned(), number })
     }
 
     fn token(&self, text: &str) {

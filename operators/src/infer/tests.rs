@@ -62,6 +62,7 @@ impl Told {
                 finish_reason: None,
                 ttft: None,
                 fallback: None,
+                ..Reply::default()
             }),
             Some(Err(class)) => Err(CallError::new(class, "model_unavailable", "it failed").with_status(500)),
         }
@@ -365,4 +366,199 @@ async fn it_complies() {
     compliance::assert_complies(infer(Extractive), samples.clone().into()).await;
     compliance::assert_complies(infer(Told(Some(Ok("yes [1]")))), samples.clone().into()).await;
     compliance::assert_complies(infer(Told(Some(Err(Class::Outage)))), samples.into()).await;
+}
+
+/// A tier that does as it is told, and counts.
+fn told_tier(name: &'static str, model: Arc<CountedTier>) -> forebay_calls::tiers::Tier {
+    forebay_calls::tiers::Tier { name: name.to_owned(), model: model.clone(), alone: model }
+}
+
+/// Answers as it is told, at a cost of 5 where it answers, each try inside the ledger.
+struct CountedTier {
+    says: Mutex<Result<&'static str, Class>>,
+    asked: std::sync::atomic::AtomicUsize,
+}
+
+impl CountedTier {
+    fn new(says: Result<&'static str, Class>) -> Arc<Self> {
+        Arc::new(Self { says: Mutex::new(says), asked: Default::default() })
+    }
+}
+
+impl Model for CountedTier {
+    fn provider(&self) -> &'static str {
+        "told"
+    }
+    fn name(&self) -> &str {
+        "small"
+    }
+    fn complete<'a>(
+        &'a self,
+        call: &'a Call<'_>,
+        listener: &'a dyn Listener,
+    ) -> BoxFuture<'a, Result<Reply, CallError>> {
+        let said = *self.says.lock().unwrap();
+        Box::pin(async move {
+            let tried = async move {
+                self.asked.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                let told = Told(Some(said));
+                told.told(call, listener).await
+            };
+            listener.paid(HERE, Box::pin(tried)).await
+        })
+    }
+}
+
+/// A call of a [`Book`]: how many tries it had, and its answer.
+#[derive(Clone, Default)]
+struct Kept {
+    tries: i32,
+    answer: Option<Vec<u8>>,
+    rows: Vec<Attempt>,
+}
+
+/// Remembers each call by its id, and tells of all tries that one reading has not made, as the host's ledger does.
+#[derive(Default)]
+struct Book {
+    calls: Mutex<std::collections::BTreeMap<String, Kept>>,
+    told: Mutex<std::collections::BTreeSet<String>>,
+}
+
+struct Entry<'a> {
+    book: &'a Book,
+    call: String,
+}
+
+impl Ledger for Book {
+    fn find<'a>(&'a self, call: &'a CallId) -> BoxFuture<'a, Result<Found<'a>, Failure>> {
+        let (calls, mut told) = (self.calls.lock().unwrap(), self.told.lock().unwrap());
+        let rows = calls.values().flat_map(|kept| kept.rows.clone());
+        let rows = rows.filter(|row| told.insert(row.attempt_id.clone())).collect();
+        let Kept { tries, answer, .. } = calls.get(call.as_str()).cloned().unwrap_or_default();
+        let known = match answer {
+            Some(answer) => Known::Answered(answer),
+            None => {
+                let entry = Entry { book: self, call: call.as_str().to_owned() };
+                Known::Open { attempt: tries, turn: Box::new(entry) }
+            }
+        };
+        Box::pin(async { Ok(Found { rows, known }) })
+    }
+}
+
+impl Entry<'_> {
+    fn keep(&self, answer: Option<Vec<u8>>, row: Option<Attempt>) {
+        let mut calls = self.book.calls.lock().unwrap();
+        let kept = calls.entry(self.call.clone()).or_default();
+        (kept.tries, kept.answer) = (kept.tries + 1, answer);
+        kept.rows.extend(row);
+    }
+}
+
+impl Turn for Entry<'_> {
+    fn start(&mut self, row: Attempt) -> BoxFuture<'_, Result<bool, Failure>> {
+        self.book.told.lock().unwrap().insert(row.attempt_id);
+        Box::pin(async { Ok(true) })
+    }
+    fn done(&mut self, answer: Vec<u8>, row: Option<Attempt>) -> BoxFuture<'_, Result<(), Failure>> {
+        self.keep(Some(answer), row);
+        Box::pin(async { Ok(()) })
+    }
+    fn failed(&mut self, row: Option<Attempt>) -> BoxFuture<'_, Result<(), Failure>> {
+        self.keep(None, row);
+        Box::pin(async { Ok(()) })
+    }
+}
+
+/// One reading of a record by two tiers: how it ended, and each row as `call/attempt tier status`.
+async fn read_by_tiers(
+    [small, large]: [&Arc<CountedTier>; 2],
+    book: Option<&Arc<Book>>,
+    host: &Arc<Reader>,
+) -> (String, Option<String>, Vec<String>) {
+    let ledger = book.map(|book| {
+        book.told.lock().unwrap().clear();
+        Arc::clone(book) as Arc<dyn Ledger>
+    });
+    let escalation = forebay_calls::tiers::Escalation {
+        on_verdict: true,
+        on_refusal: true,
+        ..forebay_calls::tiers::Escalation::default()
+    };
+    let policy = forebay_calls::tiers::Policy { escalation, ..Default::default() };
+    let tiers = vec![told_tier("small", small.clone()), told_tier("large", large.clone())];
+    let model = Arc::new(forebay_calls::Tiers::new(tiers, policy));
+    let infer = Infer { model, shape: Shape::default(), settings: Settings::default() };
+    let mut envelope = compliance::envelope();
+    envelope.stream = true;
+    let clock = Clock::starting_at(compliance::NOW_MS);
+    let cx =
+        Context::new(Delivery { ledger, ..delivery(envelope) }, clock, host.clone(), StopSignal::new().1);
+    let (text, tier) = match infer.process(grounded(), &cx).await {
+        Ok(mut answered) => {
+            let Some(Inferred::Completion(completion)) = answered.pop() else { panic!("no answer") };
+            (completion.answer.text, completion.answer.tier)
+        }
+        Err(failure) => (failure.code().to_owned(), None),
+    };
+    let calls = [0, 1, 2].map(|index| cx.call_id(index).as_str().to_owned());
+    let rows = cx.take_rows().into_iter().map(|row| {
+        let call = calls.iter().position(|call| *call == row.call_id).unwrap();
+        assert_eq!(row.attempt_id, format!("{}/{}", row.call_id, row.attempt));
+        format!("{call}/{} {} {}", row.attempt, row.tier.unwrap(), row.status)
+    });
+    (text, tier, rows.collect())
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_tier_whose_answer_is_not_good_enough_is_followed_by_the_next_and_each_leaves_a_row() {
+    for (said, expected) in [
+        ("It is so [7].", "42 [1]"),
+        (" ", "42 [1]"),
+        ("I cannot help with that.", "42 [1]"),
+        ("It is so [1].", "It is so [1]."),
+    ] {
+        let (small, large, host) =
+            (CountedTier::new(Ok(said)), CountedTier::new(Ok("42 [1]")), Arc::default());
+        let (text, tier, rows) = read_by_tiers([&small, &large], None, &host).await;
+        let escalated = text == "42 [1]";
+        assert_eq!(text, expected);
+        assert_eq!(tier.as_deref(), Some(if escalated { "large" } else { "small" }));
+        let expected: &[&str] = match escalated {
+            true => &["0/0 small ok", "2/1 large ok"],
+            false => &["0/0 small ok"],
+        };
+        assert_eq!(rows, expected);
+        let deltas =
+            host.0.lock().unwrap().iter().map(|delta| (delta.attempt, delta.seq)).collect::<Vec<_>>();
+        let all = [(0, 0), (0, 1), (1, 0), (1, 1)];
+        assert_eq!(deltas, all[..2 * rows.len()], "a higher attempt takes the place of a lower one");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_tier_that_was_paid_for_before_a_crash_is_not_paid_again_and_the_next_one_s_tries_count_on() {
+    let book = Arc::new(Book::default());
+    let (small, large, host) = (
+        CountedTier::new(Ok("It is empty but for this [9].")),
+        CountedTier::new(Err(Class::Outage)),
+        Arc::default(),
+    );
+    // The better tier is down, and nobody has a better answer: this one stands. Then the process dies before its output is
+    // written, and the record is read again.
+    let (text, _, rows) = read_by_tiers([&small, &large], Some(&book), &host).await;
+    assert_eq!((text.as_str(), rows.len()), ("It is empty but for this [9].", 2));
+    *large.says.lock().unwrap() = Ok("42 [1]");
+    *small.says.lock().unwrap() = Err(Class::Rejected);
+    host.0.lock().unwrap().clear();
+    let (text, tier, rows) = read_by_tiers([&small, &large], Some(&book), &host).await;
+    assert_eq!((text.as_str(), tier.as_deref()), ("42 [1]", Some("large")));
+    assert_eq!(rows, ["0/0 small ok", "2/1 large failed", "2/2 large ok"]);
+    assert!(host.0.lock().unwrap().iter().all(|delta| delta.attempt == 2), "above all that was read before");
+    let asked = |tier: &Arc<CountedTier>| tier.asked.load(std::sync::atomic::Ordering::Relaxed);
+    assert_eq!((asked(&small), asked(&large)), (1, 2));
+    // And again, when all is known: nobody is asked.
+    let (text, tier, _) = read_by_tiers([&small, &large], Some(&book), &host).await;
+    assert_eq!((text.as_str(), tier.as_deref()), ("42 [1]", Some("large")));
+    assert_eq!((asked(&small), asked(&large)), (1, 2));
 }

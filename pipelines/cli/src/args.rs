@@ -115,6 +115,9 @@ pub enum Command {
     /// Looks at the pool of model servers of a running process.
     #[command(subcommand)]
     Pool(Pool),
+    /// Calibrates which model of the pool answers what, on what was answered before.
+    #[command(subcommand)]
+    Tiers(Tiers),
     /// Serves a model that needs no GPU: a modelled engine, with faults on demand.
     SimulateModel(SimulateModel),
     /// Shows the settings.
@@ -352,6 +355,74 @@ pub struct PoolStatus {
     /// Prints one JSON object for each server, and nothing else.
     #[arg(long)]
     pub json: bool,
+}
+
+/// `forebay tiers`.
+#[derive(Debug, Subcommand)]
+pub enum Tiers {
+    /// Prints what was asked, answered and called, one JSON object a line: what `calibrate` reads.
+    Log(TiersLog),
+    /// Learns from a log which tier is good enough for what, and prints what each choice of thresholds costs and comes to.
+    Calibrate(TiersCalibrate),
+}
+
+/// `forebay tiers log`.
+#[derive(Debug, ClapArgs)]
+#[command(after_help = "\
+The lines hold prompts of clients. Mind who reads along.
+
+Examples:
+  forebay tiers log > log.jsonl
+  forebay tiers log --since 3days > log.jsonl")]
+pub struct TiersLog {
+    /// Only what was written since then.
+    #[arg(long, value_name = "2h|TIME")]
+    pub since: Option<Since>,
+}
+
+/// `forebay tiers calibrate`.
+#[derive(Debug, ClapArgs)]
+#[command(group = clap::ArgGroup::new("wanted").args(["quality", "cost"]), after_help = "\
+A log has a JSON object a line, also as `kcat -C -J` prints it: requests (prompt or messages, with id and tenant), rows of
+`outcomes` or records of `results`, rows of `attempts`, and audits or labels: request_id, tenant and a quality of 0 to 1.
+Where a request has none of these, an answer that passed counts as 1 and one that was blocked as 0.
+
+Examples:
+  forebay tiers calibrate --log log.jsonl --log labels.jsonl                     the curve
+  forebay tiers calibrate --log log.jsonl --quality 0.9 --write classifier.json  the cheapest that is good enough
+  forebay tiers calibrate --log log.jsonl --cost 0.5 --plot curve.svg            the best for half a dollar")]
+pub struct TiersCalibrate {
+    /// A log; may be given often.
+    #[arg(long, required = true, num_args = 1.., value_name = "FILE")]
+    pub log: Vec<PathBuf>,
+    /// The models of the tiers, the cheapest first; those of tiers.models when absent.
+    #[arg(long, value_delimiter = ',', value_name = "MODEL,…")]
+    pub tiers: Vec<String>,
+    /// Recommends the cheapest choice whose quality is at least this, by the lower bound of its interval.
+    #[arg(long, value_name = "AT_LEAST", value_parser = part)]
+    pub quality: Option<f64>,
+    /// Recommends the best choice that costs at most so many dollars for 1,000 requests.
+    #[arg(long, value_name = "AT_MOST", value_parser = amount)]
+    pub cost: Option<f64>,
+    /// Draws the curve into this file.
+    #[arg(long, value_name = "FILE.svg")]
+    pub plot: Option<PathBuf>,
+    /// Writes what was learned, with the recommended thresholds, into this file, for tiers.classifier.
+    #[arg(long, value_name = "FILE", requires = "wanted")]
+    pub write: Option<PathBuf>,
+    /// What the order of learning and the choice of what is held out follow from.
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    pub seed: u64,
+}
+
+fn part(text: &str) -> Result<f64, String> {
+    let read = text.parse().ok().filter(|part| (0.0..=1.0).contains(part));
+    read.ok_or_else(|| format!("{text:?} is not 0 to 1"))
+}
+
+fn amount(text: &str) -> Result<f64, String> {
+    let read = text.parse().ok().filter(|amount: &f64| amount.is_finite() && *amount >= 0.0);
+    read.ok_or_else(|| format!("{text:?} is no amount of dollars"))
 }
 
 /// `forebay topics`.

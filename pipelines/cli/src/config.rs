@@ -9,6 +9,7 @@ pub mod budgets;
 pub mod pool;
 pub mod prices;
 pub mod served;
+pub mod tiers;
 
 use crate::{args::Settings, console::wrong};
 use anyhow::Context as _;
@@ -55,6 +56,10 @@ const SETTINGS: &[Setting] = &[
     setting("pool.fallback", "FOREBAY_POOL_FALLBACK", ""),
     setting("pool.starts_cold", "FOREBAY_POOL_STARTS_COLD", "false"),
     setting("pool.wake_url", "FOREBAY_POOL_WAKE_URL", ""),
+    setting("tiers.models", "FOREBAY_TIERS_MODELS", ""),
+    setting("tiers.rules", "FOREBAY_TIERS_RULES", ""),
+    setting("tiers.classifier", "FOREBAY_TIERS_CLASSIFIER", ""),
+    setting("tiers.escalate", "FOREBAY_TIERS_ESCALATE", "schema,refusal,verdict"),
     setting("prices", "FOREBAY_PRICES", ""),
     setting("budgets", "FOREBAY_BUDGETS", ""),
     setting("stores.key_value", "FOREBAY_STORES_KEY_VALUE", ""),
@@ -96,6 +101,8 @@ pub struct Config {
     pub model: Option<String>,
     /// Absent where one endpoint is called as it is.
     pub pool: Option<pool::PoolSettings>,
+    /// Which models of the pool answer what; absent where all serve one.
+    pub tiers: Option<tiers::TierSettings>,
     /// What models cost.
     pub prices: prices::PriceFiles,
     /// What tenants may spend.
@@ -244,6 +251,7 @@ impl Config {
         };
         let served = served::Served::all(&values)?;
         let pool = pool::PoolSettings::of(&values, &served)?;
+        let tiers = tiers::TierSettings::of(&values, &served, get("model.name"), pool.as_ref())?;
         let kafka = values.iter().filter_map(|(path, sourced)| {
             Some((path.strip_prefix(KAFKA)?.to_owned(), sourced.value.clone()))
         });
@@ -266,6 +274,7 @@ impl Config {
             served,
             model: text("model.name"),
             pool,
+            tiers,
             prices: prices::PriceFiles::of(&text("prices").unwrap_or_default()),
             budgets: budgets::of(&text("budgets").unwrap_or_default(), from("budgets"))?,
             key_value: text("stores.key_value"),

@@ -8,7 +8,7 @@ use anyhow::Context as _;
 use forebay_calls::{
     Allowed, Api, Model, Pool, Priced, Prices, Retry, Secret, Server,
     allowance::Allowances,
-    client::{Parts, client},
+    client::{Parts, client, tiered},
     pool::{Ended, Endpoint, Http, ModelStatus, Status, Wake, Watch},
     server::{Timeouts, Vllm},
 };
@@ -110,8 +110,15 @@ pub async fn model(config: &Config) -> anyhow::Result<Client> {
     // Who stands in takes no other calls.
     let stands_in = |served: &Served| settings.fallbacks.iter().any(|fallback| fallback.is(served));
     let first: Vec<_> = config.served.iter().filter(|served| !stands_in(served)).collect();
-    let first = Arc::new(pool(&first, name, settings, prices.as_ref())?);
-    let mut pools = vec![first.clone()];
+    let mut pools = Vec::new();
+    // Of each tier, or of all where there are none.
+    let tiers = config.tiers.as_ref().map_or(vec![None], |tiers| tiers.models.iter().map(Some).collect());
+    for tier in tiers {
+        let serves = |served: &&&Served| tier.is_none_or(|tier| served.asks_for(name) == tier);
+        let served: Vec<_> = first.iter().filter(serves).copied().collect();
+        pools.push(Arc::new(pool(&served, name, settings, prices.as_ref())?));
+    }
+    let first = pools.clone();
     let mut fallbacks: Vec<Arc<dyn Model>> = Vec::new();
     for fallback in &settings.fallbacks {
         let served = match fallback {
@@ -135,13 +142,20 @@ pub async fn model(config: &Config) -> anyhow::Result<Client> {
         pools.push(pool.clone());
         fallbacks.push(pool);
     }
-    let model = client(Parts {
-        pool: first,
+    let parts = |pool: &Arc<Pool>| Parts {
+        pool: pool.clone(),
         hedging: settings.hedging,
-        fallbacks,
-        allowances,
+        fallbacks: fallbacks.clone(),
+        allowances: allowances.clone(),
         jitter: Arc::new(rand::random::<f64>),
-    });
+    };
+    let model = match &config.tiers {
+        None => client(parts(&first[0])),
+        Some(tiers) => {
+            let named = tiers.models.iter().cloned().zip(first.iter().map(parts));
+            tiered(named.collect(), tiers.policy.clone())
+        }
+    };
     Ok(Client { model, pools })
 }
 

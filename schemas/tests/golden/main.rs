@@ -38,6 +38,11 @@ pub fn written<R: Record + PartialEq + Debug>(file: &'static str, value: R) -> S
     Sample { file, record: R::NAME, form, ours: true, read }
 }
 
+/// A record as it was written before a column or a field was added.
+pub fn older<R: Record + PartialEq + Debug>(file: &'static str, value: R) -> Sample {
+    Sample { ours: false, ..written(file, value) }
+}
+
 /// A record as a person types it.
 pub fn typed<R: Record + PartialEq + Debug>(file: &'static str, text: &str, value: R) -> Sample {
     let read = Box::new(move |bytes: &[u8]| assert_eq!(R::decode(bytes).unwrap(), value));

@@ -1,6 +1,6 @@
 //! The samples of version 0.1: every field filled with a telling value, and the short forms that people type.
 
-use crate::{Sample, headers, tombstone, typed, written};
+use crate::{Sample, headers, older, tombstone, typed, written};
 use forebay_schemas::*;
 use serde_json::{Map, Value, json};
 
@@ -61,13 +61,21 @@ pub fn samples() -> Vec<Sample> {
         written("dead-letter.json", dead_letter()),
         written("outcome.avro", outcome()),
         written("outcome-nulls.avro", outcome_of_nothing()),
+        older("outcome-without-tier.avro", Outcome { tier: None, ..outcome() }),
+        older("outcome-nulls-without-tier.avro", outcome_of_nothing()),
         written("ledger-entry.json", ledger_entry()),
+        older(
+            "ledger-entry-without-tier.json",
+            LedgerEntry { row: Some(attempt_without_tier()), ..ledger_entry() },
+        ),
         written(
             "ledger-entry-lease.json",
             LedgerEntry::of_lease(EntryKind::Renewed, "0123456789abcdef", 1_795_500_000_000),
         ),
         written("attempt.avro", attempt()),
         written("attempt-nulls.avro", attempt_of_nothing()),
+        older("attempt-without-tier.avro", attempt_without_tier()),
+        older("attempt-nulls-without-tier.avro", attempt_of_nothing()),
         headers("envelope.headers.json", envelope()),
     ]
 }
@@ -217,6 +225,7 @@ fn generated() -> Generated {
         finish_reason: Some("stop".into()),
         ttft_us: Some(81_250),
         is_fallback: false,
+        tier: None,
     }
 }
 
@@ -410,6 +419,7 @@ fn outcome() -> Outcome {
         citations: 1,
         prompt_hash: Some("9f2c0a4be1d75a33".into()),
         metadata: Some(r#"{"team":"ü"}"#.into()),
+        tier: Some("gpt-5-mini".into()),
     }
 }
 
@@ -458,6 +468,7 @@ fn outcome_of_nothing() -> Outcome {
         citations: 0,
         prompt_hash: None,
         metadata: None,
+        tier: None,
     }
 }
 
@@ -497,7 +508,12 @@ fn attempt() -> Attempt {
         input_tokens: Some(120),
         output_tokens: Some(9),
         cost_nano_usd: Some(48_000),
+        tier: Some("gpt-5-mini".into()),
     }
+}
+
+fn attempt_without_tier() -> Attempt {
+    Attempt { tier: None, ..attempt() }
 }
 
 fn attempt_of_nothing() -> Attempt {
@@ -512,6 +528,7 @@ fn attempt_of_nothing() -> Attempt {
         input_tokens: None,
         output_tokens: None,
         cost_nano_usd: None,
+        tier: None,
         ..attempt()
     }
 }

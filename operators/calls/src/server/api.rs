@@ -158,8 +158,27 @@ pub(super) struct Written {
     pub(super) model: Option<String>,
     pub(super) usage: Option<Usage>,
     pub(super) finish_reason: Option<String>,
+    pub(super) logprob: Logprob,
     /// No event follows that matters.
     pub(super) is_over: bool,
+}
+
+/// What the tokens that came say of their probability.
+#[derive(Debug, Default)]
+pub(super) struct Logprob {
+    sum: f64,
+    tokens: u32,
+}
+
+impl Logprob {
+    pub(super) fn add(&mut self, logprob: f64) {
+        self.sum += logprob;
+        self.tokens = self.tokens.saturating_add(1);
+    }
+
+    fn mean(&self) -> Option<f64> {
+        (self.tokens > 0).then(|| self.sum / f64::from(self.tokens))
+    }
 }
 
 impl Written {
@@ -182,6 +201,8 @@ impl Written {
             finish_reason: self.finish_reason,
             ttft,
             fallback: None,
+            logprob: self.logprob.mean(),
+            ..Reply::default()
         })
     }
 

@@ -537,6 +537,31 @@ async fn vllm_is_told_who_waits_and_whose_cache_it_is_and_others_are_not() {
 }
 
 #[tokio::test]
+async fn a_chat_tells_how_likely_its_tokens_were_where_it_is_asked_and_a_refusal_is_one() {
+    let whole = r#"{"choices":[{"message":{"content":"a b"},"finish_reason":"stop",
+        "logprobs":{"content":[{"token":"a","logprob":-0.5},{"token":" b","logprob":-1.5}]}}]}"#;
+    let (body, ..) = sent(Api::Chat, &Call { logprobs: true, ..call(false) }, Vllm::default(), whole).await;
+    assert_eq!(body["logprobs"], true);
+    let (body, ..) = sent(Api::Chat, &call(false), Vllm::default(), whole).await;
+    assert!(body.get("logprobs").is_none(), "a server that knows no such field may refuse it");
+    let stream = "data: {\"choices\":[{\"delta\":{\"content\":\"a\"},\"logprobs\":{\"content\":[{\"logprob\":-0.5}]}}]}\n\n\
+                  data: {\"choices\":[{\"delta\":{\"content\":\"b\"},\"logprobs\":{\"content\":[{\"logprob\":-1.5}]}}]}\n\n\
+                  data: {\"choices\":[{\"delta\":{},\"finish_reason\":\"stop\",\"logprobs\":null}]}\n\ndata: [DONE]\n\n";
+    for (stream, body) in [(false, whole), (true, stream)] {
+        let url = serve(move |_, _| async move { body.into_response() }).await;
+        let reply =
+            client(&url, Timeouts::default()).complete(&call(stream), &Heard::default()).await.unwrap();
+        assert_eq!(reply.logprob, Some(-1.0), "stream {stream}");
+    }
+    let refusal =
+        r#"{"choices":[{"message":{"content":null,"refusal":"I will not."},"finish_reason":"stop"}]}"#;
+    check(false, 200, refusal, "started small, model_refused => Rejected").await;
+    let refusal = "data: {\"choices\":[{\"delta\":{\"refusal\":\"I will\"}}]}\n\n\
+                   data: {\"choices\":[{\"delta\":{},\"finish_reason\":\"stop\"}]}\n\ndata: [DONE]\n\n";
+    check(true, 200, refusal, "started small, model_refused => Rejected").await;
+}
+
+#[tokio::test]
 async fn what_an_api_cannot_do_is_refused_before_anything_is_sent() {
     let tools = Sampling { tools: Some(json!([])), ..Sampling::default() };
     let form = Sampling { response_format: Some(json!({"type": "json_object"})), ..Sampling::default() };

@@ -7,6 +7,8 @@ pub fn print(config: &Config) {
     let shown = config.shown();
     let line = |path: &str, value: &str| match value {
         "" => format!("# {path}:"),
+        // Of several lines: in quotation marks, as JSON has them and YAML reads them.
+        value if value.contains('\n') => format!("{path}: {}", serde_json::json!(value)),
         value => format!("{path}: {value}"),
     };
     let lines: Vec<_> =

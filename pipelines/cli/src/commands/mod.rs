@@ -10,6 +10,7 @@ mod ingest;
 mod ledger;
 mod pool;
 mod simulate_model;
+mod tiers;
 mod topics;
 mod up;
 
@@ -33,6 +34,7 @@ pub async fn run(command: Command, settings: &Settings) -> anyhow::Result<ExitCo
         Command::Config(crate::args::ConfigCommand::Print) => config::print(&config()?),
         Command::Ledger(ledger) => return ledger::run(ledger, config()?).await,
         Command::Pool(pool) => return pool::run(pool, config()?).await,
+        Command::Tiers(tiers) => return tiers::run(tiers, config).await,
         // It has settings of its own, which stand where Forebay's would.
         Command::SimulateModel(simulate) => simulate_model::run(simulate).await?,
         Command::Completions { shell } => completions::print(shell),

@@ -31,6 +31,11 @@ pub struct Served {
 }
 
 impl Served {
+    /// The model that is asked for there.
+    pub fn asks_for<'a>(&'a self, common: Option<&'a str>) -> &'a str {
+        self.model.as_deref().or(common).unwrap_or_default()
+    }
+
     /// All of them, those of `model.url` first.
     pub fn all(values: &BTreeMap<String, Sourced>) -> anyhow::Result<Vec<Self>> {
         let urls = text(values, "model.url").split(',').map(str::trim).filter(|url| !url.is_empty());

@@ -153,6 +153,7 @@ fn row(owner: &str, number: i32) -> Attempt {
         input_tokens: None,
         output_tokens: None,
         cost_nano_usd: Some(1),
+        tier: None,
     }
 }
 

@@ -122,6 +122,7 @@ fn row(cx: &Context, attempt: i32, status: &str) -> Attempt {
         input_tokens: None,
         output_tokens: None,
         cost_nano_usd: (status != "ambiguous").then_some(1),
+        tier: None,
     }
 }
 
