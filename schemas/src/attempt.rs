@@ -4,7 +4,7 @@ use crate::row::row;
 
 row! {
     /// One immutable row an upstream call, durable before the offset of the record that made it.
-    Attempt, attempt_id;
+    Attempt, attempt_id, 19;
     /// The call's id and the number of the attempt: `call/attempt`.
     attempt_id: String,
     /// Which call of which step of which request: the same over retries.
@@ -37,10 +37,16 @@ row! {
     error_code: Option<String>,
     /// The HTTP status; null where there was none.
     http_status: Option<i32>,
-    /// Tokens read by the model.
+    /// Tokens read by the model, those from its prefix cache included.
     input_tokens: Option<i64> ["tokens"],
     /// Tokens written by the model.
     output_tokens: Option<i64> ["tokens"],
     /// What the call cost; null where it is not known.
     cost_nano_usd: Option<i64> ["nano-USD"],
+    /// Of the input, tokens from the provider's prefix cache; null where it does not say.
+    cached_read_tokens: Option<i64> ["tokens"],
+    /// Of the input, tokens written to the provider's prefix cache; null where it does not say.
+    cached_write_tokens: Option<i64> ["tokens"],
+    /// Of the output, tokens of reasoning; null where the provider does not say.
+    reasoning_tokens: Option<i64> ["tokens"],
 }

@@ -2,6 +2,9 @@
 //!
 //! A row is declared once, with the unit and meaning of each column; its Avro schema and its reference come from
 //! there. Types are those that Delta tables know: no unsigned numbers, no enums.
+//!
+//! Invariant: columns are added at the end and may be null, so an earlier form of a row is its first columns, and rows in
+//! it are read for ever: what they do not say is null.
 
 use crate::{DecodeError, EncodeError};
 use apache_avro::{
@@ -47,15 +50,35 @@ impl<C: Cell> Cell for Option<C> {
     const NULLABLE: bool = true;
 }
 
-/// The wire form of one kind of row: its schema and the ten bytes that stand before every datum.
-pub struct Form {
+/// One wire form of one kind of row: its schema and the ten bytes that stand before every datum.
+struct Form {
     schema: Schema,
     header: Vec<u8>,
 }
 
+/// The forms of one kind of row: the one that is written, and those that were.
+pub struct Forms {
+    current: Form,
+    earlier: Vec<Form>,
+}
+
+impl Forms {
+    /// Builds the forms from the columns; `earlier` says how many of these each earlier form had.
+    pub(crate) fn of(
+        name: &str,
+        doc: &str,
+        columns: &[Column],
+        earlier: &[usize],
+    ) -> Result<Self, Box<apache_avro::Error>> {
+        let first = |count: &usize| Form::of(name, doc, &columns[..*count]);
+        let earlier = earlier.iter().map(first).collect::<Result<_, _>>()?;
+        Ok(Self { current: Form::of(name, doc, columns)?, earlier })
+    }
+}
+
 impl Form {
     /// Builds the form from the columns.
-    pub(crate) fn of(name: &str, doc: &str, columns: &[Column]) -> Result<Self, Box<apache_avro::Error>> {
+    fn of(name: &str, doc: &str, columns: &[Column]) -> Result<Self, Box<apache_avro::Error>> {
         let schema = Schema::parse(&avro(name, doc, columns)).map_err(Box::new)?;
         // In Avro's canonical form a logical type is its plain one: "long". apache_avro writes {"type":"long"} there,
         // and its fingerprint is not the one that the specification, Java and fastavro give.
@@ -89,16 +112,16 @@ fn record(name: &str, doc: &str, columns: &[Column], kind: impl Fn(&Column) -> V
     json!({"type": "record", "name": name, "namespace": "forebay", "doc": doc, "fields": fields})
 }
 
-/// The form, or the fault in our own declaration of it; a test of each row shows that there is none.
-pub(crate) type LazyForm = LazyLock<Result<Form, Box<apache_avro::Error>>>;
+/// The forms, or the fault in our own declaration of them; a test of each row shows that there is none.
+pub(crate) type LazyForms = LazyLock<Result<Forms, Box<apache_avro::Error>>>;
 
 pub(crate) fn encode<R: Serialize>(
     record: &'static str,
-    form: &LazyForm,
+    forms: &LazyForms,
     row: &R,
 ) -> Result<Vec<u8>, EncodeError> {
     let wrong = |detail: String| EncodeError::Avro { record, detail };
-    let form = form.as_ref().map_err(|error| wrong(error.to_string()))?;
+    let form = &forms.as_ref().map_err(|error| wrong(error.to_string()))?.current;
     let write = || {
         let mut bytes = form.header.clone();
         GenericDatumWriter::builder(&form.schema).build()?.write_ser(&mut bytes, row)?;
@@ -109,14 +132,14 @@ pub(crate) fn encode<R: Serialize>(
 
 pub(crate) fn decode<R: DeserializeOwned>(
     record: &'static str,
-    form: &LazyForm,
+    forms: &LazyForms,
     body: &[u8],
 ) -> Result<R, DecodeError> {
     let wrong = |detail: String| DecodeError::Avro { record, detail };
-    let form = form.as_ref().map_err(|error| wrong(error.to_string()))?;
-    let Some(mut datum) = body.strip_prefix(form.header.as_slice()) else {
-        return Err(wrong(foreign(body, form)));
-    };
+    let Forms { current, earlier } = forms.as_ref().map_err(|error| wrong(error.to_string()))?;
+    let known = std::iter::once(current).chain(earlier).find(|form| body.starts_with(&form.header));
+    let Some(form) = known else { return Err(wrong(foreign(body, current))) };
+    let mut datum = &body[form.header.len()..];
     let mut read = || GenericDatumReader::builder(&form.schema).build()?.read_deser(&mut datum);
     let row = read().map_err(|error: apache_avro::Error| wrong(error.to_string()))?;
     match datum.len() {
@@ -137,11 +160,12 @@ fn foreign(body: &[u8], form: &Form) -> String {
     }
 }
 
-/// Declares a row: its struct, its columns with unit and meaning, its Avro form.
+/// Declares a row: its struct, its columns with unit and meaning, its Avro form; behind its key, how many of these columns
+/// each earlier form had.
 macro_rules! row {
     (
         $(#[doc = $doc:literal])+
-        $name:ident, $key:ident;
+        $name:ident, $key:ident $(, $earlier:literal)*;
         $( $(#[doc = $meaning:literal])+ $column:ident: $kind:ty $([$unit:literal])?, )*
     ) => {
         $(#[doc = $doc])+
@@ -167,18 +191,19 @@ macro_rules! row {
         impl crate::Record for $name {
             const NAME: &'static str = stringify!($name);
             fn decode(body: &[u8]) -> Result<Self, crate::DecodeError> {
-                crate::row::decode(Self::NAME, &FORM, body)
+                crate::row::decode(Self::NAME, &FORMS, body)
             }
             fn encode(&self) -> Result<Option<Vec<u8>>, crate::EncodeError> {
-                crate::row::encode(Self::NAME, &FORM, self).map(Some)
+                crate::row::encode(Self::NAME, &FORMS, self).map(Some)
             }
             fn key(&self) -> Option<&str> {
                 Some(&self.$key)
             }
         }
 
-        static FORM: crate::row::LazyForm = std::sync::LazyLock::new(|| {
-            crate::row::Form::of(stringify!($name), concat!($($doc),+).trim_ascii_start(), $name::COLUMNS)
+        static FORMS: crate::row::LazyForms = std::sync::LazyLock::new(|| {
+            let doc = concat!($($doc),+).trim_ascii_start();
+            crate::row::Forms::of(stringify!($name), doc, $name::COLUMNS, &[$($earlier),*])
         });
     };
 }

@@ -1,7 +1,9 @@
 //! The port to whatever writes answers, or computes vectors and scores.
 
 use crate::{CallError, limits::Limits, route::Route};
-use forebay_schemas::{Citation, Content, Lane, Message, NanoUsd, Passage, Sampling, Tenant, Usage};
+use forebay_schemas::{
+    Citation, Content, JobId, KeyId, Lane, Message, NanoUsd, Passage, Sampling, Tenant, Usage,
+};
 use futures::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
@@ -45,6 +47,10 @@ pub struct Call<'a> {
     pub deadline: Option<Instant>,
     /// Whose call it is.
     pub tenant: Tenant,
+    /// By which of its keys it came, where that is told.
+    pub key_id: Option<KeyId>,
+    /// Which of its jobs it belongs to, where it belongs to one.
+    pub job: Option<JobId>,
     /// In which of the two queues it waited.
     pub lane: Lane,
     /// Where it was tried already; layers note and read it, whoever calls begins with an empty one.

@@ -6,12 +6,21 @@ use forebay_calls::{
     CallError, Class, Hedge, Listener, Pool, Tried, Upstream, pool::Endpoint, throttle::Caps,
 };
 use forebay_operator::{Clock, Delivery, Event, Found, Host, Known, Ledger, StopSignal, Turn, compliance};
-use forebay_schemas::{Attempt, CallId, Delta, Record as _, Retrieval};
+use forebay_schemas::{Attempt, CallId, Delta, Record as _, Retrieval, Usage};
 use futures::future::BoxFuture;
 use std::{sync::Mutex, time::Duration};
 
 /// Makes one try that ends as told; without an end it never does.
 struct Told(Option<Result<&'static str, Class>>);
+
+const USAGE: Usage = Usage {
+    prompt_tokens: 10,
+    completion_tokens: 4,
+    total_tokens: 14,
+    cached_tokens: Some(3),
+    cached_write_tokens: Some(2),
+    reasoning_tokens: Some(1),
+};
 
 const HERE: Upstream<'_> = Upstream { provider: "told", endpoint: Some("http://here"), model: "small" };
 
@@ -45,7 +54,7 @@ impl Told {
                 vectors: Vec::new(),
                 citations: None,
                 model: "small-2".to_owned(),
-                usage: None,
+                usage: Some(USAGE),
                 cost_nano_usd: None,
                 finish_reason: None,
                 ttft: None,
@@ -140,6 +149,18 @@ async fn every_try_leaves_a_row_however_it_ends() {
     check(Told(Some(Ok("yes"))), &cx_with(|envelope| envelope.attempts = 2), "ok: 2 ok ").await;
     let late = cx_with(|envelope| envelope.deadline_at_ms = Some(compliance::NOW_MS + 100));
     check(Told(None), &late, "deadline: 0 cancelled deadline").await;
+}
+
+#[tokio::test]
+async fn a_row_says_what_its_tokens_were() {
+    let cx = samples::cx();
+    infer(Told(Some(Ok("yes")))).process(grounded(), &cx).await.unwrap();
+    let [row] = <[_; 1]>::try_from(cx.take_rows()).unwrap();
+    assert_eq!(
+        (row.input_tokens, row.cached_read_tokens, row.cached_write_tokens),
+        (Some(10), Some(3), Some(2))
+    );
+    assert_eq!((row.output_tokens, row.reasoning_tokens), (Some(4), Some(1)));
 }
 
 #[tokio::test]

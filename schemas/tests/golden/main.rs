@@ -38,6 +38,12 @@ pub fn written<R: Record + PartialEq + Debug>(file: &'static str, value: R) -> S
     Sample { file, record: R::NAME, form, ours: true, read }
 }
 
+/// A record in a form that was written once and is read for ever. Nobody can make its golden anew.
+pub fn earlier<R: Record + PartialEq + Debug>(file: &'static str, value: R) -> Sample {
+    let read = Box::new(move |bytes: &[u8]| assert_eq!(R::decode(bytes).unwrap(), value));
+    Sample { file, record: R::NAME, form: Vec::new(), ours: false, read }
+}
+
 /// A record as a person types it.
 pub fn typed<R: Record + PartialEq + Debug>(file: &'static str, text: &str, value: R) -> Sample {
     let read = Box::new(move |bytes: &[u8]| assert_eq!(R::decode(bytes).unwrap(), value));

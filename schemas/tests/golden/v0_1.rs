@@ -1,6 +1,6 @@
 //! The samples of version 0.1: every field filled with a telling value, and the short forms that people type.
 
-use crate::{Sample, headers, tombstone, typed, written};
+use crate::{Sample, earlier, headers, tombstone, typed, written};
 use forebay_schemas::*;
 use serde_json::{Map, Value, json};
 
@@ -11,6 +11,15 @@ pub fn samples() -> Vec<Sample> {
             "request-minimal.json",
             "{\"prompt\": \"What is a dead letter?\"}\n",
             prompt("What is a dead letter?"),
+        ),
+        written(
+            "request-of-a-job.json",
+            Request {
+                tenant: Some(tenant("shop")),
+                key_id: Some(KeyId::try_from("k-7".to_owned()).unwrap()),
+                job: Some(JobId::try_from("catalogue-2026-11".to_owned()).unwrap()),
+                ..prompt("Describe it.")
+            },
         ),
         typed("request-openai.json", OPENAI, openai()),
         typed("request-byte-order-mark.json", "\u{feff}{\"prompt\": \"Häh?\"}\r\n", prompt("Häh?")),
@@ -62,12 +71,17 @@ pub fn samples() -> Vec<Sample> {
         written("outcome.avro", outcome()),
         written("outcome-nulls.avro", outcome_of_nothing()),
         written("ledger-entry.json", ledger_entry()),
+        earlier(
+            "ledger-entry-19-columns.json",
+            LedgerEntry { row: Some(attempt_without_caches()), ..ledger_entry() },
+        ),
         written(
             "ledger-entry-lease.json",
             LedgerEntry::of_lease(EntryKind::Renewed, "0123456789abcdef", 1_795_500_000_000),
         ),
         written("attempt.avro", attempt()),
         written("attempt-nulls.avro", attempt_of_nothing()),
+        earlier("attempt-19-columns.avro", attempt_without_caches()),
         headers("envelope.headers.json", envelope()),
     ]
 }
@@ -105,6 +119,8 @@ fn request() -> Request {
     Request {
         id: Some(id("order-17")),
         tenant: Some(tenant("shop")),
+        key_id: None,
+        job: None,
         prompt: Some("When may I return “it”?".into()),
         messages: None,
         model: Some("gpt-5-mini".into()),
@@ -203,6 +219,7 @@ const USAGE: Usage = Usage {
     completion_tokens: 9,
     total_tokens: 129,
     cached_tokens: None,
+    cached_write_tokens: None,
     reasoning_tokens: None,
 };
 
@@ -497,7 +514,14 @@ fn attempt() -> Attempt {
         input_tokens: Some(120),
         output_tokens: Some(9),
         cost_nano_usd: Some(48_000),
+        cached_read_tokens: Some(64),
+        cached_write_tokens: Some(32),
+        reasoning_tokens: Some(5),
     }
+}
+
+fn attempt_without_caches() -> Attempt {
+    Attempt { cached_read_tokens: None, cached_write_tokens: None, reasoning_tokens: None, ..attempt() }
 }
 
 fn attempt_of_nothing() -> Attempt {
@@ -512,6 +536,6 @@ fn attempt_of_nothing() -> Attempt {
         input_tokens: None,
         output_tokens: None,
         cost_nano_usd: None,
-        ..attempt()
+        ..attempt_without_caches()
     }
 }

@@ -153,6 +153,9 @@ fn row(owner: &str, number: i32) -> Attempt {
         input_tokens: None,
         output_tokens: None,
         cost_nano_usd: Some(1),
+        cached_read_tokens: None,
+        cached_write_tokens: None,
+        reasoning_tokens: None,
     }
 }
 

@@ -122,6 +122,9 @@ fn row(cx: &Context, attempt: i32, status: &str) -> Attempt {
         input_tokens: None,
         output_tokens: None,
         cost_nano_usd: (status != "ambiguous").then_some(1),
+        cached_read_tokens: None,
+        cached_write_tokens: None,
+        reasoning_tokens: None,
     }
 }
 
