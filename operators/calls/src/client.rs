@@ -77,6 +77,7 @@ mod tests {
             watch: None,
 
             starts_cold: false,
+            shared: None,
         };
         let pool = Pool::new("m", vec![endpoint(&dead)], Arc::new(|| 0.5));
         let model = client(Parts {

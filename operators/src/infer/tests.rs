@@ -248,6 +248,7 @@ async fn a_hedge_is_a_call_of_its_own_to_the_ledger_and_leaves_a_row_as_does_who
         watch: None,
 
         starts_cold: false,
+        shared: None,
     };
     let pool = Arc::new(Pool::new("small", vec![endpoint(), endpoint()], Arc::new(|| 0.5)));
     let hedge: Arc<dyn Model> = Arc::new(Hedge::new(pool, Arc::default(), Some(Duration::from_secs(1))));

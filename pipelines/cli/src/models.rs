@@ -6,7 +6,7 @@ use crate::{
 };
 use anyhow::Context as _;
 use forebay_calls::{
-    Allowed, Api, Model, Pool, Priced, Prices, Retry, Secret, Server,
+    Allowed, Api, Model, Pool, Priced, Prices, Retry, Secret, Server, Shared,
     allowance::Allowances,
     client::{Parts, client},
     pool::{Endpoint, Http, Wake, Watch},
@@ -16,13 +16,16 @@ use forebay_operator::Clock;
 use forebay_operators::{
     Extractive,
     budgets::{Budgets, Unit},
+    rates::SharedRates,
 };
-use forebay_stores::{Counters, counters::Local, key_value, wall_clock};
+use forebay_stores::{Counters, Rates, counters::Local, key_value, wall_clock};
 use futures::future::BoxFuture;
 use reqwest::Url;
 use std::{sync::Arc, time::Duration};
 use tracing::{info, warn};
 
+/// How long Redis may take to answer for the limits; who waits for it waits for a model anyway, but not for long.
+const LIMITS_MAX: Duration = Duration::from_millis(250);
 /// How long waking may take.
 const WAKE_MAX: Duration = Duration::from_secs(10);
 
@@ -71,7 +74,8 @@ pub async fn model(config: &Config) -> anyhow::Result<Client> {
     // Who stands in takes no other calls.
     let stands_in = |served: &Served| settings.fallbacks.iter().any(|fallback| fallback.is(served));
     let first: Vec<_> = config.served.iter().filter(|served| !stands_in(served)).collect();
-    let first = Arc::new(pool(&first, name, settings, prices.as_ref())?);
+    let shared = shared(config).await?;
+    let first = Arc::new(pool(&first, name, settings, prices.as_ref(), shared.as_ref())?);
     let mut pools = vec![first.clone()];
     let mut fallbacks: Vec<Arc<dyn Model>> = Vec::new();
     for fallback in &settings.fallbacks {
@@ -92,7 +96,8 @@ pub async fn model(config: &Config) -> anyhow::Result<Client> {
         };
         // Its breaker is its own; it wakes nobody.
         let settings = PoolSettings { starts_cold: false, wake_url: None, ..settings.clone() };
-        let pool = Arc::new(pool(&served.iter().collect::<Vec<_>>(), name, &settings, prices.as_ref())?);
+        let served = served.iter().collect::<Vec<_>>();
+        let pool = Arc::new(pool(&served, name, &settings, prices.as_ref(), shared.as_ref())?);
         pools.push(pool.clone());
         fallbacks.push(pool);
     }
@@ -139,6 +144,20 @@ async fn allowances(
     Ok(Some(Arc::new(budgets)))
 }
 
+/// What keeps the limits for all processes, and what this one is called there; none where no Redis is named.
+struct SharedBy {
+    rates: Arc<dyn Rates>,
+    sharer: String,
+}
+
+async fn shared(config: &Config) -> anyhow::Result<Option<SharedBy>> {
+    let Some(url) = &config.key_value else { return Ok(None) };
+    let prefix = format!("forebay:limits:{}", config.topic_prefix);
+    let options = key_value::RedisOptions { prefix, response_timeout: LIMITS_MAX, ..Default::default() };
+    let rates = Arc::new(key_value::Redis::connect(url, options).await.context("stores.key_value")?);
+    Ok(Some(SharedBy { rates, sharer: format!("{:016x}", rand::random::<u64>()) }))
+}
+
 /// The same with a cost on each try, where anybody said what it is.
 fn priced(server: Server, prices: Option<Arc<Prices>>) -> Arc<dyn Model> {
     match prices {
@@ -152,6 +171,7 @@ fn pool(
     name: Option<&str>,
     settings: &PoolSettings,
     prices: Option<&Arc<Prices>>,
+    shared: Option<&SharedBy>,
 ) -> anyhow::Result<Pool> {
     let endpoint = |served: &&Served| {
         let model = server(served, name)?;
@@ -166,6 +186,12 @@ fn pool(
             caps: settings.caps,
             watch,
             starts_cold: settings.starts_cold,
+            shared: shared.map(|SharedBy { rates, sharer }| {
+                // Two endpoints at one URL, each with its key, have limits of their own.
+                let endpoint = served.name.clone().unwrap_or_else(|| served.url.clone());
+                let rates = SharedRates::new(Arc::clone(rates), endpoint, sharer.clone());
+                Arc::new(rates) as Arc<dyn Shared>
+            }),
         })
     };
     let endpoints: Vec<_> = served.iter().map(endpoint).collect::<anyhow::Result<_>>()?;
