@@ -4,7 +4,7 @@ use crate::row::row;
 
 row! {
     /// One immutable row an upstream call, durable before the offset of the record that made it.
-    Attempt, attempt_id, 19;
+    Attempt, attempt_id;
     /// The call's id and the number of the attempt: `call/attempt`.
     attempt_id: String,
     /// Which call of which step of which request: the same over retries.

@@ -3,8 +3,8 @@
 //! A row is declared once, with the unit and meaning of each column; its Avro schema and its reference come from
 //! there. Types are those that Delta tables know: no unsigned numbers, no enums.
 //!
-//! Invariant: columns are added at the end and may be null, so an earlier form of a row is its first columns, and rows in
-//! it are read for ever: what they do not say is null.
+//! Invariant: a column is added as the last one, and may be null. So each older form is the present one without some of its
+//! last columns, and its rows are read with null in them.
 
 use crate::{DecodeError, EncodeError};
 use apache_avro::{
@@ -16,6 +16,9 @@ use apache_avro::{
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 use std::sync::LazyLock;
+
+/// How many columns an older row may lack.
+const ADDED_MAX: usize = 4;
 
 /// One column of a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,42 +53,36 @@ impl<C: Cell> Cell for Option<C> {
     const NULLABLE: bool = true;
 }
 
-/// One wire form of one kind of row: its schema and the ten bytes that stand before every datum.
-struct Form {
+/// The wire form of one kind of row: its schema and the ten bytes that stand before every datum.
+pub struct Form {
     schema: Schema,
     header: Vec<u8>,
-}
-
-/// The forms of one kind of row: the one that is written, and those that were.
-pub struct Forms {
-    current: Form,
-    earlier: Vec<Form>,
-}
-
-impl Forms {
-    /// Builds the forms from the columns; `earlier` says how many of these each earlier form had.
-    pub(crate) fn of(
-        name: &str,
-        doc: &str,
-        columns: &[Column],
-        earlier: &[usize],
-    ) -> Result<Self, Box<apache_avro::Error>> {
-        let first = |count: &usize| Form::of(name, doc, &columns[..*count]);
-        let earlier = earlier.iter().map(first).collect::<Result<_, _>>()?;
-        Ok(Self { current: Form::of(name, doc, columns)?, earlier })
-    }
+    /// The same as it was before its last columns came, the youngest first.
+    older: Vec<Form>,
 }
 
 impl Form {
     /// Builds the form from the columns.
-    fn of(name: &str, doc: &str, columns: &[Column]) -> Result<Self, Box<apache_avro::Error>> {
+    pub(crate) fn of(name: &str, doc: &str, columns: &[Column]) -> Result<Self, Box<apache_avro::Error>> {
+        let added = columns.iter().rev().take_while(|column| column.nullable).count().min(ADDED_MAX);
+        let older = (1..=added).map(|count| Self::alone(name, doc, &columns[..columns.len() - count]));
+        Ok(Self { older: older.collect::<Result<_, _>>()?, ..Self::alone(name, doc, columns)? })
+    }
+
+    fn alone(name: &str, doc: &str, columns: &[Column]) -> Result<Self, Box<apache_avro::Error>> {
         let schema = Schema::parse(&avro(name, doc, columns)).map_err(Box::new)?;
         // In Avro's canonical form a logical type is its plain one: "long". apache_avro writes {"type":"long"} there,
         // and its fingerprint is not the one that the specification, Java and fastavro give.
         let plain = record(name, doc, columns, |column| json!(column.avro));
         let plain = Schema::parse(&plain).map_err(Box::new)?;
         let header = RabinFingerprintHeader::from_schema(&plain).build_header();
-        Ok(Self { schema, header })
+        Ok(Self { schema, header, older: Vec::new() })
+    }
+
+    /// The form that these bytes are in, and the datum in them.
+    fn split<'a>(&self, body: &'a [u8]) -> Option<(&Self, &'a [u8])> {
+        let mut forms = std::iter::once(self).chain(&self.older);
+        forms.find_map(|form| Some((form, body.strip_prefix(form.header.as_slice())?)))
     }
 }
 
@@ -112,16 +109,16 @@ fn record(name: &str, doc: &str, columns: &[Column], kind: impl Fn(&Column) -> V
     json!({"type": "record", "name": name, "namespace": "forebay", "doc": doc, "fields": fields})
 }
 
-/// The forms, or the fault in our own declaration of them; a test of each row shows that there is none.
-pub(crate) type LazyForms = LazyLock<Result<Forms, Box<apache_avro::Error>>>;
+/// The form, or the fault in our own declaration of it; a test of each row shows that there is none.
+pub(crate) type LazyForm = LazyLock<Result<Form, Box<apache_avro::Error>>>;
 
 pub(crate) fn encode<R: Serialize>(
     record: &'static str,
-    forms: &LazyForms,
+    form: &LazyForm,
     row: &R,
 ) -> Result<Vec<u8>, EncodeError> {
     let wrong = |detail: String| EncodeError::Avro { record, detail };
-    let form = &forms.as_ref().map_err(|error| wrong(error.to_string()))?.current;
+    let form = form.as_ref().map_err(|error| wrong(error.to_string()))?;
     let write = || {
         let mut bytes = form.header.clone();
         GenericDatumWriter::builder(&form.schema).build()?.write_ser(&mut bytes, row)?;
@@ -132,15 +129,14 @@ pub(crate) fn encode<R: Serialize>(
 
 pub(crate) fn decode<R: DeserializeOwned>(
     record: &'static str,
-    forms: &LazyForms,
+    form: &LazyForm,
     body: &[u8],
 ) -> Result<R, DecodeError> {
     let wrong = |detail: String| DecodeError::Avro { record, detail };
-    let Forms { current, earlier } = forms.as_ref().map_err(|error| wrong(error.to_string()))?;
-    let known = std::iter::once(current).chain(earlier).find(|form| body.starts_with(&form.header));
-    let Some(form) = known else { return Err(wrong(foreign(body, current))) };
-    let mut datum = &body[form.header.len()..];
-    let mut read = || GenericDatumReader::builder(&form.schema).build()?.read_deser(&mut datum);
+    let form = form.as_ref().map_err(|error| wrong(error.to_string()))?;
+    let Some((written, mut datum)) = form.split(body) else { return Err(wrong(foreign(body, form))) };
+    // A column that was not there then has no bytes; the type of the row reads it as null.
+    let mut read = || GenericDatumReader::builder(&written.schema).build()?.read_deser(&mut datum);
     let row = read().map_err(|error: apache_avro::Error| wrong(error.to_string()))?;
     match datum.len() {
         0 => Ok(row),
@@ -160,12 +156,11 @@ fn foreign(body: &[u8], form: &Form) -> String {
     }
 }
 
-/// Declares a row: its struct, its columns with unit and meaning, its Avro form; behind its key, how many of these columns
-/// each earlier form had.
+/// Declares a row: its struct, its columns with unit and meaning, its Avro form.
 macro_rules! row {
     (
         $(#[doc = $doc:literal])+
-        $name:ident, $key:ident $(, $earlier:literal)*;
+        $name:ident, $key:ident;
         $( $(#[doc = $meaning:literal])+ $column:ident: $kind:ty $([$unit:literal])?, )*
     ) => {
         $(#[doc = $doc])+
@@ -191,19 +186,18 @@ macro_rules! row {
         impl crate::Record for $name {
             const NAME: &'static str = stringify!($name);
             fn decode(body: &[u8]) -> Result<Self, crate::DecodeError> {
-                crate::row::decode(Self::NAME, &FORMS, body)
+                crate::row::decode(Self::NAME, &FORM, body)
             }
             fn encode(&self) -> Result<Option<Vec<u8>>, crate::EncodeError> {
-                crate::row::encode(Self::NAME, &FORMS, self).map(Some)
+                crate::row::encode(Self::NAME, &FORM, self).map(Some)
             }
             fn key(&self) -> Option<&str> {
                 Some(&self.$key)
             }
         }
 
-        static FORMS: crate::row::LazyForms = std::sync::LazyLock::new(|| {
-            let doc = concat!($($doc),+).trim_ascii_start();
-            crate::row::Forms::of(stringify!($name), doc, $name::COLUMNS, &[$($earlier),*])
+        static FORM: crate::row::LazyForm = std::sync::LazyLock::new(|| {
+            crate::row::Form::of(stringify!($name), concat!($($doc),+).trim_ascii_start(), $name::COLUMNS)
         });
     };
 }

@@ -609,18 +609,18 @@ fn a_row_of_another_schema_is_refused_by_the_name_of_its_fingerprint() {
 }
 
 /// The first 19 columns, as rows were before there were tokens of caches and of reasoning.
-const EARLIER: &[u8] = include_bytes!("../golden/v0.1/attempt-19-columns.avro");
+const OLDER: &[u8] = include_bytes!("../golden/v0.1/attempt-19-columns.avro");
 
 #[test]
-fn a_row_of_an_earlier_form_is_read_and_what_it_does_not_say_is_null() {
-    assert_eq!(EARLIER[2..10], fingerprint(&canonical("Attempt", &Attempt::COLUMNS[..19])).to_le_bytes());
-    let (earlier, now) = (Attempt::decode(EARLIER).unwrap(), Attempt::decode(ATTEMPT).unwrap());
-    let unsaid = [earlier.cached_read_tokens, earlier.cached_write_tokens, earlier.reasoning_tokens];
+fn a_row_of_an_older_form_is_read_and_what_it_does_not_say_is_null() {
+    assert_eq!(OLDER[2..10], fingerprint(&canonical("Attempt", &Attempt::COLUMNS[..19])).to_le_bytes());
+    let (older, now) = (Attempt::decode(OLDER).unwrap(), Attempt::decode(ATTEMPT).unwrap());
+    let unsaid = [older.cached_read_tokens, older.cached_write_tokens, older.reasoning_tokens];
     assert_eq!(unsaid, [None; 3]);
-    assert_eq!(earlier.cost_nano_usd, now.cost_nano_usd);
-    assert_eq!(again(&earlier), earlier, "and written anew in the form of today");
+    assert_eq!(older.cost_nano_usd, now.cost_nano_usd);
+    assert_eq!(again(&older), older, "and written anew in the form of today");
     assert!(Attempt::COLUMNS[19..].iter().all(|column| column.nullable));
-    assert!(Attempt::decode(&EARLIER[..EARLIER.len() - 1]).is_err());
+    assert!(Attempt::decode(&OLDER[..OLDER.len() - 1]).is_err());
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! The samples of version 0.1: every field filled with a telling value, and the short forms that people type.
 
-use crate::{Sample, earlier, headers, tombstone, typed, written};
+use crate::{Sample, headers, older, tombstone, typed, written};
 use forebay_schemas::*;
 use serde_json::{Map, Value, json};
 
@@ -71,7 +71,7 @@ pub fn samples() -> Vec<Sample> {
         written("outcome.avro", outcome()),
         written("outcome-nulls.avro", outcome_of_nothing()),
         written("ledger-entry.json", ledger_entry()),
-        earlier(
+        older(
             "ledger-entry-19-columns.json",
             LedgerEntry { row: Some(attempt_without_caches()), ..ledger_entry() },
         ),
@@ -81,7 +81,7 @@ pub fn samples() -> Vec<Sample> {
         ),
         written("attempt.avro", attempt()),
         written("attempt-nulls.avro", attempt_of_nothing()),
-        earlier("attempt-19-columns.avro", attempt_without_caches()),
+        older("attempt-19-columns.avro", attempt_without_caches()),
         headers("envelope.headers.json", envelope()),
     ]
 }
