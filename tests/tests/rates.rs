@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, UNIX_EPOCH};
 
+use forebay_calls::limits::{Limits, Quota};
 use forebay_calls::pool::Endpoint;
 use forebay_calls::throttle::Caps;
 use forebay_calls::{Call, CallError, Class, Listener, Model, Pool, Reply, Tried, Upstream};
@@ -113,9 +114,10 @@ async fn what_a_provider_says_holds_for_all_and_refills(store: &dyn Rates, pass:
     let full = store.take("e", "other", &free(50)).await?;
     let wait = full.wait.ok_or("it says when")?;
     assert!(full.amount.requests == 0 && wait <= Duration::from_millis(510), "{wait:?}");
-    // Who has not counted what others have just sent does not make it undone.
+    // What others have just taken may not be counted yet.
     take(store, "e", &heard(80)).await?;
-    assert_eq!(store.take("e", "other", &free(60)).await?.amount.requests, 0);
+    assert_eq!(store.take("e", "other", &free(75)).await?.amount.requests, 0);
+    assert_eq!(store.take("e", "other", &free(60)).await?.amount.requests, 60);
     pass(Duration::from_secs(5)).await;
     assert_eq!(store.take("e", "other", &free(100)).await?.amount.requests, 100);
     Ok(())
@@ -210,6 +212,43 @@ struct Provider {
     got: Mutex<Vec<(Instant, usize)>>,
     /// Whether it refuses all, for three seconds.
     refuses: AtomicBool,
+    /// Whether it lets calls in as a bucket does that refills, and says in each answer what is left.
+    tells: Option<Telling>,
+}
+
+struct Telling {
+    per_minute: f64,
+    /// How many it would let in, and when that was so.
+    level: Mutex<(f64, Instant)>,
+    /// Says only that all of it is left, as one that rounds.
+    rounds: bool,
+    refused: AtomicUsize,
+}
+
+impl Telling {
+    fn of(per_minute: f64, rounds: bool) -> Option<Self> {
+        let level = Mutex::new((per_minute, Instant::now()));
+        Some(Self { per_minute, level, rounds, refused: AtomicUsize::new(0) })
+    }
+
+    /// What is left after a call that comes now.
+    fn quota(&self) -> Result<Quota, CallError> {
+        let mut last = self.level.lock().unwrap_or_else(PoisonError::into_inner);
+        let refilled = last.0 + last.1.elapsed().as_secs_f64() * self.per_minute / 60.0;
+        let level = refilled.min(self.per_minute) - 1.0;
+        if level < 0.0 {
+            self.refused.fetch_add(1, Ordering::Relaxed);
+            let error = CallError::new(Class::Limited, "model_rate_limited", "too many").with_status(429);
+            return Err(CallError { retry_after: Some(Duration::from_secs(1)), ..error });
+        }
+        *last = (level, Instant::now());
+        let whole = |number: f64| Duration::from_secs_f64(number).as_secs();
+        let reset = Duration::from_secs_f64((self.per_minute - level) * 60.0 / self.per_minute);
+        Ok(match self.rounds {
+            true => Quota { limit: None, remaining: whole(self.per_minute), reset },
+            false => Quota { limit: Some(whole(self.per_minute)), remaining: whole(level), reset },
+        })
+    }
 }
 
 impl Provider {
@@ -251,7 +290,11 @@ impl Model for Called {
                 let error = CallError::new(Class::Limited, "model_rate_limited", "too many").with_status(429);
                 return Err(CallError { retry_after: Some(Duration::from_secs(3)), ..error });
             }
+            let told = self.0.tells.as_ref().map(Telling::quota).transpose()?;
             tokio::time::sleep(Duration::from_millis(150)).await;
+            if told.is_some() {
+                listener.limits(&Limits { requests: told, tokens: None });
+            }
             Ok(Reply {
                 text: "yes".to_owned(),
                 vectors: Vec::new(),
@@ -309,7 +352,11 @@ struct Processes {
 
 impl Processes {
     fn of(rates: &[Arc<dyn Rates>], caps: Caps) -> Self {
-        let (provider, mut tasks) = (Arc::new(Provider::default()), JoinSet::new());
+        Self::at(Provider::default(), rates, caps)
+    }
+
+    fn at(provider: Provider, rates: &[Arc<dyn Rates>], caps: Caps) -> Self {
+        let (provider, mut tasks) = (Arc::new(provider), JoinSet::new());
         let pools = rates.iter().enumerate().map(|(number, rates)| {
             let shared = SharedRates::new(Arc::clone(rates), "e".to_owned(), format!("process {number}"));
             let endpoint = Endpoint {
@@ -350,7 +397,11 @@ fn call() -> Call<'static> {
 
 /// Four processes with unlike demand.
 fn four(rates: &[Arc<dyn Rates>], caps: Caps) -> Processes {
-    let mut processes = Processes::of(rates, caps);
+    four_at(Provider::default(), rates, caps)
+}
+
+fn four_at(provider: Provider, rates: &[Arc<dyn Rates>], caps: Caps) -> Processes {
+    let mut processes = Processes::at(provider, rates, caps);
     [40, 10, 3, 1].into_iter().enumerate().for_each(|(process, calls)| processes.calls_from(process, calls));
     processes
 }
@@ -378,6 +429,30 @@ async fn four_processes_never_take_more_tokens_in_a_minute_than_one_may() {
     let most = processes.provider.most_in_a_minute(began, began + 10 * MINUTE);
     // What they reserve and do not take is there for others.
     assert!((140..=150).contains(&most), "{most} of 150");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_a_provider_says_is_left_is_shared_and_hardly_any_call_is_refused() {
+    let rates: Arc<dyn Rates> = Arc::new(local());
+    let provider = Provider { tells: Telling::of(240.0, false), ..Provider::default() };
+    let processes = four_at(provider, &vec![rates; 4], NO_CAPS);
+    tokio::time::sleep(10 * MINUTE).await;
+    let sent = processes.provider.got().len();
+    let refused = processes.provider.tells.as_ref().map_or(0, |tells| tells.refused.load(Ordering::Relaxed));
+    // It lets in 240 at once, and then 240 a minute.
+    assert!(sent >= 11 * 240 * 9 / 10, "{sent} of 2640");
+    assert!(refused <= 20, "{refused} of {sent} refused");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_provider_that_rounds_what_is_left_stops_nobody() {
+    let rates: Arc<dyn Rates> = Arc::new(local());
+    let provider = Provider { tells: Telling::of(100_000.0, true), ..Provider::default() };
+    let processes = four_at(provider, &vec![rates; 4], NO_CAPS);
+    tokio::time::sleep(2 * MINUTE).await;
+    // 54 calls at a time of 150 ms each.
+    let sent = processes.provider.got().len();
+    assert!(sent >= 120 * 54 * 1_000 / 150 * 9 / 10, "{sent}");
 }
 
 #[tokio::test(start_paused = true)]

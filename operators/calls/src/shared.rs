@@ -63,7 +63,7 @@ pub struct Ask {
     pub pause: Option<Duration>,
 }
 
-/// What a provider said is left of one limit, less what the process has under way.
+/// What a provider said is left of one limit.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Left {
     /// How much is left.
@@ -94,9 +94,9 @@ pub struct Slice {
 }
 
 impl Left {
-    pub(crate) fn of(Quota { limit, remaining, reset }: Quota, under_way: u64) -> Self {
+    fn of(Quota { limit, remaining, reset }: Quota) -> Self {
         let full = limit.unwrap_or(remaining).max(remaining);
-        Self { level: remaining.saturating_sub(under_way), full, refills: full - remaining, reset }
+        Self { level: remaining, full, refills: full - remaining, reset }
     }
 }
 
@@ -173,7 +173,9 @@ impl Share {
     /// Whether it wants to ask now.
     pub(crate) fn wants(&self, now: Instant) -> bool {
         let may = |until: Option<Instant>| until.is_none_or(|until| until <= now);
-        may(self.away_until) && (self.pause.is_some() || self.wants && may(self.refused_until))
+        // A pause, and that there is a limit at all, is told at once.
+        let is_news = self.pause.is_some() || !self.is_limited && self.heard != [None; 2];
+        may(self.away_until) && (is_news || self.wants && may(self.refused_until))
     }
 
     pub(crate) fn admits(&mut self, tokens: u64, now: Instant) -> Admission {
@@ -237,11 +239,9 @@ impl Share {
         }
     }
 
-    pub(crate) fn heard(&mut self, limits: &Limits, under_way: [u64; 2]) {
-        for (heard, (quota, under_way)) in
-            self.heard.iter_mut().zip([limits.requests, limits.tokens].into_iter().zip(under_way))
-        {
-            *heard = quota.map(|quota| Left::of(quota, under_way)).or(*heard);
+    pub(crate) fn heard(&mut self, limits: &Limits) {
+        for (heard, quota) in self.heard.iter_mut().zip([limits.requests, limits.tokens]) {
+            *heard = quota.map(Left::of).or(*heard);
         }
     }
 
@@ -434,7 +434,7 @@ mod tests {
         share.answered(&ask, Some(&Slice::default()), now, now);
         assert_eq!(burst(&mut share, now), 10_000);
         assert_eq!(share.ask(free, [0; 2], now), None);
-        share.heard(&Limits { requests: None, tokens: None }, [0; 2]);
+        share.heard(&Limits { requests: None, tokens: None });
         let ask = share.ask(free, [10_000, 100_000], now + TELL_EVERY).unwrap();
         let found = Slice { is_limited: true, ..Slice::default() };
         share.answered(&ask, Some(&found), now, now);

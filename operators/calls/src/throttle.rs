@@ -271,7 +271,7 @@ impl Throttle {
         self.tokens = limits.tokens.map(|quota| Bucket::of(quota, tokens, now)).or(self.tokens);
         self.heard_at = Some(now);
         if let Some(share) = &mut self.share {
-            share.heard(limits, [calls, tokens]);
+            share.heard(limits);
         }
     }
 

@@ -28,6 +28,8 @@ pub const AMOUNT_MAX: u64 = 1 << 53;
 
 /// How long a slice counts from the beginning of the second in which it was taken: that second, its use, and a minute.
 const COUNTS_S: u64 = 62;
+/// What was taken in this second or so many before may not have reached the provider yet: as long as a slice may be used.
+const UNCOUNTED_S: u64 = 1;
 /// How long a bucket is kept that nobody tells of again.
 const HEARD_MS: u64 = 60_000;
 /// A slice is this part of what is left, where that is more than the taker needs: others want some of it too.

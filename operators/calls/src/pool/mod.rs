@@ -446,7 +446,12 @@ impl Listener for Watched<'_> {
     }
 
     fn limits(&self, limits: &Limits) {
-        self.pool.board().heard(self.endpoint, &self.model, limits, Instant::now());
+        let (now, mut board) = (Instant::now(), self.pool.board());
+        board.heard(self.endpoint, &self.model, limits, now);
+        if board.wants(now) {
+            self.pool.wanted.notify_one();
+        }
+        drop(board);
         self.listener.limits(limits);
     }
 

@@ -1,7 +1,8 @@
 //! The rates of one process, in memory. What Redis does in its script is done here in the same order.
 
 use super::{
-    Ask, COUNTS_S, HEARD_MS, Heard, KEEP_MS, Measures, PART, Rates, SHARES_MS, Slice, WAIT_MS_MIN, check,
+    Ask, COUNTS_S, HEARD_MS, Heard, KEEP_MS, Measures, PART, Rates, SHARES_MS, Slice, UNCOUNTED_S,
+    WAIT_MS_MIN, check,
 };
 use crate::clock::unix_ms;
 use crate::{Answer, Clock, Error};
@@ -122,14 +123,16 @@ impl Rate {
         }
     }
 
-    /// What is left is the least that anybody knows of: a provider that answers one has not counted what others have just sent.
+    /// A provider that answers one has perhaps not counted what others have just taken.
     fn hear(&mut self, ask: &Ask, now_ms: u64) {
-        for (bucket, heard) in self.buckets.iter_mut().zip(ask.heard.array()) {
+        let lately = (now_ms / 1_000).saturating_sub(UNCOUNTED_S);
+        for (measure, heard) in ask.heard.array().into_iter().enumerate() {
             let Some(Heard { level, full, refills, reset }) = heard else { continue };
             let per_ms = float(refills) / float(millis(reset).max(1));
-            let known = bucket.take().map_or(f64::INFINITY, |bucket| bucket.level);
-            let level = float(level).min(known);
-            *bucket = Some(Bucket { level, full: float(full), per_ms, at_ms: now_ms, heard_at_ms: now_ms });
+            let uncounted: u64 = self.taken.range(lately..).map(|(_, taken)| taken[measure]).sum();
+            let level = float(level) - float(uncounted);
+            let full = float(full);
+            self.buckets[measure] = Some(Bucket { level, full, per_ms, at_ms: now_ms, heard_at_ms: now_ms });
         }
     }
 

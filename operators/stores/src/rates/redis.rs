@@ -6,7 +6,8 @@
 //! all by when they asked last. Time is the server's.
 
 use super::{
-    AMOUNT_MAX, Ask, COUNTS_S, HEARD_MS, KEEP_MS, PART, Rates, SHARES_MS, Slice, WAIT_MS_MIN, check,
+    AMOUNT_MAX, Ask, COUNTS_S, HEARD_MS, KEEP_MS, PART, Rates, SHARES_MS, Slice, UNCOUNTED_S, WAIT_MS_MIN,
+    check,
 };
 use crate::Answer;
 use crate::key_value::Redis;
@@ -22,7 +23,7 @@ use std::time::Duration;
 /// Answers requests, tokens, second, whether anything is limited, ms to wait, ms to pause, and how many share.
 static TAKE: LazyLock<Script> = LazyLock::new(|| {
     let numbers = format!(
-        "local COUNTS, HEARD, PART, SHARES, KEEP, WAIT = {COUNTS_S}, {HEARD_MS}, {PART}, {SHARES_MS}, {KEEP_MS}, {WAIT_MS_MIN}"
+        "local COUNTS, HEARD, PART, SHARES, KEEP, WAIT, UNCOUNTED = {COUNTS_S}, {HEARD_MS}, {PART}, {SHARES_MS}, {KEEP_MS}, {WAIT_MS_MIN}, {UNCOUNTED_S}"
     );
     Script::new(&format!("{numbers}\n{SCRIPT}"))
 });
@@ -84,7 +85,7 @@ for measure = 1, 2 do
     local level, full = tonumber(ARGV[at + 4]), tonumber(ARGV[at + 5])
     if level >= 0 then
         local per_ms = ARGV[at + 6] / math.max(tonumber(ARGV[at + 7]), 1)
-        if buckets[measure] then level = math.min(level, buckets[measure].level) end
+        for of = second - UNCOUNTED, second do level = level - (taken[measure][of] or 0) end
         buckets[measure] = {level = level, full = full, per_ms = per_ms, heard = now}
     end
 end
