@@ -1,10 +1,11 @@
-//! What tenants may spend, in money and in tokens, by the minute, the day and the month.
+//! What tenants, their keys and their jobs may spend, in money and in tokens, by the minute, the day and the month.
 //!
 //! Before a call the most that it may take is held: its prompt, and as many tokens as its answer may have, at the model's
-//! price. After it, what it took is counted instead. Periods are those of the calendar, in UTC.
+//! price; of each budget that it falls under, or of none. After it, what it took is counted instead. Periods are those of the
+//! calendar, in UTC.
 //!
 //! Invariant: what calls under way and calls that are over take stays within each budget, but for what one answer takes beyond
-//! its estimate. A call without an answer counts as nothing.
+//! its estimate. A call without an answer counts as nothing, and so does an answer that had been paid for before.
 
 use forebay_calls::{
     Call, CallError, Class, Prices, Reply,
@@ -12,13 +13,14 @@ use forebay_calls::{
     prices::Tariff,
 };
 use forebay_operator::Clock;
-use forebay_schemas::Usage;
+use forebay_schemas::{JobId, KeyId, Usage};
 use forebay_stores::{
     Counters,
     counters::{AMOUNT_MAX, Hold, Line},
 };
 use futures::future::BoxFuture;
 use std::{
+    fmt,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -28,6 +30,8 @@ use std::{
 
 /// Until what was held for a call is free again whose process died: longer than a call with all its tries takes.
 const HOLD: Duration = Duration::from_secs(20 * 60);
+/// Nano-dollars in a dollar.
+const NANOS: u64 = 1_000_000_000;
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// What is counted.
@@ -50,11 +54,24 @@ pub enum Period {
     Month,
 }
 
-/// The most that a tenant may spend in a time.
+/// Who has a budget.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Holder {
+    /// A tenant.
+    Tenant,
+    /// An API key, of each tenant that has one of this id.
+    Key,
+    /// A job, of each tenant that has one of this id.
+    Job,
+}
+
+/// The most that somebody may spend in a time.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Budget {
-    /// Whose it is; none for each tenant that has no such budget of its own.
-    pub tenant: Option<String>,
+    /// Who has it.
+    pub holder: Holder,
+    /// Whose it is; none for each of them that has no such budget of its own.
+    pub of: Option<String>,
     /// What is counted.
     pub unit: Unit,
     /// Over which time.
@@ -75,7 +92,7 @@ pub struct Budgets {
 }
 
 impl Budget {
-    /// What the word for it is, in errors and in names of counters.
+    /// What stands in the names of its counters.
     fn word(&self) -> &'static str {
         match (self.unit, self.period) {
             (Unit::Money, Period::Minute) => "money/minute",
@@ -85,6 +102,60 @@ impl Budget {
             (Unit::Tokens, Period::Day) => "tokens/day",
             (Unit::Tokens, Period::Month) => "tokens/month",
         }
+    }
+
+    /// Whether both count the same of the same kind of holder.
+    pub fn is_like(&self, other: &Self) -> bool {
+        (self.holder, self.unit, self.period) == (other.holder, other.unit, other.period)
+    }
+
+    /// Whose it is of those that the call has; none where it has no such holder.
+    fn holder<'c>(&self, call: &'c Call<'_>) -> Option<&'c str> {
+        match self.holder {
+            Holder::Tenant => Some(call.tenant.as_str()),
+            Holder::Key => call.key_id.as_ref().map(KeyId::as_str),
+            Holder::Job => call.job.as_ref().map(JobId::as_str),
+        }
+    }
+
+    /// The counter of a holder. Keys and jobs are a tenant's own, whose length stands before it, so that no two read the same.
+    fn counter(&self, tenant: &str, holder: &str, now_ms: i64) -> String {
+        let (word, period) = (self.word(), self.period.at(now_ms));
+        match self.holder {
+            Holder::Tenant => format!("{word}/{period}/{tenant}"),
+            Holder::Key | Holder::Job => {
+                format!("{}/{word}/{period}/{}:{tenant}/{holder}", self.holder, tenant.len())
+            }
+        }
+    }
+}
+
+impl fmt::Display for Holder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tenant => "tenant",
+            Self::Key => "key",
+            Self::Job => "job",
+        })
+    }
+}
+
+/// As it is written in the settings: `20 USD/day`, `0.5 USD/minute`, `1000 tokens/month`.
+impl fmt::Display for Budget {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.unit {
+            Unit::Tokens => write!(f, "{} tokens", self.limit)?,
+            Unit::Money => {
+                let (whole, nanos) = (self.limit / NANOS, self.limit % NANOS);
+                let decimal = format!("{whole}.{nanos:09}");
+                write!(f, "{} USD", decimal.trim_end_matches('0').trim_end_matches('.'))?;
+            }
+        }
+        f.write_str(match self.period {
+            Period::Minute => "/minute",
+            Period::Day => "/day",
+            Period::Month => "/month",
+        })
     }
 }
 
@@ -128,15 +199,20 @@ impl Budgets {
         Self { budgets, prices, counters, clock, owner, held: AtomicU64::new(0) }
     }
 
-    /// Those of a tenant.
-    fn of(&self, tenant: &str) -> impl Iterator<Item = &Budget> {
-        self.budgets.iter().filter(move |budget| match &budget.tenant {
-            Some(of) => of == tenant,
-            None => !self.budgets.iter().any(|own| {
-                own.tenant.as_deref() == Some(tenant)
-                    && (own.unit, own.period) == (budget.unit, budget.period)
-            }),
-        })
+    /// Those that a call falls under, with whose each is.
+    fn of<'b, 'c>(&'b self, call: &'c Call<'_>) -> Vec<(&'b Budget, &'c str)> {
+        let held = |budget: &'b Budget| {
+            let holder = budget.holder(call)?;
+            let is_its = match &budget.of {
+                Some(of) => of == holder,
+                None => {
+                    let is_own = |own: &Budget| own.is_like(budget) && own.of.as_deref() == Some(holder);
+                    !self.budgets.iter().any(is_own)
+                }
+            };
+            is_its.then_some((budget, holder))
+        };
+        self.budgets.iter().filter_map(held).collect()
     }
 
     /// The most that a call may take.
@@ -147,41 +223,49 @@ impl Budgets {
         }
         let model = call.model.as_deref().unwrap_or(model);
         let usage = Usage::of(prompt, all.saturating_sub(prompt));
-        let cost = self.prices.as_ref().and_then(|prices| prices.of(&[model], usage, Tariff::Live));
+        // Where writing to the provider's cache is dearer than reading afresh, all of the prompt may be written there.
+        let written = Usage { cached_write_tokens: Some(prompt), ..usage };
+        let cost = |usage| self.prices.as_ref().and_then(|prices| prices.of(&[model], usage, Tariff::Live));
         let unpriced = || {
-            let message = format!("model {model:?} has no price, and the tenant has a budget of money");
+            let message =
+                format!("model {model:?} has no price, and there is a budget of money for its call");
             CallError::new(Class::Rejected, "model_unpriced", message)
         };
         // A client that names another model must not get around its budget.
-        cost.and_then(|cost| u64::try_from(cost.0).ok()).ok_or_else(unpriced)
+        let most = cost(usage).max(cost(written));
+        most.and_then(|cost| u64::try_from(cost.0).ok()).ok_or_else(unpriced)
     }
 
     async fn hold(&self, call: &Call<'_>, model: &str) -> Result<Box<dyn Reservation>, CallError> {
-        let (tenant, now_ms) = (call.tenant.as_str(), self.clock.now_ms());
-        let (mut lines, mut units) = (Vec::new(), Vec::new());
-        for budget in self.of(tenant) {
-            let name = format!("{}/{}/{tenant}", budget.word(), budget.period.at(now_ms));
+        let (now_ms, budgets) = (self.clock.now_ms(), self.of(call));
+        let mut lines = Vec::with_capacity(budgets.len());
+        for (budget, holder) in &budgets {
+            let name = budget.counter(call.tenant.as_str(), holder, now_ms);
             let amount = self.amount(budget.unit, call, model)?;
             let keep = budget.period.length() + HOLD;
             lines.push(Line { name, amount, limit: budget.limit.min(AMOUNT_MAX), keep });
-            units.push(budget.unit);
         }
         let id = format!("{}-{}", self.owner, self.held.fetch_add(1, Ordering::Relaxed));
         if !lines.is_empty() {
             let taken = self.counters.hold(&id, &lines, HOLD).await.map_err(unavailable)?;
             if let Hold::Over { line, .. } = taken {
-                let budget = self.of(tenant).nth(line).map(Budget::word).unwrap_or_default();
-                let message = format!("the tenant's budget of {budget} has no room for this call");
-                return Err(CallError::new(Class::Rejected, "budget_exceeded", message));
+                let of = budgets.get(line).map(|(budget, holder)| {
+                    format!(
+                        "{} {holder:?} has no room for this call in its budget of {budget}",
+                        budget.holder
+                    )
+                });
+                return Err(CallError::new(Class::Rejected, "budget_exceeded", of.unwrap_or_default()));
             }
         }
+        let units = budgets.iter().map(|(budget, _)| budget.unit).collect();
         Ok(Box::new(Held { counters: Arc::clone(&self.counters), hold: Some((id, lines)), units }))
     }
 }
 
 /// Nothing was sent: the host waits until the counters can be read.
 fn unavailable(error: forebay_stores::Error) -> CallError {
-    CallError::new(Class::Closed, "store_unavailable", "could not count what the tenant spends")
+    CallError::new(Class::Closed, "store_unavailable", "could not count what the call may spend")
         .because(error)
 }
 
@@ -264,9 +348,10 @@ mod tests {
         fn complete<'a>(
             &'a self,
             _: &'a Call<'_>,
-            _: &'a dyn Listener,
+            listener: &'a dyn Listener,
         ) -> BoxFuture<'a, Result<Reply, CallError>> {
-            Box::pin(async {
+            let to = Upstream { provider: "taking", endpoint: None, model: "m" };
+            let sent = async {
                 let nth = self.1.fetch_add(1, Ordering::Relaxed);
                 tokio::time::sleep(Duration::from_millis(100 + nth * 37 % 1_000)).await;
                 let tokens = (self.0)(nth)
@@ -284,7 +369,8 @@ mod tests {
                     fallback: None,
                     ..Reply::default()
                 })
-            })
+            };
+            listener.paid(to, Box::pin(sent))
         }
     }
 
@@ -296,7 +382,11 @@ mod tests {
     }
 
     fn budget(tenant: Option<&str>, unit: Unit, period: Period, limit: u64) -> Budget {
-        Budget { tenant: tenant.map(str::to_owned), unit, period, limit }
+        Budget { holder: Holder::Tenant, of: tenant.map(str::to_owned), unit, period, limit }
+    }
+
+    fn of(holder: Holder, of: Option<&str>, unit: Unit, limit: u64) -> Budget {
+        Budget { holder, of: of.map(str::to_owned), unit, period: Period::Day, limit }
     }
 
     fn call(tenant: &str, model: &str) -> Call<'static> {
@@ -383,6 +473,54 @@ mod tests {
             tokio::time::advance(Duration::from_secs(60)).await;
             assert_eq!(code(&allowed, "a", "m").await, "ok", "December has begun");
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn all_budgets_that_a_call_falls_under_must_have_room_and_the_one_without_is_named() {
+        let budgets = vec![
+            budget(None, Unit::Tokens, Period::Day, 500),
+            of(Holder::Key, Some("ci"), Unit::Tokens, 300),
+            of(Holder::Job, None, Unit::Money, 200),
+            of(Holder::Job, Some("small"), Unit::Money, 100),
+        ];
+        let (_, allowed) = allowed(budgets, |_| Some(100));
+        let ask = async |tenant: &str, key: Option<&str>, job: Option<&str>| {
+            let key_id = key.map(|key| KeyId::try_from(key.to_owned()).unwrap());
+            let job = job.map(|job| JobId::try_from(job.to_owned()).unwrap());
+            let call = Call { key_id, job, ..call(tenant, "m") };
+            allowed.complete(&call, &Deaf).await.map_or_else(|error| error.to_string(), |_| "ok".to_owned())
+        };
+        assert_eq!(ask("a", Some("ci"), Some("small")).await, "ok");
+        let full = ask("a", Some("ci"), Some("small")).await;
+        assert!(
+            full.contains(r#"job "small" has no room for this call in its budget of 0.0000001 USD/day"#),
+            "{full}"
+        );
+        // What was refused holds nothing of the others: the key has two calls left, and then the tenant has two.
+        assert_eq!(ask("a", Some("ci"), Some("large")).await, "ok");
+        assert_eq!(ask("a", Some("ci"), None).await, "ok");
+        let full = ask("a", Some("ci"), None).await;
+        assert!(
+            full.contains(r#"key "ci" has no room for this call in its budget of 300 tokens/day"#),
+            "{full}"
+        );
+        assert_eq!(ask("a", Some("other"), Some("large")).await, "ok");
+        let full = ask("a", None, Some("large")).await;
+        assert!(full.contains(r#"job "large""#), "{full}");
+        assert_eq!(ask("a", None, None).await, "ok");
+        let full = ask("a", None, None).await;
+        assert!(
+            full.contains(r#"tenant "a" has no room for this call in its budget of 500 tokens/day"#),
+            "{full}"
+        );
+        assert_eq!(ask("b", Some("ci"), Some("small")).await, "ok", "keys and jobs are a tenant's own");
+    }
+
+    #[test]
+    fn no_two_holders_share_a_counter() {
+        let job = of(Holder::Job, None, Unit::Money, 1);
+        assert_ne!(job.counter("a", "b/c", 0), job.counter("a/b", "c", 0));
+        assert_eq!(job.counter("a", "b", 0), "job/money/day/0/1:a/b");
     }
 
     #[test]

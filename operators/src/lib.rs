@@ -20,6 +20,7 @@ mod fill_cache;
 mod index;
 mod infer;
 mod publish;
+pub mod rates;
 mod retrieve;
 mod store_failure;
 mod text;

@@ -124,10 +124,10 @@ fn outcome(ending: &Ending, envelope: &Envelope, ended_at_ms: i64, cost: Option<
         model_served: answer.map(|answer| answer.model.clone()),
         provider: answer.map(|answer| answer.provider.clone()),
         input_tokens: usage.map(|usage| large(usage.prompt_tokens)),
-        cached_read_tokens: None,
-        cached_write_tokens: None,
+        cached_read_tokens: usage.and_then(|usage| usage.cached_tokens).map(large),
+        cached_write_tokens: usage.and_then(|usage| usage.cached_write_tokens).map(large),
         output_tokens: usage.map(|usage| large(usage.completion_tokens)),
-        reasoning_tokens: None,
+        reasoning_tokens: usage.and_then(|usage| usage.reasoning_tokens).map(large),
         billed_nano_usd: cost.map(|cost| cost.0),
         list_nano_usd: list,
         saved_by_cache_nano_usd: if ending.cache == CacheStatus::Hit { list } else { Some(0) },
@@ -198,7 +198,7 @@ mod tests {
     use super::*;
     use crate::samples;
     use forebay_operator::{Clock, compliance};
-    use forebay_schemas::{Fault, Record as _};
+    use forebay_schemas::{Fault, Record as _, Usage};
 
     async fn published(ending: Ending, change: impl FnOnce(&mut Envelope)) -> (Answer, Outcome) {
         let mut envelope = compliance::envelope();
@@ -288,6 +288,17 @@ mod tests {
         check(|ending| ending.answer = None, 0, 0, (Some(0), Some(0))).await;
         check(|ending| ending.answer = None, 2, 5, (Some(5), Some(0))).await;
         check(|ending| ending.answer = None, 2, 0, (None, Some(0))).await;
+    }
+
+    #[tokio::test]
+    async fn an_outcome_says_what_its_tokens_were() {
+        let mut ending = samples::ending();
+        let usage = Usage { cached_tokens: Some(3), cached_write_tokens: Some(2), ..Usage::of(10, 4) };
+        ending.answer.as_mut().unwrap().usage = Some(Usage { reasoning_tokens: Some(1), ..usage });
+        let (_, outcome) = published(ending, |_| {}).await;
+        let read = (outcome.input_tokens, outcome.cached_read_tokens, outcome.cached_write_tokens);
+        assert_eq!(read, (Some(10), Some(3), Some(2)));
+        assert_eq!((outcome.output_tokens, outcome.reasoning_tokens), (Some(4), Some(1)));
     }
 
     #[tokio::test]

@@ -37,7 +37,7 @@ row! {
     error_code: Option<String>,
     /// The HTTP status; null where there was none.
     http_status: Option<i32>,
-    /// Tokens read by the model.
+    /// Tokens read by the model, those from its prefix cache included.
     input_tokens: Option<i64> ["tokens"],
     /// Tokens written by the model.
     output_tokens: Option<i64> ["tokens"],
@@ -45,4 +45,10 @@ row! {
     cost_nano_usd: Option<i64> ["nano-USD"],
     /// The tier that was asked, by the name of its model; null where there are no tiers.
     tier: Option<String>,
+    /// Of the input, tokens from the provider's prefix cache; null where it does not say.
+    cached_read_tokens: Option<i64> ["tokens"],
+    /// Of the input, tokens written to the provider's prefix cache; null where it does not say.
+    cached_write_tokens: Option<i64> ["tokens"],
+    /// Of the output, tokens of reasoning; null where the provider does not say.
+    reasoning_tokens: Option<i64> ["tokens"],
 }

@@ -33,6 +33,10 @@ pub struct Usage {
     /// Those of the prompt that came from a prefix cache; absent where the provider does not say.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cached_tokens: Option<u64>,
+    /// Those of the prompt that were written to a prefix cache, which some providers charge for; absent where the provider
+    /// does not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cached_write_tokens: Option<u64>,
     /// Those of the answer that went into reasoning; absent where the provider does not say.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reasoning_tokens: Option<u64>,

@@ -57,6 +57,15 @@ bounded_text! {
     Tenant, "a tenant"
 }
 
+bounded_text! {
+    /// The id of the API key by which a request came, and never the key itself; 1 to 256 bytes.
+    KeyId, "the id of a key"
+}
+bounded_text! {
+    /// The job that a request belongs to, beside others of its tenant's; 1 to 256 bytes.
+    JobId, "the id of a job"
+}
+
 impl Default for Tenant {
     fn default() -> Self {
         Self("default".to_owned())

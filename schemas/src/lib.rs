@@ -46,7 +46,7 @@ pub use document::{Document, Format, SHARED_TENANT};
 pub use ending::{Ending, Fault};
 pub use envelope::{Envelope, HeaderError, Hop, Lane, Origin, Timings, header};
 pub use grounded::{Grounded, Retrieval};
-pub use id::{CallId, DocumentVersion, RequestId, Tenant, TooLong};
+pub use id::{CallId, DocumentVersion, JobId, KeyId, RequestId, Tenant, TooLong};
 pub use ledger_entry::{EntryKind, LedgerEntry};
 pub use money::NanoUsd;
 pub use outcome::Outcome;

@@ -1,6 +1,6 @@
 //! What a client asks.
 
-use crate::{DecodeError, Identity, Record, RequestId, Tenant, to_json};
+use crate::{DecodeError, Identity, JobId, KeyId, Record, RequestId, Tenant, to_json};
 use schemars::JsonSchema;
 use serde::{
     Deserialize, Deserializer, Serialize,
@@ -136,6 +136,12 @@ pub struct Request {
     /// Whose request it is; `default` when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tenant: Option<Tenant>,
+    /// The id of the API key by which it came, and never the key itself; a budget may hold for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key_id: Option<KeyId>,
+    /// The job that it belongs to, with others of its tenant's; a budget may hold for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub job: Option<JobId>,
     /// A question in one text; exactly one of `prompt` and `messages` is there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prompt: Option<String>,
@@ -203,7 +209,7 @@ macro_rules! read_by_field {
 }
 
 read_by_field! {
-    own: id, tenant, prompt, messages, model, conversation, deadline_ms, metadata, stream, cache;
+    own: id, tenant, key_id, job, prompt, messages, model, conversation, deadline_ms, metadata, stream, cache;
     of_sampling: temperature, top_p, max_tokens, max_completion_tokens, stop, seed, frequency_penalty,
         presence_penalty, response_format, tools, tool_choice
 }

@@ -104,11 +104,18 @@ mod any_record {
             vec(message(), 1..3).prop_map(|messages| (None, Some(messages))),
         ];
         let names = (option::of(id()), option::of(tenant()), option::of(text()), option::of(text()));
+        let of = (option::of(id()), option::of(id())).prop_map(|(key, job)| {
+            let text = |id: Option<RequestId>| id.map(|id| id.as_str().to_owned());
+            let key_id = text(key).map(|text| KeyId::try_from(text).unwrap());
+            (key_id, text(job).map(|text| JobId::try_from(text).unwrap()))
+        });
         let rest = (any::<Option<u64>>(), option::of(json()), any::<bool>(), option::of(cache_control()));
-        (asked, names, rest, sampling(), fields()).prop_map(|(asked, names, rest, sampling, unknown)| {
-            Request {
+        (asked, names, of, rest, sampling(), fields()).prop_map(
+            |(asked, names, of, rest, sampling, unknown)| Request {
                 id: names.0,
                 tenant: names.1,
+                key_id: of.0,
+                job: of.1,
                 prompt: asked.0,
                 messages: asked.1,
                 model: names.2,
@@ -119,8 +126,8 @@ mod any_record {
                 cache: rest.3,
                 sampling,
                 unknown,
-            }
-        })
+            },
+        )
     }
 
     pub fn passage() -> impl Strategy<Value = Passage> {
@@ -162,12 +169,18 @@ mod any_record {
     }
 
     fn usage() -> impl Strategy<Value = Usage> {
-        any::<(u64, u64, u64, Option<u64>, Option<u64>)>().prop_map(
-            |(prompt_tokens, completion_tokens, total_tokens, cached_tokens, reasoning_tokens)| Usage {
+        any::<(u64, u64, u64, [Option<u64>; 3])>().prop_map(
+            |(
+                prompt_tokens,
+                completion_tokens,
+                total_tokens,
+                [cached_tokens, cached_write_tokens, reasoning_tokens],
+            )| Usage {
                 prompt_tokens,
                 completion_tokens,
                 total_tokens,
                 cached_tokens,
+                cached_write_tokens,
                 reasoning_tokens,
             },
         )
@@ -314,7 +327,7 @@ mod any_record {
             any::<Option<i32>>(),
             option::of(text()),
         );
-        (names, wanted, maybe, any::<[Option<i64>; 4]>()).prop_map(|(names, wanted, maybe, numbers)| {
+        (names, wanted, maybe, any::<[Option<i64>; 7]>()).prop_map(|(names, wanted, maybe, numbers)| {
             Attempt {
                 attempt_id: names.0,
                 call_id: names.1,
@@ -336,6 +349,9 @@ mod any_record {
                 output_tokens: numbers[2],
                 cost_nano_usd: numbers[3],
                 tier: maybe.4,
+                cached_read_tokens: numbers[4],
+                cached_write_tokens: numbers[5],
+                reasoning_tokens: numbers[6],
             }
         })
     }
@@ -598,6 +614,21 @@ fn a_row_of_another_schema_is_refused_by_the_name_of_its_fingerprint() {
         refusal::<Outcome>(b"{}").ends_with("it does not start with C3 01 and a fingerprint of eight bytes")
     );
     assert!(refusal::<Outcome>(&OUTCOME[..9]).contains("a fingerprint of eight bytes"));
+}
+
+/// The first 19 columns, as rows were before there were tokens of caches and of reasoning.
+const OLDER: &[u8] = include_bytes!("../golden/v0.1/attempt-19-columns.avro");
+
+#[test]
+fn a_row_of_an_older_form_is_read_and_what_it_does_not_say_is_null() {
+    assert_eq!(OLDER[2..10], fingerprint(&canonical("Attempt", &Attempt::COLUMNS[..19])).to_le_bytes());
+    let (older, now) = (Attempt::decode(OLDER).unwrap(), Attempt::decode(ATTEMPT).unwrap());
+    let unsaid = [older.cached_read_tokens, older.cached_write_tokens, older.reasoning_tokens];
+    assert_eq!(unsaid, [None; 3]);
+    assert_eq!(older.cost_nano_usd, now.cost_nano_usd);
+    assert_eq!(again(&older), older, "and written anew in the form of today");
+    assert!(Attempt::COLUMNS[19..].iter().all(|column| column.nullable));
+    assert!(Attempt::decode(&OLDER[..OLDER.len() - 1]).is_err());
 }
 
 #[test]

@@ -1,10 +1,15 @@
-//! The contract of the counter port, which both of its adapters must pass.
+//! The contract of the counter port, which both of its adapters must pass, and budgets over both.
 //!
 //! The suite knows the port alone. Redis is tested where `FOREBAY_TEST_REDIS` names a server.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, UNIX_EPOCH};
 
+use forebay_calls::{Allowed, Call, CallError, Listener, Model, Reply, Tried, Upstream};
+use forebay_operator::Clock;
+use forebay_operators::budgets::{Budget, Budgets, Holder, Period, Unit};
+use forebay_schemas::{JobId, Sampling, Usage};
 use forebay_stores::counters::{AMOUNT_MAX, Hold, Line, Local, NAME_BYTES_MAX};
 use forebay_stores::{Counters, key_value};
 use forebay_tests::services;
@@ -138,5 +143,94 @@ async fn redis_counters_keep_the_contract() -> Outcome {
     let other = key_value::Redis::connect(&url, options()).await?;
     assert!(matches!(other.hold("x", &[line("f", 7, 100)], LONG).await?, Hold::Over { counted: 98, .. }));
     key_value::KeyValue::clear(&*redis, "").await?;
+    Ok(())
+}
+
+/// Answers after a while, and takes as many tokens as it may.
+struct Taking(AtomicU64);
+
+impl Model for Taking {
+    fn provider(&self) -> &'static str {
+        "taking"
+    }
+    fn name(&self) -> &str {
+        "m"
+    }
+    fn complete<'a>(
+        &'a self,
+        call: &'a Call<'_>,
+        listener: &'a dyn Listener,
+    ) -> BoxFuture<'a, Result<Reply, CallError>> {
+        let sent = async {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            let tokens = call.tokens_estimated();
+            self.0.fetch_add(tokens, Ordering::Relaxed);
+            Ok(Reply {
+                text: "yes".to_owned(),
+                model: "m".to_owned(),
+                usage: Some(Usage::of(0, tokens)),
+                ..Reply::default()
+            })
+        };
+        listener.paid(Upstream { provider: "taking", endpoint: None, model: "m" }, Box::pin(sent))
+    }
+}
+
+struct Deaf;
+
+impl Listener for Deaf {
+    fn started(&self, _: Upstream<'_>) {}
+    fn token(&self, _: &str) {}
+    fn ended(&self, _: &Tried<'_>) {}
+}
+
+/// 200 calls of 100 tokens at once, from as many processes as there are counters, of a job that has 5,050 of the tenant's
+/// 8,000.
+async fn burst(counters: Vec<Arc<dyn Counters>>) -> Outcome {
+    let budget =
+        |holder, limit| Budget { holder, of: None, unit: Unit::Tokens, period: Period::Month, limit };
+    let taking = Arc::new(Taking(AtomicU64::new(0)));
+    let process = |(number, counters)| {
+        let budgets = vec![budget(Holder::Tenant, 8_000), budget(Holder::Job, 5_050)];
+        let budgets = Budgets::new(budgets, None, counters, Clock::System, format!("process-{number}"));
+        Allowed::new(taking.clone(), Arc::new(budgets))
+    };
+    let processes: Vec<_> = counters.into_iter().enumerate().map(process).collect();
+    let sampling = Sampling { max_tokens: Some(100), ..Sampling::default() };
+    let of_a_job = Call { sampling, job: Some(JobId::try_from("j".to_owned())?), ..Call::default() };
+    let alone = Call { job: None, ..of_a_job.clone() };
+    let asked = (0..200).map(|n| processes[n % processes.len()].complete(&of_a_job, &Deaf));
+    let refused = join_all(asked).await.into_iter().filter_map(Result::err).collect::<Vec<_>>();
+    assert!(
+        refused
+            .iter()
+            .all(|error| error.code == "budget_exceeded" && error.to_string().contains("job \"j\""))
+    );
+    assert_eq!((200 - refused.len(), taking.0.load(Ordering::Relaxed)), (50, 5_000));
+    // What the job was refused is not held of its tenant's.
+    let asked = (0..200).map(|n| processes[n % processes.len()].complete(&alone, &Deaf));
+    let answered = join_all(asked).await.into_iter().filter(Result::is_ok).count();
+    assert_eq!((answered, taking.0.load(Ordering::Relaxed)), (30, 8_000));
+    Ok(())
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_burst_goes_over_a_budget_in_one_process() -> Outcome {
+    let began = tokio::time::Instant::now();
+    burst(vec![Arc::new(Local::new(Arc::new(move || UNIX_EPOCH + began.elapsed())))]).await
+}
+
+#[tokio::test]
+async fn no_burst_goes_over_a_budget_in_four_processes() -> Outcome {
+    let Some(url) = services::redis() else { return Ok(()) };
+    let prefix = format!("forebay-test:{}:budgets:", std::process::id());
+    let mut processes = Vec::new();
+    for _ in 0..4 {
+        let options =
+            key_value::RedisOptions { prefix: prefix.clone(), ..key_value::RedisOptions::default() };
+        processes.push(Arc::new(key_value::Redis::connect(&url, options).await?));
+    }
+    burst(processes.iter().map(|redis| Arc::clone(redis) as Arc<dyn Counters>).collect()).await?;
+    key_value::KeyValue::clear(&*processes[0], "").await?;
     Ok(())
 }

@@ -3,16 +3,23 @@
 //! How much that is, and where it is kept, is somebody else's business ([`Allowances`]): a file, a store that processes
 //! share, a table of prices. Here stands only when it is asked.
 //!
-//! Invariant: what is reserved for a call is settled once, by what its answer took; a call without an answer settles nothing,
-//! and whoever gave the allowance hears of that too.
+//! Invariant: what is reserved for a call is settled once, by what its answer took; a call without an answer, or whose answer
+//! a ledger remembers, settles nothing, and whoever gave the allowance hears of that too.
 
-use crate::{Call, CallError, Listener, Model, Reply, model::says_what_it_stands_around};
+use crate::{
+    Call, CallError, Happening, Limits, Listener, Model, Reply, Tried, TryId, Upstream,
+    model::says_what_it_stands_around,
+};
+use forebay_schemas::NanoUsd;
 use futures::future::BoxFuture;
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
 
-/// Knows what tenants may spend.
+/// Knows what tenants, their keys and their jobs may spend.
 pub trait Allowances: Send + Sync + 'static {
-    /// Sets aside what a call may take, of `model` where it names none; an error where its tenant has not so much.
+    /// Sets aside what a call may take, of `model` where it names none; an error where somebody who pays has not so much.
     fn reserve<'a>(
         &'a self,
         call: &'a Call<'_>,
@@ -20,7 +27,8 @@ pub trait Allowances: Send + Sync + 'static {
     ) -> BoxFuture<'a, Result<Box<dyn Reservation>, CallError>>;
 }
 
-/// What was set aside. Dropped unsettled, the call had no answer: it was given up, or all its tries failed.
+/// What was set aside. Dropped unsettled, the call took nothing: it was given up, all its tries failed, or its answer had
+/// been paid for before.
 pub trait Reservation: Send {
     /// The call was answered, and took what the answer says.
     fn settle<'a>(self: Box<Self>, reply: &'a Reply) -> BoxFuture<'a, ()>;
@@ -49,10 +57,82 @@ impl Model for Allowed {
     ) -> BoxFuture<'a, Result<Reply, CallError>> {
         Box::pin(async move {
             let reserved = self.allowances.reserve(call, self.inner.name()).await?;
-            let reply = self.inner.complete(call, listener).await?;
-            reserved.settle(&reply).await;
+            let asking = Asking { of: Of::Call(listener), is_asked: Arc::default() };
+            let reply = self.inner.complete(call, &asking).await?;
+            if asking.is_asked.load(Ordering::Relaxed) {
+                reserved.settle(&reply).await;
+            }
             Ok(reply)
         })
+    }
+}
+
+/// Hears whether anybody was asked at all: an answer that a ledger remembers was paid for when it came.
+struct Asking<'l> {
+    of: Of<'l>,
+    /// Shared with the hedge beside it.
+    is_asked: Arc<AtomicBool>,
+}
+
+/// Whose listener it hears for.
+enum Of<'l> {
+    Call(&'l dyn Listener),
+    Hedge(Box<dyn Listener + 'l>),
+}
+
+impl Asking<'_> {
+    fn listener(&self) -> &dyn Listener {
+        match &self.of {
+            Of::Call(listener) => *listener,
+            Of::Hedge(listener) => &**listener,
+        }
+    }
+}
+
+impl Listener for Asking<'_> {
+    fn started(&self, to: Upstream<'_>) {
+        self.listener().started(to);
+    }
+
+    fn try_id(&self) -> Option<TryId> {
+        self.listener().try_id()
+    }
+
+    fn token(&self, text: &str) {
+        self.listener().token(text);
+    }
+
+    fn ended(&self, tried: &Tried<'_>) {
+        self.listener().ended(tried);
+    }
+
+    fn paid<'a>(
+        &'a self,
+        to: Upstream<'a>,
+        call: BoxFuture<'a, Result<Reply, CallError>>,
+    ) -> BoxFuture<'a, Result<Reply, CallError>> {
+        let asked = async {
+            self.is_asked.store(true, Ordering::Relaxed);
+            call.await
+        };
+        self.listener().paid(to, Box::pin(asked))
+    }
+
+    fn cost(&self, cost: NanoUsd) {
+        self.listener().cost(cost);
+    }
+
+    fn happened(&self, what: Happening) {
+        self.listener().happened(what);
+    }
+
+    fn limits(&self, limits: &Limits) {
+        self.listener().limits(limits);
+    }
+
+    fn beside(&self) -> Option<Box<dyn Listener + '_>> {
+        let of = Of::Hedge(self.listener().beside()?);
+        Some(Box::new(Asking { of, is_asked: Arc::clone(&self.is_asked) }))
     }
 }
 
@@ -61,9 +141,25 @@ mod tests {
     use super::*;
     use crate::{
         Class,
-        testing::{Heard, Next, Told, call, error},
+        testing::{Heard, Next, Told, call, error, reply},
     };
     use std::sync::Mutex;
+
+    /// Knows the answer already.
+    struct Remembers;
+
+    impl Listener for Remembers {
+        fn started(&self, _: Upstream<'_>) {}
+        fn token(&self, _: &str) {}
+        fn ended(&self, _: &Tried<'_>) {}
+        fn paid<'a>(
+            &'a self,
+            _: Upstream<'a>,
+            _: BoxFuture<'a, Result<Reply, CallError>>,
+        ) -> BoxFuture<'a, Result<Reply, CallError>> {
+            Box::pin(async { Ok(reply("yes")) })
+        }
+    }
 
     /// Has so many tokens for everybody.
     #[derive(Clone)]
@@ -107,6 +203,8 @@ mod tests {
         assert_eq!(*purse.0.lock().unwrap(), 1_030, "20 tokens were used");
         allowed.complete(&call("why"), &Heard::default()).await.unwrap_err();
         assert_eq!(*purse.0.lock().unwrap(), 1_030, "nothing came of it");
+        allowed.complete(&call("why"), &Remembers).await.unwrap();
+        assert_eq!(*purse.0.lock().unwrap(), 1_030, "it was paid for when it came");
         let spent = Purse(Arc::new(Mutex::new(1_000)));
         Allowed::new(one.clone(), Arc::new(spent))
             .complete(&call("why"), &Heard::default())

@@ -91,6 +91,7 @@ mod tests {
             caps: Caps { outstanding: 8, requests_per_minute: None, tokens_per_minute: None },
             watch: None,
             starts_cold: false,
+            shared: None,
         };
         Parts {
             pool: Arc::new(Pool::new("m", vec![endpoint], Arc::new(|| 0.5))),
@@ -133,6 +134,7 @@ mod tests {
             watch: None,
 
             starts_cold: false,
+            shared: None,
         };
         let pool = Pool::new("m", vec![endpoint(&dead)], Arc::new(|| 0.5));
         let model = client(Parts {

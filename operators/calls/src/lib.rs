@@ -12,7 +12,7 @@
 //! Hedge       what is slow is asked elsewhere too, and the first token wins
 //! Pool        the best endpoint that has room; before each, for each model:
 //!   Breaker     nothing goes where nothing comes back
-//!   Throttle    no more than the provider bears
+//!   Throttle    no more than the provider bears, of all processes together where they share it
 //! Priced      what the try cost, also where it has no answer
 //! Server      one HTTP request, its timeouts, its keys, its errors put into classes
 //! ```
@@ -37,6 +37,7 @@ pub mod retry;
 mod route;
 mod secret;
 pub mod server;
+pub mod shared;
 #[cfg(test)]
 mod testing;
 pub mod throttle;
@@ -59,4 +60,5 @@ pub use retry::Retry;
 pub use route::Route;
 pub use secret::Secret;
 pub use server::{Api, Server};
+pub use shared::Shared;
 pub use tiers::Tiers;

@@ -6,7 +6,9 @@ use crate::{
     route::Route,
     tiers::{Answered, Judge},
 };
-use forebay_schemas::{Citation, Content, Lane, Message, NanoUsd, Passage, Sampling, Tenant, Usage};
+use forebay_schemas::{
+    Citation, Content, JobId, KeyId, Lane, Message, NanoUsd, Passage, Sampling, Tenant, Usage,
+};
 use futures::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -51,6 +53,10 @@ pub struct Call<'a> {
     pub deadline: Option<Instant>,
     /// Whose call it is.
     pub tenant: Tenant,
+    /// By which of its keys it came, where that is told.
+    pub key_id: Option<KeyId>,
+    /// Which of its jobs it belongs to, where it belongs to one.
+    pub job: Option<JobId>,
     /// In which of the two queues it waited.
     pub lane: Lane,
     /// What its client said beside it.

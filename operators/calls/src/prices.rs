@@ -117,7 +117,8 @@ mod tests {
         "sample_spec": {"input_cost_per_token": 0.0, "max_tokens": "a text"},
         "small": {
             "input_cost_per_token": 1.5e-07, "output_cost_per_token": 6e-07, "mode": "chat",
-            "cache_read_input_token_cost": 7.5e-08, "input_cost_per_token_batches": 7.5e-08,
+            "cache_read_input_token_cost": 7.5e-08, "cache_creation_input_token_cost": 1.9e-07,
+            "cache_creation_input_token_cost_above_1hr": 1, "input_cost_per_token_batches": 7.5e-08,
             "output_cost_per_token_batches": 3e-07
         },
         "long": {
@@ -144,6 +145,9 @@ mod tests {
         check("small", Usage::of(1_000, 100), Tariff::Live, Some(150_000 + 60_000));
         check("small", cached(1_000, 400), Tariff::Live, Some(600 * 150 + 400 * 75));
         check("small", cached(100, 400), Tariff::Live, Some(100 * 75));
+        let written = Usage { cached_write_tokens: Some(500), ..cached(1_000, 400) };
+        check("small", written, Tariff::Live, Some(100 * 150 + 400 * 75 + 500 * 190));
+        check("long", written, Tariff::Live, Some(1_000 * 1_000));
         check("small", Usage::of(1_000, 100), Tariff::Batches, Some(75_000 + 30_000));
         check("long", Usage::of(200_000, 0), Tariff::Live, Some(200_000_000));
         check("long", Usage::of(200_001, 1), Tariff::Live, Some(400_002_000 + 10_000));

@@ -10,9 +10,17 @@
 //! A refusal that names a wait is no overload: one of them holds its own call up, and whatever else goes well goes on. Three
 //! in a row mean that nobody is let in, so all wait.
 //!
+//! Where several processes share an endpoint, a call must be in this one's slice of what all of them may send
+//! ([`shared`](crate::shared)); how many calls at once it bears, each finds out for itself.
+//!
 //! Invariant: what is reserved is settled or given back, exactly once. Sans-IO.
 
-use crate::{Limits, limits::Quota, window::Window};
+use crate::{
+    Limits,
+    limits::Quota,
+    shared::{Admission, Ask, Share, Slice},
+    window::Window,
+};
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -41,6 +49,13 @@ pub struct Caps {
     pub requests_per_minute: Option<u64>,
     /// Tokens in any minute.
     pub tokens_per_minute: Option<u64>,
+}
+
+impl Caps {
+    /// The limits of requests and of tokens.
+    pub(crate) fn per_minute(self) -> [Option<u64>; 2] {
+        [self.requests_per_minute, self.tokens_per_minute]
+    }
 }
 
 /// Follows one limit of the provider's.
@@ -86,6 +101,8 @@ impl Bucket {
 pub struct Reserved {
     tokens: u64,
     at: Instant,
+    /// The second of the slice that it came from.
+    second: Option<u64>,
 }
 
 /// See the module.
@@ -106,6 +123,8 @@ pub struct Throttle {
     paused_until: Option<Instant>,
     first_tokens: Vec<Duration>,
     usual_first_token: Option<Duration>,
+    /// Where other processes send to the same endpoint.
+    share: Option<Share>,
 }
 
 impl Throttle {
@@ -124,6 +143,31 @@ impl Throttle {
             paused_until: None,
             first_tokens: Vec::new(),
             usual_first_token: None,
+            share: None,
+        }
+    }
+
+    /// The same where other processes send there too.
+    pub(crate) fn shared(caps: Caps) -> Self {
+        Self { share: Some(Share::new(caps)), ..Self::new(caps) }
+    }
+
+    /// What it shares with other processes.
+    pub(crate) fn share(&self) -> Option<&Share> {
+        self.share.as_ref()
+    }
+
+    /// What there is to ask of whoever keeps what is shared.
+    pub(crate) fn ask(&mut self, now: Instant) -> Option<Ask> {
+        let sent = self.minute.sums(now);
+        self.share.as_mut()?.ask(self.caps, sent, now)
+    }
+
+    /// What came of it.
+    pub(crate) fn answered(&mut self, ask: &Ask, answer: Option<&Slice>, asked_at: Instant, now: Instant) {
+        let Some(share) = &mut self.share else { return };
+        if let Some(pause) = share.answered(ask, answer, asked_at, now) {
+            self.paused_until = self.paused_until.max(Some(now + pause.min(PAUSE_MAX)));
         }
     }
 
@@ -140,12 +184,21 @@ impl Throttle {
         if float_of(self.under_way.0) + 1.0 > self.limit.max(1.0) {
             return Err(None);
         }
+        // Of how many this one is, where nobody can be asked how much the others send.
+        let (among, is_counted) = match self.share.as_mut().map(|share| share.admits(tokens, now)) {
+            None => (1, false),
+            Some(Admission::Yes) => (1, true),
+            Some(Admission::No(until)) => return Err(until),
+            Some(Admission::Alone(among)) => (among, false),
+        };
         let [requests_sent, tokens_sent] = self.minute.sums(now);
         // A call that is larger than the whole limit goes alone.
         let over = |sent: u64, more: u64, cap: Option<u64>| {
-            cap.is_some_and(|cap| sent > 0 && sent.saturating_add(more) > cap)
+            cap.is_some_and(|cap| sent > 0 && sent.saturating_add(more) > cap / among)
         };
-        if over(requests_sent, 1, self.caps.requests_per_minute)
+        if is_counted {
+            // By whoever keeps it for all.
+        } else if over(requests_sent, 1, self.caps.requests_per_minute)
             || over(tokens_sent, tokens, self.caps.tokens_per_minute)
         {
             return Err(self.minute.changes_at());
@@ -153,8 +206,9 @@ impl Throttle {
         if self.heard_at.is_some_and(|heard| now.duration_since(heard) > HEADERS_FOR) {
             (self.requests, self.tokens) = (None, None);
         }
-        let requests_at = self.requests.map(|bucket| bucket.has_at(1.0, now));
-        let tokens_at = self.tokens.map(|bucket| bucket.has_at(float(tokens), now));
+        // Each of the others sends such a call too.
+        let requests_at = self.requests.map(|bucket| bucket.has_at(float(among), now));
+        let tokens_at = self.tokens.map(|bucket| bucket.has_at(float(tokens.saturating_mul(among)), now));
         match requests_at.max(tokens_at).filter(|&at| at > now) {
             Some(at) => Err(Some(at)),
             None => Ok(()),
@@ -171,7 +225,8 @@ impl Throttle {
             }
         }
         self.under_way = (self.under_way.0 + 1, self.under_way.1.saturating_add(tokens));
-        Reserved { tokens, at: now }
+        let second = self.share.as_mut().and_then(|share| share.reserve(tokens));
+        Reserved { tokens, at: now, second }
     }
 
     /// It ended and took so many; all that it reserved where nobody says.
@@ -181,6 +236,10 @@ impl Throttle {
         let (less, more) = (reserved.tokens.saturating_sub(used), used.saturating_sub(reserved.tokens));
         self.minute.take_back(TOKENS, less, reserved.at);
         self.minute.add(TOKENS, more, now);
+        if let Some(share) = &mut self.share {
+            share.sent_beyond([0, more]);
+            reserved.second.into_iter().for_each(|second| share.give_back(second, [0, less]));
+        }
         if let Some(bucket) = &mut self.tokens {
             bucket.take(float(more) - float(less), now);
         }
@@ -191,6 +250,9 @@ impl Throttle {
         self.minute.take_back(REQUESTS, 1, reserved.at);
         if let Some(bucket) = &mut self.requests {
             bucket.take(-1.0, now);
+        }
+        if let (Some(share), Some(second)) = (&mut self.share, reserved.second) {
+            share.give_back(second, [1, 0]);
         }
         self.settle(reserved, Some(0), now);
     }
@@ -208,6 +270,9 @@ impl Throttle {
         self.requests = limits.requests.map(|quota| Bucket::of(quota, calls, now)).or(self.requests);
         self.tokens = limits.tokens.map(|quota| Bucket::of(quota, tokens, now)).or(self.tokens);
         self.heard_at = Some(now);
+        if let Some(share) = &mut self.share {
+            share.heard(limits);
+        }
     }
 
     /// A call succeeded. `ttft` where its first token was timed.
@@ -231,7 +296,9 @@ impl Throttle {
         self.refused = self.refused.saturating_add(1);
         match wait {
             Some(wait) if self.refused >= REFUSED_IN_A_ROW => {
-                self.paused_until = self.paused_until.max(Some(now + wait.min(PAUSE_MAX)));
+                let wait = wait.min(PAUSE_MAX);
+                self.paused_until = self.paused_until.max(Some(now + wait));
+                self.share.iter_mut().for_each(|share| share.paused(wait));
             }
             Some(_) => {}
             None if self.requests.or(self.tokens).is_some() => {}

@@ -68,11 +68,13 @@ impl Shape {
 }
 
 /// All of a request that shapes its answer, without the question. What is left out (`id`, `deadline_ms`, `metadata`,
-/// `stream`, `cache`, `tenant`) is named here, so that a new field shapes until somebody says otherwise.
+/// `stream`, `cache`, `tenant`, `key_id`, `job`) is named here, so that a new field shapes until somebody says otherwise.
 fn shaping(request: &Request) -> Value {
     let Request {
         id: _,
         tenant: _,
+        key_id: _,
+        job: _,
         deadline_ms: _,
         metadata: _,
         stream: _,

@@ -125,6 +125,8 @@ impl Infer {
             stream: cx.envelope().stream,
             deadline: cx.remaining().map(|left| Instant::now() + left),
             tenant: cx.envelope().tenant.clone(),
+            key_id: request.key_id.clone(),
+            job: request.job.clone(),
             lane: cx.envelope().lane,
             metadata: request.metadata.as_ref(),
             route: Route::default(),

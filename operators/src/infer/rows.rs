@@ -173,6 +173,9 @@ impl<'a> Rows<'a> {
             output_tokens: None,
             cost_nano_usd: open.cost_nano_usd,
             tier: self.asked().name.clone(),
+            cached_read_tokens: None,
+            cached_write_tokens: None,
+            reasoning_tokens: None,
         }
     }
 }
@@ -275,8 +278,12 @@ impl Listener for Rows<'_> {
         row.ttft_us = tried.ttft.map(micros);
         match tried.result {
             Ok(reply) => {
-                row.input_tokens = reply.usage.map(|usage| count(usage.prompt_tokens));
-                row.output_tokens = reply.usage.map(|usage| count(usage.completion_tokens));
+                let usage = reply.usage;
+                row.input_tokens = usage.map(|usage| count(usage.prompt_tokens));
+                row.output_tokens = usage.map(|usage| count(usage.completion_tokens));
+                row.cached_read_tokens = usage.and_then(|usage| usage.cached_tokens).map(count);
+                row.cached_write_tokens = usage.and_then(|usage| usage.cached_write_tokens).map(count);
+                row.reasoning_tokens = usage.and_then(|usage| usage.reasoning_tokens).map(count);
                 row.cost_nano_usd = reply.cost_nano_usd.map(|cost| cost.0);
             }
             Err(error) => {

@@ -8,12 +8,21 @@ use forebay_calls::{
 use forebay_operator::{
     Called, Clock, Delivery, Event, Found, Host, Known, Ledger, StopSignal, Turn, compliance,
 };
-use forebay_schemas::{Attempt, CallId, Delta, Record as _, Retrieval};
+use forebay_schemas::{Attempt, CallId, Delta, Record as _, Retrieval, Usage};
 use futures::future::BoxFuture;
 use std::{sync::Mutex, time::Duration};
 
 /// Makes one try that ends as told; without an end it never does.
 struct Told(Option<Result<&'static str, Class>>);
+
+const USAGE: Usage = Usage {
+    prompt_tokens: 10,
+    completion_tokens: 4,
+    total_tokens: 14,
+    cached_tokens: Some(3),
+    cached_write_tokens: Some(2),
+    reasoning_tokens: Some(1),
+};
 
 const HERE: Upstream<'_> = Upstream { provider: "told", endpoint: Some("http://here"), model: "small" };
 
@@ -57,7 +66,7 @@ impl Told {
                 vectors: Vec::new(),
                 citations: None,
                 model: "small-2".to_owned(),
-                usage: None,
+                usage: Some(USAGE),
                 cost_nano_usd: None,
                 finish_reason: None,
                 ttft: None,
@@ -155,6 +164,18 @@ async fn every_try_leaves_a_row_however_it_ends() {
 }
 
 #[tokio::test]
+async fn a_row_says_what_its_tokens_were() {
+    let cx = samples::cx();
+    infer(Told(Some(Ok("yes")))).process(grounded(), &cx).await.unwrap();
+    let [row] = <[_; 1]>::try_from(cx.take_rows()).unwrap();
+    assert_eq!(
+        (row.input_tokens, row.cached_read_tokens, row.cached_write_tokens),
+        (Some(10), Some(3), Some(2))
+    );
+    assert_eq!((row.output_tokens, row.reasoning_tokens), (Some(4), Some(1)));
+}
+
+#[tokio::test]
 async fn a_client_that_takes_its_request_back_stops_the_call() {
     let (switch, stop) = StopSignal::new();
     let host = Arc::new(Reader::default());
@@ -221,6 +242,7 @@ async fn where_the_time_of_a_call_went_is_told_apart() {
         caps: Caps { outstanding: 1, requests_per_minute: None, tokens_per_minute: None },
         watch: None,
         starts_cold: false,
+        shared: None,
     };
     let infer = infer(Pool::new("small", vec![endpoint], Arc::new(|| 0.5)));
     let ask = async || {
@@ -311,6 +333,7 @@ async fn a_hedge_is_a_call_of_its_own_to_the_ledger_and_leaves_a_row_as_does_who
         watch: None,
 
         starts_cold: false,
+        shared: None,
     };
     let pool = Arc::new(Pool::new("small", vec![endpoint(), endpoint()], Arc::new(|| 0.5)));
     let hedge: Arc<dyn Model> = Arc::new(Hedge::new(pool, Arc::default(), Some(Duration::from_secs(1))));
@@ -501,6 +524,7 @@ async fn read_by_tiers(
         }
         Err(failure) => (failure.code().to_owned(), None),
     };
+    cx.flush_deltas();
     let calls = [0, 1, 2].map(|index| cx.call_id(index).as_str().to_owned());
     let rows = cx.take_rows().into_iter().map(|row| {
         let call = calls.iter().position(|call| *call == row.call_id).unwrap();

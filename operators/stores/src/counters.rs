@@ -17,7 +17,7 @@ use std::time::Duration;
 pub use self::local::Local;
 
 /// The longest name of a counter or a hold.
-pub const NAME_BYTES_MAX: usize = 512;
+pub const NAME_BYTES_MAX: usize = 768;
 /// The most lines of a hold.
 pub const LINES_MAX: usize = 64;
 /// The largest amount or limit. Redis counts in its scripts by floats, which are exact up to here.

@@ -1,4 +1,5 @@
-//! Where steps keep what must outlive a record: ports to key-value, vector and object stores and to counters, each with its adapters.
+//! Where steps keep what must outlive a record: ports to key-value, vector and object stores, to counters and to rates, each with its
+//! adapters.
 //!
 //! An operator holds an `Arc<dyn` [`KeyValue`]`>`, `Arc<dyn` [`Vectors`]`>` or `Arc<dyn` [`Objects`]`>` and cannot
 //! tell which adapter is behind it; one contract suite per port runs against them all. Bytes go in and bytes come
@@ -15,6 +16,7 @@ pub mod database;
 mod error;
 pub mod key_value;
 pub mod objects;
+pub mod rates;
 pub mod vectors;
 
 pub use clock::{Clock, wall_clock};
@@ -23,6 +25,7 @@ pub use database::Database;
 pub use error::Error;
 pub use key_value::KeyValue;
 pub use objects::Objects;
+pub use rates::Rates;
 pub use vectors::Vectors;
 
 /// What every port answers with.

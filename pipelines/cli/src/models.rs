@@ -6,7 +6,7 @@ use crate::{
 };
 use anyhow::Context as _;
 use forebay_calls::{
-    Allowed, Api, Model, Pool, Priced, Prices, Retry, Secret, Server,
+    Allowed, Api, Model, Pool, Priced, Prices, Retry, Secret, Server, Shared,
     allowance::Allowances,
     client::{Parts, client, tiered},
     pool::{Ended, Endpoint, Http, ModelStatus, Status, Wake, Watch},
@@ -16,8 +16,9 @@ use forebay_operator::Clock;
 use forebay_operators::{
     Extractive,
     budgets::{Budgets, Unit},
+    rates::SharedRates,
 };
-use forebay_stores::{Counters, counters::Local, key_value, wall_clock};
+use forebay_stores::{Counters, Rates, counters::Local, key_value, wall_clock};
 use forebay_telemetry::pool::{Endpoint as Standing, EndpointModel};
 use futures::future::BoxFuture;
 use reqwest::Url;
@@ -27,6 +28,8 @@ use tracing::{info, warn};
 /// How old what an endpoint says of itself may be; the pool itself takes it to be full then.
 pub const FRESH_MS: u64 = 3_000;
 
+/// How long Redis may take to answer for the limits; who waits for it waits for a model anyway, but not for long.
+const LIMITS_MAX: Duration = Duration::from_millis(250);
 /// How long waking may take.
 const WAKE_MAX: Duration = Duration::from_secs(10);
 
@@ -110,13 +113,13 @@ pub async fn model(config: &Config) -> anyhow::Result<Client> {
     // Who stands in takes no other calls.
     let stands_in = |served: &Served| settings.fallbacks.iter().any(|fallback| fallback.is(served));
     let first: Vec<_> = config.served.iter().filter(|served| !stands_in(served)).collect();
-    let mut pools = Vec::new();
+    let (shared, mut pools) = (shared(config).await?, Vec::new());
     // Of each tier, or of all where there are none.
     let tiers = config.tiers.as_ref().map_or(vec![None], |tiers| tiers.models.iter().map(Some).collect());
     for tier in tiers {
         let serves = |served: &&&Served| tier.is_none_or(|tier| served.asks_for(name) == tier);
         let served: Vec<_> = first.iter().filter(serves).copied().collect();
-        pools.push(Arc::new(pool(&served, name, settings, prices.as_ref())?));
+        pools.push(Arc::new(pool(&served, name, settings, prices.as_ref(), shared.as_ref())?));
     }
     let first = pools.clone();
     let mut fallbacks: Vec<Arc<dyn Model>> = Vec::new();
@@ -138,7 +141,8 @@ pub async fn model(config: &Config) -> anyhow::Result<Client> {
         };
         // Its breaker is its own; it wakes nobody.
         let settings = PoolSettings { starts_cold: false, wake_url: None, ..settings.clone() };
-        let pool = Arc::new(pool(&served.iter().collect::<Vec<_>>(), name, &settings, prices.as_ref())?);
+        let served = served.iter().collect::<Vec<_>>();
+        let pool = Arc::new(pool(&served, name, &settings, prices.as_ref(), shared.as_ref())?);
         pools.push(pool.clone());
         fallbacks.push(pool);
     }
@@ -192,6 +196,20 @@ async fn allowances(
     Ok(Some(Arc::new(budgets)))
 }
 
+/// What keeps the limits for all processes, and what this one is called there; none where no Redis is named.
+struct SharedBy {
+    rates: Arc<dyn Rates>,
+    sharer: String,
+}
+
+async fn shared(config: &Config) -> anyhow::Result<Option<SharedBy>> {
+    let Some(url) = &config.key_value else { return Ok(None) };
+    let prefix = format!("forebay:limits:{}", config.topic_prefix);
+    let options = key_value::RedisOptions { prefix, response_timeout: LIMITS_MAX, ..Default::default() };
+    let rates = Arc::new(key_value::Redis::connect(url, options).await.context("stores.key_value")?);
+    Ok(Some(SharedBy { rates, sharer: format!("{:016x}", rand::random::<u64>()) }))
+}
+
 /// The same with a cost on each try, where anybody said what it is.
 fn priced(server: Server, prices: Option<Arc<Prices>>) -> Arc<dyn Model> {
     match prices {
@@ -205,6 +223,7 @@ fn pool(
     name: Option<&str>,
     settings: &PoolSettings,
     prices: Option<&Arc<Prices>>,
+    shared: Option<&SharedBy>,
 ) -> anyhow::Result<Pool> {
     let endpoint = |served: &&Served| {
         let model = server(served, name)?;
@@ -219,6 +238,12 @@ fn pool(
             caps: settings.caps,
             watch,
             starts_cold: settings.starts_cold,
+            shared: shared.map(|SharedBy { rates, sharer }| {
+                // Two endpoints at one URL, each with its key, have limits of their own.
+                let endpoint = served.name.clone().unwrap_or_else(|| served.url.clone());
+                let rates = SharedRates::new(Arc::clone(rates), endpoint, sharer.clone());
+                Arc::new(rates) as Arc<dyn Shared>
+            }),
         })
     };
     let endpoints: Vec<_> = served.iter().map(endpoint).collect::<anyhow::Result<_>>()?;

@@ -12,6 +12,15 @@ pub fn samples() -> Vec<Sample> {
             "{\"prompt\": \"What is a dead letter?\"}\n",
             prompt("What is a dead letter?"),
         ),
+        written(
+            "request-of-a-job.json",
+            Request {
+                tenant: Some(tenant("shop")),
+                key_id: Some(KeyId::try_from("k-7".to_owned()).unwrap()),
+                job: Some(JobId::try_from("catalogue-2026-11".to_owned()).unwrap()),
+                ..prompt("Describe it.")
+            },
+        ),
         typed("request-openai.json", OPENAI, openai()),
         typed("request-byte-order-mark.json", "\u{feff}{\"prompt\": \"Häh?\"}\r\n", prompt("Häh?")),
         written(
@@ -65,8 +74,8 @@ pub fn samples() -> Vec<Sample> {
         older("outcome-nulls-without-tier.avro", outcome_of_nothing()),
         written("ledger-entry.json", ledger_entry()),
         older(
-            "ledger-entry-without-tier.json",
-            LedgerEntry { row: Some(attempt_without_tier()), ..ledger_entry() },
+            "ledger-entry-19-columns.json",
+            LedgerEntry { row: Some(attempt_of_19_columns()), ..ledger_entry() },
         ),
         written(
             "ledger-entry-lease.json",
@@ -74,8 +83,8 @@ pub fn samples() -> Vec<Sample> {
         ),
         written("attempt.avro", attempt()),
         written("attempt-nulls.avro", attempt_of_nothing()),
-        older("attempt-without-tier.avro", attempt_without_tier()),
-        older("attempt-nulls-without-tier.avro", attempt_of_nothing()),
+        older("attempt-19-columns.avro", attempt_of_19_columns()),
+        older("attempt-nulls-19-columns.avro", attempt_of_nothing()),
         headers("envelope.headers.json", envelope()),
     ]
 }
@@ -113,6 +122,8 @@ fn request() -> Request {
     Request {
         id: Some(id("order-17")),
         tenant: Some(tenant("shop")),
+        key_id: None,
+        job: None,
         prompt: Some("When may I return “it”?".into()),
         messages: None,
         model: Some("gpt-5-mini".into()),
@@ -211,6 +222,7 @@ const USAGE: Usage = Usage {
     completion_tokens: 9,
     total_tokens: 129,
     cached_tokens: None,
+    cached_write_tokens: None,
     reasoning_tokens: None,
 };
 
@@ -509,11 +521,20 @@ fn attempt() -> Attempt {
         output_tokens: Some(9),
         cost_nano_usd: Some(48_000),
         tier: Some("gpt-5-mini".into()),
+        cached_read_tokens: Some(64),
+        cached_write_tokens: Some(32),
+        reasoning_tokens: Some(5),
     }
 }
 
-fn attempt_without_tier() -> Attempt {
-    Attempt { tier: None, ..attempt() }
+fn attempt_of_19_columns() -> Attempt {
+    Attempt {
+        tier: None,
+        cached_read_tokens: None,
+        cached_write_tokens: None,
+        reasoning_tokens: None,
+        ..attempt()
+    }
 }
 
 fn attempt_of_nothing() -> Attempt {
@@ -528,7 +549,6 @@ fn attempt_of_nothing() -> Attempt {
         input_tokens: None,
         output_tokens: None,
         cost_nano_usd: None,
-        tier: None,
-        ..attempt()
+        ..attempt_of_19_columns()
     }
 }

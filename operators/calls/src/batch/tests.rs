@@ -151,6 +151,7 @@ async fn lots_go_through_the_layers_that_answers_go_through() {
         caps: Caps { outstanding: 8, requests_per_minute: None, tokens_per_minute: None },
         watch: None,
         starts_cold: false,
+        shared: None,
     };
     let pool = Arc::new(Pool::new("m", vec![endpoint(&failing), endpoint(&good)], Arc::new(|| 0.5)));
     let model = client(Parts {

@@ -22,6 +22,7 @@ fn pool(upstreams: &[&Arc<Told>]) -> Arc<Pool> {
         watch: None,
 
         starts_cold: false,
+        shared: None,
     };
     Arc::new(Pool::new("m", upstreams.iter().map(endpoint).collect(), Arc::new(|| 0.5)))
 }

@@ -15,6 +15,7 @@ use crate::{
     CallError, Class, Health, Limits, Reply,
     breaker::{Breaker, Passage},
     retry::Jitter,
+    shared::{Ask as Asked, Slice},
     throttle::{Caps, Reserved, Throttle},
 };
 pub use status::{Ended, ModelStatus, Status};
@@ -79,6 +80,7 @@ struct Lane {
 struct Site {
     name: String,
     caps: Caps,
+    is_shared: bool,
     lanes: HashMap<String, Lane>,
     running: usize,
     tokens: u64,
@@ -94,8 +96,9 @@ struct Site {
 impl Site {
     fn lane(&mut self, model: &str, jitter: &Jitter) -> &mut Lane {
         let is_known = self.lanes.contains_key(model) || self.lanes.len() < MODELS_MAX;
-        let (caps, jitter) = (self.caps, jitter.clone());
-        let lane = || Lane { breaker: Breaker::new(jitter), throttle: Throttle::new(caps) };
+        let (caps, is_shared, jitter) = (self.caps, self.is_shared, jitter.clone());
+        let throttle = || if is_shared { Throttle::shared(caps) } else { Throttle::new(caps) };
+        let lane = || Lane { breaker: Breaker::new(jitter), throttle: throttle() };
         self.lanes.entry(if is_known { model } else { "" }.to_owned()).or_insert_with(lane)
     }
 
@@ -140,10 +143,11 @@ impl Board {
         Self { sites: Vec::new(), jitter, next: 0, limited_at: None }
     }
 
-    pub(super) fn add(&mut self, name: &str, caps: Caps, is_ready: bool) {
+    pub(super) fn add(&mut self, name: &str, caps: Caps, is_ready: bool, is_shared: bool) {
         self.sites.push(Site {
             name: name.to_owned(),
             caps,
+            is_shared,
             lanes: HashMap::new(),
             running: 0,
             tokens: 0,
@@ -308,6 +312,38 @@ impl Board {
     pub(super) fn heard(&mut self, endpoint: usize, model: &str, limits: &Limits, now: Instant) {
         let (site, jitter) = (&mut self.sites[endpoint], &self.jitter);
         site.lane(model, jitter).throttle.heard(limits, now);
+    }
+
+    /// Whether anything is to be asked of whoever keeps what processes share.
+    pub(super) fn wants(&self, now: Instant) -> bool {
+        let wants = |lane: &Lane| lane.throttle.share().is_some_and(|share| share.wants(now));
+        self.sites.iter().any(|site| site.is_shared && site.lanes.values().any(wants))
+    }
+
+    /// What is to be asked, of which endpoint and model. `model` is asked for from the beginning, so that whoever shares is known
+    /// before anybody calls.
+    pub(super) fn asks(&mut self, model: &str, now: Instant) -> Vec<(usize, String, Asked)> {
+        let (sites, jitter) = (&mut self.sites, &self.jitter);
+        let mut asks = Vec::new();
+        for (index, site) in sites.iter_mut().enumerate().filter(|(_, site)| site.is_shared) {
+            site.lane(model, jitter);
+            for (model, lane) in &mut site.lanes {
+                asks.extend(lane.throttle.ask(now).map(|ask| (index, model.clone(), ask)));
+            }
+        }
+        asks
+    }
+
+    /// What came of it.
+    pub(super) fn answered(
+        &mut self,
+        (endpoint, model, ask): &(usize, String, Asked),
+        answer: Option<&Slice>,
+        asked_at: Instant,
+        now: Instant,
+    ) {
+        let (site, jitter) = (&mut self.sites[*endpoint], &self.jitter);
+        site.lane(model, jitter).throttle.answered(ask, answer, asked_at, now);
     }
 
     /// An endpoint said how it fares.

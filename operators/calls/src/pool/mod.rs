@@ -3,7 +3,8 @@
 //! A call waits, first come first served, until an endpoint has room for it, goes to the best one (`board.rs`), and what
 //! becomes of it is told to that endpoint's breaker and throttle. How endpoints fare is looked at each second
 //! ([`Pool::keep`]). One that starts cold gets calls once its health is good and a call of one token was answered; until
-//! then calls wait, and whoever wakes it is told once.
+//! then calls wait, and whoever wakes it is told once. Slices of what several processes may send together are taken meanwhile,
+//! so no call waits for them while there is enough.
 //!
 //! Invariant: a place that was taken is given back when the try ends, is given up, or was never made, and whoever waits
 //! first is told. No call waits beyond its deadline, or beyond a minute.
@@ -18,7 +19,9 @@ mod watch;
 
 use crate::{
     Call, CallError, Class, Happening, Limits, Listener, Model, Reply, Tried, TryId, Upstream, Wait,
-    retry::Jitter, throttle::Caps,
+    retry::Jitter,
+    shared::{Shared, Slice, TELL_EVERY, Unreachable},
+    throttle::Caps,
 };
 use board::{Ask, Board, Refusal, Ticket};
 pub use board::{Ended, ModelStatus, Status};
@@ -33,6 +36,7 @@ use std::{
     time::Duration,
 };
 use tokio::{sync::Notify, time::Instant};
+use tracing::{info, warn};
 pub use watch::{Http, Load, Watch};
 
 /// The longest wait for room.
@@ -51,6 +55,8 @@ const HEDGE_SATURATION_MAX: f64 = 0.7;
 const HEDGE_AFTER_LIMIT: Duration = Duration::from_secs(10);
 /// The longest that a call of one token may take.
 const READY_MAX: Duration = Duration::from_secs(60);
+/// How long whoever keeps what processes share may take to answer; a call may wait for it.
+const TAKE_MAX: Duration = Duration::from_millis(250);
 
 /// One endpoint.
 pub struct Endpoint {
@@ -64,6 +70,8 @@ pub struct Endpoint {
     pub watch: Option<Arc<dyn Watch>>,
     /// Whether it gets calls only after it was seen to answer one.
     pub starts_cold: bool,
+    /// Keeps its limits for all processes that send there; absent where this is the only one. Asked by [`Pool::keep`].
+    pub shared: Option<Arc<dyn Shared>>,
 }
 
 /// Wakes a pool that was scaled to nothing.
@@ -82,6 +90,8 @@ pub struct Pool {
     door: tokio::sync::Mutex<()>,
     /// Told when there may be room: the first in the queue, and those beside it.
     changed: Notify,
+    /// Told when something is to be asked of whoever keeps what processes share.
+    wanted: Notify,
     wake: Option<Arc<dyn Wake>>,
     is_woken: AtomicBool,
 }
@@ -90,8 +100,8 @@ impl Pool {
     /// A pool of these endpoints, all of which serve the model `name`.
     pub fn new(name: impl Into<String>, endpoints: Vec<Endpoint>, jitter: Jitter) -> Self {
         let mut board = Board::new(jitter);
-        for Endpoint { name, caps, starts_cold, .. } in &endpoints {
-            board.add(name, *caps, !starts_cold);
+        for Endpoint { name, caps, starts_cold, shared, .. } in &endpoints {
+            board.add(name, *caps, !starts_cold, shared.is_some());
         }
         Self {
             provider: endpoints.first().map_or("pool", |endpoint| endpoint.model.provider()),
@@ -100,6 +110,7 @@ impl Pool {
             board: Mutex::new(board),
             door: tokio::sync::Mutex::default(),
             changed: Notify::new(),
+            wanted: Notify::new(),
             wake: None,
             is_woken: AtomicBool::new(false),
         }
@@ -119,9 +130,61 @@ impl Pool {
         self.board().status(Instant::now())
     }
 
-    /// Looks at the endpoints for as long as it is polled, or until nothing is left to look at.
+    /// Looks at the endpoints, and keeps up with other processes, for as long as it is polled or until nothing is left to do.
     pub async fn keep(&self) {
-        join_all((0..self.endpoints.len()).map(|index| self.look_at(index))).await;
+        let looks = join_all((0..self.endpoints.len()).map(|index| self.look_at(index)));
+        tokio::join!(looks, self.share());
+    }
+
+    /// Takes slices of what several processes may send, as calls want them, and tells the others what they should know.
+    async fn share(&self) {
+        if self.endpoints.iter().all(|endpoint| endpoint.shared.is_none()) {
+            return;
+        }
+        let mut is_away = false;
+        loop {
+            let asked_at = Instant::now();
+            let asks = self.board().asks(&self.name, asked_at);
+            let taken = asks.iter().map(|(index, model, ask)| async move {
+                let shared = self.endpoints[*index].shared.as_ref()?;
+                let late = |late| Err(Unreachable(Box::new(late)));
+                Some(tokio::time::timeout(TAKE_MAX, shared.take(model, ask)).await.unwrap_or_else(late))
+            });
+            let taken: Vec<Result<Slice, Unreachable>> =
+                join_all(taken).await.into_iter().flatten().collect();
+            for (ask, taken) in asks.iter().zip(&taken) {
+                self.board().answered(ask, taken.as_ref().ok(), asked_at, Instant::now());
+            }
+            match taken.iter().find_map(|taken| taken.as_ref().err()) {
+                Some(error) if !is_away => {
+                    is_away = true;
+                    warn!(
+                        error = %error, cause = %error.0,
+                        "limits are not shared any more; until they are, this process sends its part of them"
+                    );
+                }
+                None if is_away && !taken.is_empty() => {
+                    is_away = false;
+                    info!("limits are shared again");
+                }
+                _ => {}
+            }
+            if !taken.is_empty() {
+                self.changed.notify_waiters();
+            }
+            // Asked or not, there may be something to tell by then.
+            let _ = tokio::time::timeout(TELL_EVERY, self.wanted.notified()).await;
+        }
+    }
+
+    /// Chooses on the board, and sees to it that what is wanted for it is asked for.
+    fn choose(&self, ask: &Ask<'_>, now: Instant) -> Result<Ticket, Refusal> {
+        let mut board = self.board();
+        let chosen = board.choose(ask, now);
+        if board.wants(now) {
+            self.wanted.notify_one();
+        }
+        chosen
     }
 
     async fn look_at(&self, index: usize) {
@@ -182,7 +245,7 @@ impl Pool {
         let (tried, is_hedge) = (call.route.tried(), call.route.is_hedge());
         let ask = Ask { model, blocks: &blocks, tokens: call.tokens_estimated(), tried: &tried, is_hedge };
         if is_hedge {
-            return self.board().choose(&ask, Instant::now()).map_err(|_| saturated("now"));
+            return self.choose(&ask, Instant::now()).map_err(|_| saturated("now"));
         }
         let began = Instant::now();
         let last = call.deadline.map_or(began + WAIT_MAX, |deadline| deadline.min(began + WAIT_MAX));
@@ -195,7 +258,7 @@ impl Pool {
                 let now = Instant::now();
                 let is_picky = !tried.is_empty() && now < began + ELSEWHERE_MAX;
                 let ask = Ask { tried: if is_picky { &tried } else { &[] }, ..ask };
-                let refusal = match self.board().choose(&ask, now) {
+                let refusal = match self.choose(&ask, now) {
                     Ok(ticket) => return Ok(ticket),
                     Err(refusal) => refusal,
                 };
@@ -317,7 +380,11 @@ impl Place<'_> {
         if let Some(ticket) = self.ticket.take() {
             let model = &self.pool.endpoints[ticket.endpoint].model;
             let has_key = model.has_another_way(&Call::default());
-            self.pool.board().ended(ticket, result, has_key, Instant::now());
+            let (now, mut board) = (Instant::now(), self.pool.board());
+            board.ended(ticket, result, has_key, now);
+            if board.wants(now) {
+                self.pool.wanted.notify_one();
+            }
         }
     }
 }
@@ -389,7 +456,12 @@ impl Listener for Watched<'_> {
     }
 
     fn limits(&self, limits: &Limits) {
-        self.pool.board().heard(self.endpoint, &self.model, limits, Instant::now());
+        let (now, mut board) = (Instant::now(), self.pool.board());
+        board.heard(self.endpoint, &self.model, limits, now);
+        if board.wants(now) {
+            self.pool.wanted.notify_one();
+        }
+        drop(board);
         self.listener.limits(limits);
     }
 

@@ -154,7 +154,7 @@ fn pool_of(engines: &[Arc<Engine>]) -> Arc<Pool> {
     let caps = Caps { outstanding: SLOTS, requests_per_minute: None, tokens_per_minute: None };
     let endpoint = |engine: &Arc<Engine>| {
         let model: Arc<dyn Model> = engine.clone();
-        Endpoint { name: "e".to_owned(), model, caps, watch: None, starts_cold: false }
+        Endpoint { name: "e".to_owned(), model, caps, watch: None, starts_cold: false, shared: None }
     };
     Arc::new(Pool::new("m", engines.iter().map(endpoint).collect(), Arc::new(|| 0.5)))
 }
@@ -208,6 +208,7 @@ async fn shared_prefixes_are_found_again_and_no_replica_is_overloaded() {
         watch: None,
 
         starts_cold: false,
+        shared: None,
     });
     let pool = Pool::new("m", endpoints.collect(), Arc::new(|| 0.5));
     let mut random = Random(7);
@@ -257,7 +258,7 @@ async fn whatever_replicas_do_no_call_is_lost_and_no_try_is_untold() {
     let caps = Caps { outstanding: 8, requests_per_minute: None, tokens_per_minute: None };
     let endpoint = |told: &Arc<Told>| {
         let (name, model) = ("e".to_owned(), told.clone());
-        Endpoint { name, model, caps, watch: None, starts_cold: false }
+        Endpoint { name, model, caps, watch: None, starts_cold: false, shared: None }
     };
     let pool = Arc::new(Pool::new("m", upstreams.iter().map(endpoint).collect(), Arc::new(|| 0.5)));
     let model = Retry::new(pool.clone(), Arc::default());

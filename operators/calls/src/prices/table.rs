@@ -58,6 +58,7 @@ pub(super) struct Entry {
 struct Rates {
     input: Option<u128>,
     cached: Option<u128>,
+    cache_write: Option<u128>,
     output: Option<u128>,
     reasoning: Option<u128>,
 }
@@ -68,6 +69,7 @@ impl Rates {
         Self {
             input: self.input.or(other.input),
             cached: self.cached.or(other.cached),
+            cache_write: self.cache_write.or(other.cache_write),
             output: self.output.or(other.output),
             reasoning: self.reasoning.or(other.reasoning),
         }
@@ -84,10 +86,12 @@ impl Entry {
             Tariff::Batches => self.batches.or(live),
         };
         let cached = usage.cached_tokens.unwrap_or(0).min(usage.prompt_tokens);
+        let written = usage.cached_write_tokens.unwrap_or(0).min(usage.prompt_tokens - cached);
         let reasoning = usage.reasoning_tokens.unwrap_or(0).min(usage.completion_tokens);
         let kinds = [
-            (usage.prompt_tokens - cached, rates.input),
+            (usage.prompt_tokens - cached - written, rates.input),
             (cached, rates.cached.or(rates.input)),
+            (written, rates.cache_write.or(rates.input)),
             (usage.completion_tokens - reasoning, rates.output),
             (reasoning, rates.reasoning.or(rates.output)),
         ];
@@ -112,6 +116,8 @@ impl Entry {
         match of {
             "input_cost_per_token" => rates.input = Some(price),
             "cache_read_input_token_cost" => rates.cached = Some(price),
+            // That of five minutes, which is what Forebay asks for.
+            "cache_creation_input_token_cost" => rates.cache_write = Some(price),
             "output_cost_per_token" => rates.output = Some(price),
             "output_cost_per_reasoning_token" => rates.reasoning = Some(price),
             // A server's second is one price, however the table splits it.

@@ -124,6 +124,7 @@ impl Tokens {
         let read = fresh.saturating_add(learned).saturating_add(known);
         Usage {
             cached_tokens: self.cache_read_input_tokens,
+            cached_write_tokens: self.cache_creation_input_tokens,
             ..Usage::of(read, self.output_tokens.unwrap_or(0))
         }
     }
@@ -229,7 +230,8 @@ fn later(usage: Usage, tokens: Tokens) -> Usage {
     let last = tokens.usage();
     let read = if tokens.input_tokens.is_some() { last } else { usage };
     let written = if tokens.output_tokens.is_some() { last } else { usage };
-    Usage { cached_tokens: read.cached_tokens, ..Usage::of(read.prompt_tokens, written.completion_tokens) }
+    let Usage { prompt_tokens, cached_tokens, cached_write_tokens, .. } = read;
+    Usage { cached_tokens, cached_write_tokens, ..Usage::of(prompt_tokens, written.completion_tokens) }
 }
 
 /// An error in mid-stream has no status, so it gets the one that it would have had.

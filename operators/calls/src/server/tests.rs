@@ -332,6 +332,12 @@ async fn a_stream_says_the_same_wherever_its_bytes_are_cut() {
                 (9, 4, Some(6)),
                 "{api:?}: cached tokens are among those of the prompt"
             );
+            let written = usage.cached_write_tokens;
+            assert_eq!(
+                written,
+                (api == Api::Messages).then_some(2),
+                "{api:?}: and so are those written there"
+            );
             assert_eq!(usage.reasoning_tokens, (api != Api::Messages).then_some(1));
         }
     }

@@ -43,7 +43,8 @@ fn table(endpoints: &[Value]) -> Table {
     let mut table = Table::new();
     table.load_style(UTF8_HORIZONTAL_ONLY);
     table.set_header([
-        "endpoint", "model", "ready", "breaker", "share", "running", "limit", "tokens", "waiting", "kv",
+        "endpoint", "model", "ready", "breaker", "limits", "share", "running", "limit", "tokens", "waiting",
+        "kv",
     ]);
     for endpoint in endpoints {
         // What an endpoint said too long ago is not shown as if it were so.
@@ -58,6 +59,7 @@ fn table(endpoints: &[Value]) -> Table {
                 model["model"].as_str().unwrap_or_default().to_owned(),
                 if endpoint["is_ready"] == true { "yes" } else { "no" }.to_owned(),
                 model["breaker"].as_str().unwrap_or_default().to_owned(),
+                model["limits"].as_str().unwrap_or_default().to_owned(),
                 model["share"].as_f64().map_or_else(missing, percent),
                 format!("{}/{}", endpoint["running"], endpoint["outstanding_max"]),
                 model["limit"].as_f64().map_or_else(missing, |limit| format!("{limit:.0}")),
@@ -67,7 +69,7 @@ fn table(endpoints: &[Value]) -> Table {
             ]);
         }
     }
-    for column in table.column_iter_mut().skip(4) {
+    for column in table.column_iter_mut().skip(5) {
         column.set_cell_alignment(CellAlignment::Right);
     }
     table
@@ -80,13 +82,13 @@ mod tests {
 
     #[test]
     fn an_endpoint_is_a_line_a_model() {
-        let model = json!({"model": "m", "breaker": "ramp", "share": 0.4, "limit": 45.2});
+        let model = json!({"model": "m", "breaker": "ramp", "limits": "away", "share": 0.4, "limit": 45.2});
         let endpoint = json!({
             "endpoint": "http://h:1", "is_ready": true, "running": 3, "outstanding_max": 64, "tokens": 4096,
             "waiting": null, "kv_used": 0.25, "scraped_ms_ago": 10, "models": [model],
         });
         let shown = table(&[endpoint]).to_string();
-        for word in ["http://h:1", "ramp", "40%", "3/64", "45", "4096", "-", "25%"] {
+        for word in ["http://h:1", "ramp", "away", "40%", "3/64", "45", "4096", "-", "25%"] {
             assert!(shown.contains(word), "{word}\n{shown}");
         }
     }

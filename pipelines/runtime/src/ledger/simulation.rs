@@ -154,6 +154,9 @@ fn row(owner: &str, number: i32) -> Attempt {
         output_tokens: None,
         cost_nano_usd: Some(1),
         tier: None,
+        cached_read_tokens: None,
+        cached_write_tokens: None,
+        reasoning_tokens: None,
     }
 }
 

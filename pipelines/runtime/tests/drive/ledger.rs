@@ -123,6 +123,9 @@ fn row(cx: &Context, attempt: i32, status: &str) -> Attempt {
         output_tokens: None,
         cost_nano_usd: (status != "ambiguous").then_some(1),
         tier: None,
+        cached_read_tokens: None,
+        cached_write_tokens: None,
+        reasoning_tokens: None,
     }
 }
 

@@ -30,6 +30,8 @@ impl Board {
                         Passage::Probe | Passage::Nothing(_) => 0.0,
                     },
                     limit: lane.throttle.limit(),
+                    limits: lane.throttle.share().map_or("own", |share| share.state()),
+                    share_failures: lane.throttle.share().map_or(0, |share| share.failures()),
                 })
                 .collect(),
         };
@@ -106,4 +108,9 @@ pub struct ModelStatus {
     pub share: f64,
     /// Calls at once that it was seen to bear.
     pub limit: f64,
+    /// Who keeps its limits per minute: `own`, this process; `shared`, all that use the endpoint; `away`, this process for its
+    /// part of them, since what they share does not answer.
+    pub limits: &'static str,
+    /// How often that did not answer.
+    pub share_failures: u64,
 }
