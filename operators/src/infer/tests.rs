@@ -63,14 +63,8 @@ impl Told {
             None => unreachable!("it has no end"),
             Some(Ok(text)) => Ok(Reply {
                 text: text.to_owned(),
-                vectors: Vec::new(),
-                citations: None,
                 model: "small-2".to_owned(),
                 usage: Some(USAGE),
-                cost_nano_usd: None,
-                finish_reason: None,
-                ttft: None,
-                fallback: None,
                 ..Reply::default()
             }),
             Some(Err(class)) => Err(CallError::new(class, "model_unavailable", "it failed").with_status(500)),
@@ -265,6 +259,8 @@ async fn where_the_time_of_a_call_went_is_told_apart() {
             duration_us: 1_000_000,
             ttft_us: Some(300_000),
             gaps_us: vec![300_000, 300_000],
+            input_tokens: Some(10),
+            output_tokens: Some(4),
             ..Called::default()
         });
         let own = Event::CallOverhead { duration_us: 0 };
