@@ -310,7 +310,8 @@ impl Cell {
         let negative = (self.labelled.w - self.labels.wy, self.labelled.ww - self.labels.wwy);
         reaches(self.labelled.effective(), LABELS_MIN)
             && reaches(effective(self.labels.wy, self.labels.wwy), RARER_MIN)
-            // The same of what is not so: a rate of 97% is as hard as one of 3%.
+            // The same of what is not so: a rate of 97% is as hard as one of 3%. Counted too, since a difference of sums may be
+            // mostly rounding.
             && self.labelled.records - self.labels.positives >= RARER_MIN
             && reaches(effective(negative.0, negative.1), RARER_MIN)
     }
@@ -555,6 +556,64 @@ mod tests {
             close(estimate.interval.low, labels.low);
             close(estimate.interval.high, labels.high);
         }
+        Ok(())
+    }
+
+    #[test]
+    fn a_constant_score_is_not_trusted_for_its_rounding() -> Result<(), Error> {
+        for flag in (1..100_u32).map(|percent| f64::from(percent) / 100.0) {
+            let mut cell = Cell::default();
+            for record in 0..2000_u32 {
+                let inclusion = 1.0 / (1.1 + f64::from(record % 7));
+                if record < 300 {
+                    cell.add_labelled(flag, record % 3 == 0, inclusion)?;
+                } else {
+                    cell.add_unlabelled(flag, inclusion)?;
+                }
+            }
+            let estimate = cell.prediction_powered(Confidence::P95).expect("both kinds are there");
+            assert_eq!(estimate.lambda, 0.0, "{flag}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn weights_make_no_more_of_labels_than_they_are() -> Result<(), Error> {
+        let mut cell = cell(&[(1.0, true, 150)], &[(1.0, 1700)])?;
+        for _ in 0..150 {
+            cell.add_labelled(1.0, false, 0.5)?;
+        }
+        // rate (1 − rate) / se² is 337.5 here.
+        let wanted = crate::wilson_of_rate(1.0 / 3.0, 300.0, Confidence::P95)?;
+        for estimate in [cell.labels_only(Confidence::P95), cell.prediction_powered(Confidence::P95)] {
+            let interval = estimate.expect("both kinds are there").interval;
+            close(interval.low, wanted.low);
+            close(interval.high, wanted.high);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn no_correction_is_worth_more_than_labels_on_all_records() -> Result<(), Error> {
+        // The judge never erred where it was seen, and never committed itself elsewhere: the formula's se is 0.
+        let cell = cell(&[(1.0, true, 150), (0.0, false, 150)], &[(0.5, 300)])?;
+        let estimate = cell.rate(Confidence::P95).estimate.expect("there are labels");
+        assert_eq!((estimate.method, estimate.standard_error), (Method::PredictionPowered, 0.0));
+        close(estimate.interval.width(), crate::wilson(300, 600, Confidence::P95)?.width());
+        Ok(())
+    }
+
+    #[test]
+    fn twelve_of_the_rarer_kind_of_which_one_has_the_weight_are_too_few() -> Result<(), Error> {
+        let mut cell = cell(&[(1.0, true, 11), (0.0, false, 1000)], &[(0.0, 900), (1.0, 100)])?;
+        let method = |cell: &Cell| cell.rate(Confidence::P95).estimate.map(|estimate| estimate.method);
+        assert_eq!(method(&cell), Some(Method::PredictionPowered));
+        cell.add_labelled(1.0, true, 0.2)?;
+        assert_eq!(method(&cell), Some(Method::LabelsOnly));
+
+        let mut turned = self::cell(&[(0.0, false, 11), (1.0, true, 1000)], &[(0.0, 100), (1.0, 900)])?;
+        turned.add_labelled(0.0, false, 0.2)?;
+        assert_eq!(method(&turned), Some(Method::LabelsOnly));
         Ok(())
     }
 
