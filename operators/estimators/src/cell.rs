@@ -277,7 +277,7 @@ impl Cell {
             method: Method::LabelsOnly,
             rate,
             standard_error: variance.sqrt(),
-            interval: score(rate, n, confidence),
+            interval: score(rate, n.min(self.labelled.records as f64), confidence),
             lambda: 0.0,
         })
     }

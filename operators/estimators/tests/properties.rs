@@ -186,6 +186,29 @@ proptest! {
         prop_assert_eq!(Cell::from_state(&sum), Ok(merged));
     }
 
+    /// Sums may come from a file that somebody wrote: they are refused, or give what an estimate gives.
+    #[test]
+    fn no_state_gives_what_is_no_number(
+        labelled in 0u64..2000,
+        unlabelled in 0u64..2000,
+        positive in 0.0..=1.0,
+        parts in proptest::collection::vec(prop_oneof![Just(0.0), Just(1.0), Just(1e-300), 0.0..=1.0], 16),
+        weight in 1.0..100.0,
+    ) {
+        let mut state = State { counts: [labelled, unlabelled, 0], ..State::default() };
+        state.counts[2] = (0..labelled).filter(|&index| (index as f64) < positive * labelled as f64).count() as u64;
+        // Which sums bound which is the layout of `State::SUMS`.
+        for (index, part) in parts.iter().enumerate() {
+            let (records, squares) = (if index < 10 { labelled } else { unlabelled }, State::SUMS[index].contains("_ww"));
+            let mass = records as f64 * if squares { weight * weight } else { weight };
+            state.sums[index] = if State::SUMS[index].ends_with("_w") || State::SUMS[index].ends_with("_ww") { mass } else { mass * part };
+        }
+        let cell = Cell::from_state(&state).expect("every sum is within its mass");
+        for estimate in [cell.rate(Confidence::P95).estimate, cell.prediction_powered(Confidence::P95)].into_iter().flatten() {
+            assert_sound(&estimate)?;
+        }
+    }
+
     #[test]
     fn a_scale_that_all_weights_share_says_nothing(records in records(), scale in 0.01..1.0) {
         let scaled: Vec<_> = records.iter().map(|r| Record { inclusion: r.inclusion * scale, ..*r }).collect();
