@@ -22,6 +22,8 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
     ("forebay-calls", &["forebay-operator", "forebay-schemas"]),
     ("forebay-stores", &["forebay-operator", "forebay-schemas"]),
     ("forebay-operators", &["forebay-calls", "forebay-operator", "forebay-schemas", "forebay-stores"]),
+    // Numbers in, numbers out.
+    ("forebay-estimators", &[]),
     // A Kafka broker knows records as bytes only.
     ("forebay-broker", &[]),
     // Nor does a model server know who calls it.
@@ -41,6 +43,8 @@ const NEVER_BELOW: &[(&str, &[&str])] = &[
         "forebay-operators",
         &["rdkafka", "axum", "opentelemetry", "datafusion", "deltalake", "forebay-runtime"],
     ),
+    // Whoever can add can use them: an engine of SQL, a test, a notebook.
+    ("forebay-estimators", &["rdkafka", "datafusion", "deltalake", "arrow", "tokio", "serde"]),
     // The loop drives steps that it cannot name.
     ("forebay-runtime", &["forebay-operators", "forebay-calls", "forebay-stores", "datafusion", "deltalake"]),
     // Over half an hour of build: it belongs into a binary of its own.
