@@ -4,6 +4,9 @@
 //! price; of each budget that it falls under, or of none. After it, what it took is counted instead. Periods are those of the
 //! calendar, in UTC.
 //!
+//! Tenants are admitted by whoever runs Forebay; keys and jobs are a client's own word. So a tenant may have only so many of them
+//! counted at a time, and one that makes them up is refused more and takes nothing from others.
+//!
 //! Invariant: what calls under way and calls that are over take stays within each budget, but for what one answer takes beyond
 //! its estimate. A call without an answer counts as nothing, and so does an answer that had been paid for before.
 
@@ -16,7 +19,7 @@ use forebay_operator::Clock;
 use forebay_schemas::{JobId, KeyId, Usage};
 use forebay_stores::{
     Counters,
-    counters::{AMOUNT_MAX, Hold, Line},
+    counters::{AMOUNT_MAX, GROUP_MAX, Hold, Line},
 };
 use futures::future::BoxFuture;
 use std::{
@@ -127,6 +130,11 @@ impl Budget {
                 format!("{}/{word}/{period}/{}:{tenant}/{holder}", self.holder, tenant.len())
             }
         }
+    }
+
+    /// Whose counters are limited together: those of a tenant's keys or jobs, over all periods that are still kept.
+    fn group(&self, tenant: &str) -> Option<String> {
+        (self.holder != Holder::Tenant).then(|| format!("{}/{}/{tenant}", self.holder, self.word()))
     }
 }
 
@@ -243,19 +251,29 @@ impl Budgets {
             let name = budget.counter(call.tenant.as_str(), holder, now_ms);
             let amount = self.amount(budget.unit, call, model)?;
             let keep = budget.period.length() + HOLD;
-            lines.push(Line { name, amount, limit: budget.limit.min(AMOUNT_MAX), keep });
+            let (limit, group) = (budget.limit.min(AMOUNT_MAX), budget.group(call.tenant.as_str()));
+            lines.push(Line { name, amount, limit, keep, group });
         }
         let id = format!("{}-{}", self.owner, self.held.fetch_add(1, Ordering::Relaxed));
         if !lines.is_empty() {
             let taken = self.counters.hold(&id, &lines, HOLD).await.map_err(unavailable)?;
-            if let Hold::Over { line, .. } = taken {
-                let of = budgets.get(line).map(|(budget, holder)| {
+            let refused = match taken {
+                Hold::Taken => None,
+                Hold::Over { line, .. } => budgets.get(line).map(|(budget, holder)| {
                     format!(
                         "{} {holder:?} has no room for this call in its budget of {budget}",
                         budget.holder
                     )
-                });
-                return Err(CallError::new(Class::Rejected, "budget_exceeded", of.unwrap_or_default()));
+                }),
+                Hold::Full { line } => budgets.get(line).map(|(budget, holder)| {
+                    format!(
+                        "{} {holder:?} is one too many: budgets of {budget} are counted for {GROUP_MAX} of a tenant at a time",
+                        budget.holder
+                    )
+                }),
+            };
+            if let Some(message) = refused {
+                return Err(CallError::new(Class::Rejected, "budget_exceeded", message));
             }
         }
         let units = budgets.iter().map(|(budget, _)| budget.unit).collect();
@@ -514,6 +532,25 @@ mod tests {
             "{full}"
         );
         assert_eq!(ask("b", Some("ci"), Some("small")).await, "ok", "keys and jobs are a tenant's own");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_tenant_that_makes_up_jobs_is_refused_more_of_them_and_stops_nobody_else() {
+        let (_, allowed) = allowed(vec![of(Holder::Job, None, Unit::Tokens, 200)], |_| Some(100));
+        let allowed = &allowed;
+        let ask = |tenant: &'static str, job: usize| async move {
+            let job = Some(JobId::try_from(format!("j{job}")).unwrap());
+            let asked = allowed.complete(&Call { job, ..call(tenant, "m") }, &Deaf).await;
+            asked.map_or_else(|error| format!("{}: {error}", error.code), |_| "ok".to_owned())
+        };
+        assert!(join_all((0..GROUP_MAX).map(|job| ask("a", job))).await.iter().all(|asked| asked == "ok"));
+        let full = ask("a", GROUP_MAX).await;
+        assert_eq!(
+            full,
+            r#"budget_exceeded: job "j10000" is one too many: budgets of 200 tokens/day are counted for 10000 of a tenant at a time"#
+        );
+        assert_eq!(ask("a", 7).await, "ok", "whose counter is there");
+        assert_eq!(ask("b", 0).await, "ok");
     }
 
     #[test]
