@@ -15,7 +15,7 @@ use forebay_calls::{
     allowance::{Allowances, Reservation},
     prices::Tariff,
 };
-use forebay_operator::Clock;
+use forebay_operator::{BoxError, Clock};
 use forebay_schemas::{JobId, KeyId, Usage};
 use forebay_stores::{
     Counters,
@@ -30,9 +30,12 @@ use std::{
     },
     time::Duration,
 };
+use tokio::{runtime::Handle, task::JoinHandle};
 
 /// Until what was held for a call is free again whose process died: longer than a call with all its tries takes.
 const HOLD: Duration = Duration::from_secs(20 * 60);
+/// How long whoever counts is waited for.
+const SETTLE_MAX: Duration = Duration::from_secs(10);
 /// Nano-dollars in a dollar.
 const NANOS: u64 = 1_000_000_000;
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
@@ -255,8 +258,12 @@ impl Budgets {
             lines.push(Line { name, amount, limit, keep, group });
         }
         let id = format!("{}-{}", self.owner, self.held.fetch_add(1, Ordering::Relaxed));
-        if !lines.is_empty() {
-            let taken = self.counters.hold(&id, &lines, HOLD).await.map_err(unavailable)?;
+        let units = budgets.iter().map(|(budget, _)| budget.unit).collect();
+        // It exists before its answer is there: where nobody waits for that, or it comes too late, it may be held all the same.
+        let mut held = Held { counters: Arc::clone(&self.counters), id, lines, units, is_open: true };
+        if !held.lines.is_empty() {
+            let taken = self.counters.hold(&held.id, &held.lines, HOLD).await.map_err(unavailable)?;
+            held.is_open = taken == Hold::Taken;
             let refused = match taken {
                 Hold::Taken => None,
                 Hold::Over { line, .. } => budgets.get(line).map(|(budget, holder)| {
@@ -276,8 +283,7 @@ impl Budgets {
                 return Err(CallError::new(Class::Rejected, "budget_exceeded", message));
             }
         }
-        let units = budgets.iter().map(|(budget, _)| budget.unit).collect();
-        Ok(Box::new(Held { counters: Arc::clone(&self.counters), hold: Some((id, lines)), units }))
+        Ok(Box::new(held))
     }
 }
 
@@ -297,39 +303,50 @@ impl Allowances for Budgets {
     }
 }
 
-/// What is held for a call, and given back when it is dropped.
+/// What is held for a call, or may be, and given back when it is dropped.
 struct Held {
     counters: Arc<dyn Counters>,
-    hold: Option<(String, Vec<Line>)>,
+    id: String,
+    lines: Vec<Line>,
     units: Vec<Unit>,
+    /// Whether it may be held and is not settled.
+    is_open: bool,
+}
+
+impl Held {
+    /// Counts what was used, once, beside whoever asks for it.
+    fn close(&mut self, used: Vec<u64>) -> Option<JoinHandle<()>> {
+        if !std::mem::take(&mut self.is_open) || self.lines.is_empty() {
+            return None;
+        }
+        // Without a runtime the process ends, and the hold runs out by itself.
+        let runtime = Handle::try_current().ok()?;
+        let (counters, id) = (Arc::clone(&self.counters), std::mem::take(&mut self.id));
+        let lines = std::mem::take(&mut self.lines);
+        Some(runtime.spawn(async move { settle(&*counters, &id, &lines, &used).await }))
+    }
 }
 
 impl Reservation for Held {
     fn settle<'a>(mut self: Box<Self>, reply: &'a Reply) -> BoxFuture<'a, ()> {
-        let (hold, units) = (self.hold.take(), std::mem::take(&mut self.units));
-        let counters = Arc::clone(&self.counters);
         Box::pin(async move {
-            let Some((id, lines)) = hold else { return };
-            let used = lines.iter().zip(units).map(|(line, unit)| match unit {
+            let used = self.lines.iter().zip(&self.units).map(|(line, unit)| match unit {
                 Unit::Tokens => reply.usage.map_or(line.amount, |usage| usage.total_tokens),
                 // Where nobody says what it took, it took what it might.
                 Unit::Money => {
                     reply.cost_nano_usd.map_or(line.amount, |cost| u64::try_from(cost.0).unwrap_or(0))
                 }
             });
-            settle(&*counters, &id, &lines, &used.map(|used| used.min(AMOUNT_MAX)).collect::<Vec<_>>()).await;
+            let used: Vec<_> = used.map(|used| used.min(AMOUNT_MAX)).collect();
+            self.is_open = false;
+            settle(&*self.counters, &self.id, &self.lines, &used).await;
         })
     }
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
-        let Some((id, lines)) = self.hold.take().filter(|(_, lines)| !lines.is_empty()) else { return };
-        let counters = Arc::clone(&self.counters);
-        // Without a runtime the process ends, and the hold runs out by itself.
-        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-            runtime.spawn(async move { settle(&*counters, &id, &lines, &vec![0; lines.len()]).await });
-        }
+        self.close(vec![0; self.lines.len()]);
     }
 }
 
@@ -338,7 +355,8 @@ async fn settle(counters: &dyn Counters, id: &str, lines: &[Line], used: &[u64])
     if lines.is_empty() {
         return;
     }
-    if let Err(error) = counters.settle(id, lines, used).await {
+    let settled = tokio::time::timeout(SETTLE_MAX, counters.settle(id, lines, used)).await;
+    if let Err(error) = settled.map_err(BoxError::from).and_then(|settled| settled.map_err(BoxError::from)) {
         tracing::warn!(error = %error, "could not count what a call took; what was held for it counts until it runs out");
     }
 }
@@ -348,7 +366,7 @@ mod tests {
     use super::*;
     use forebay_calls::{Allowed, Listener, Model, Tried, Upstream};
     use forebay_schemas::{NanoUsd, Sampling, Tenant};
-    use forebay_stores::counters::Local;
+    use forebay_stores::{Answer, counters::Local};
     use futures::future::join_all;
     use std::time::UNIX_EPOCH;
     use tokio::time::Instant;
@@ -417,15 +435,22 @@ mod tests {
         budgets: Vec<Budget>,
         takes: impl Fn(u64) -> Option<u64> + Send + Sync + 'static,
     ) -> (Arc<Taking>, Allowed) {
+        allowed_by(|local| Arc::new(local), budgets, takes)
+    }
+
+    fn allowed_by(
+        counters: impl FnOnce(Local) -> Arc<dyn Counters>,
+        budgets: Vec<Budget>,
+        takes: impl Fn(u64) -> Option<u64> + Send + Sync + 'static,
+    ) -> (Arc<Taking>, Allowed) {
         // 2026-11-30, 23:59 UTC.
         let (clock, began) = (Clock::starting_at(1_796_083_140_000), Instant::now());
-        let counters = Local::new(Arc::new(move || UNIX_EPOCH + began.elapsed()));
+        let counters = counters(Local::new(Arc::new(move || UNIX_EPOCH + began.elapsed())));
         let prices = Prices::new(clock)
             .with_table("t.json", r#"{"m": {"output_cost_per_token": 1e-9}}"#, None)
             .unwrap();
         let taking = Arc::new(Taking(Box::new(takes), AtomicU64::new(0), AtomicU64::new(0)));
-        let budgets =
-            Budgets::new(budgets, Some(Arc::new(prices)), Arc::new(counters), clock, "test".to_owned());
+        let budgets = Budgets::new(budgets, Some(Arc::new(prices)), counters, clock, "test".to_owned());
         (taking.clone(), Allowed::new(taking, Arc::new(budgets)))
     }
 
@@ -467,6 +492,45 @@ mod tests {
         let (asked, short) = (call("a", "m"), Duration::from_millis(5));
         assert!(tokio::time::timeout(short, allowed.complete(&asked, &Deaf)).await.is_err(), "given up");
         tokio::task::yield_now().await;
+        assert_eq!(code(&allowed, "a", "m").await, "ok");
+        assert_eq!(code(&allowed, "a", "m").await, "budget_exceeded");
+    }
+
+    /// Counters that do what they are told at once, and say so late.
+    struct Late {
+        inner: Local,
+        hold: Duration,
+        settle: Duration,
+    }
+
+    impl Counters for Late {
+        fn hold<'a>(&'a self, id: &'a str, lines: &'a [Line], time: Duration) -> Answer<'a, Hold> {
+            Box::pin(async move {
+                let taken = self.inner.hold(id, lines, time).await;
+                tokio::time::sleep(self.hold).await;
+                taken
+            })
+        }
+        fn settle<'a>(&'a self, id: &'a str, lines: &'a [Line], used: &'a [u64]) -> Answer<'a, ()> {
+            Box::pin(async move {
+                tokio::time::sleep(self.settle).await;
+                self.inner.settle(id, lines, used).await
+            })
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_held_after_nobody_waits_for_it_is_given_back() {
+        let hold = Duration::from_secs(1);
+        let late = |inner| Arc::new(Late { inner, hold, settle: Duration::ZERO }) as Arc<dyn Counters>;
+        let (taking, allowed) =
+            allowed_by(late, vec![budget(None, Unit::Tokens, Period::Day, 100)], |_| Some(100));
+        let asked = call("a", "m");
+        for _ in 0..3 {
+            assert!(tokio::time::timeout(hold / 2, allowed.complete(&asked, &Deaf)).await.is_err());
+            tokio::time::sleep(hold).await;
+        }
+        assert_eq!(taking.1.load(Ordering::Relaxed), 0);
         assert_eq!(code(&allowed, "a", "m").await, "ok");
         assert_eq!(code(&allowed, "a", "m").await, "budget_exceeded");
     }

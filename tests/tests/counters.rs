@@ -31,6 +31,7 @@ async fn contract(store: &Arc<dyn Counters>, pass: Pass<'_>) -> Outcome {
     a_counter_is_forgotten_when_it_is_no_longer_kept(store.as_ref(), pass).await?;
     of_200_at_once_as_many_are_let_in_as_there_is_room_for(store).await?;
     amounts_are_exact_to_the_last_unit(store.as_ref()).await?;
+    a_hold_that_its_settlement_overtook_holds_nothing(store.as_ref()).await?;
     a_full_group_is_refused_new_counters_and_nobody_else_is(store.as_ref(), pass).await?;
     what_is_over_a_limit_is_refused(store.as_ref()).await
 }
@@ -114,6 +115,15 @@ async fn amounts_are_exact_to_the_last_unit(store: &dyn Counters) -> Outcome {
     let counted = AMOUNT_MAX - 2;
     assert_eq!(store.hold("2", &[line("g", 3, AMOUNT_MAX)], LONG).await?, Hold::Over { line: 0, counted });
     assert_eq!(store.hold("2", &[line("g", 2, AMOUNT_MAX)], LONG).await?, Hold::Taken);
+    Ok(())
+}
+
+async fn a_hold_that_its_settlement_overtook_holds_nothing(store: &dyn Counters) -> Outcome {
+    let lines = [line("j1", 60, 100), line("j2", 60, 100)];
+    store.settle("late", &lines, &[0, 0]).await?;
+    store.hold("late", &lines, LONG).await?;
+    assert_eq!(store.hold("next", &lines, LONG).await?, Hold::Taken);
+    assert_eq!(store.hold("third", &lines, LONG).await?, Hold::Over { line: 0, counted: 60 });
     Ok(())
 }
 

@@ -21,6 +21,8 @@ pub use self::local::Local;
 pub const NAME_BYTES_MAX: usize = 768;
 /// The most lines of a hold.
 pub const LINES_MAX: usize = 64;
+/// How long a settlement is remembered for a hold that may come after it: longer than one is under way.
+const OVERTAKEN: Duration = Duration::from_secs(60);
 /// The most counters of a group.
 pub const GROUP_MAX: usize = 10_000;
 /// The largest amount or limit. Redis counts in its scripts by floats, which are exact up to here.
@@ -66,7 +68,8 @@ pub trait Counters: Send + Sync + 'static {
     fn hold<'a>(&'a self, id: &'a str, lines: &'a [Line], time: Duration) -> Answer<'a, Hold>;
 
     /// Gives a hold back and counts what was used instead: an amount for each line, 0 where it was nothing. What was used
-    /// counts also where the hold had run out. Not to be repeated.
+    /// counts also where the hold had run out. Not to be repeated. A hold that arrives after its settlement, as its caller did not
+    /// wait for it, holds nothing.
     fn settle<'a>(&'a self, id: &'a str, lines: &'a [Line], used: &'a [u64]) -> Answer<'a, ()>;
 }
 

@@ -1,6 +1,6 @@
 //! The counters of one process, in memory: they begin at 0 with it.
 
-use super::{AMOUNT_MAX, Counters, GROUP_MAX, Hold, Line, check};
+use super::{AMOUNT_MAX, Counters, GROUP_MAX, Hold, Line, OVERTAKEN, check};
 use crate::clock::{ttl_ms, unix_ms};
 use crate::{Answer, Clock, Error};
 use futures::FutureExt;
@@ -69,6 +69,9 @@ impl Local {
         if map.counters.len() >= map.sweep_at.max(SWEEP_MIN) {
             map.sweep(now_ms);
         }
+        if lines.iter().any(|line| map.holds(&line.name, id, now_ms)) {
+            return Ok(Hold::Taken);
+        }
         for (index, line) in lines.iter().enumerate() {
             if !map.has_room(line, now_ms) {
                 return Ok(Hold::Full { line: index });
@@ -92,7 +95,10 @@ impl Local {
         let mut map = self.lock();
         for (line, used) in lines.iter().zip(used) {
             let counter = map.current(line, now_ms);
-            counter.holds.remove(id);
+            if counter.holds.remove(id).is_none() {
+                let until_ms = now_ms.saturating_add(ttl_ms(OVERTAKEN));
+                counter.holds.insert(id.to_owned(), (0, until_ms));
+            }
             counter.used = counter.used.saturating_add(*used).min(AMOUNT_MAX);
             counter.kept_until_ms = now_ms.saturating_add(ttl_ms(line.keep));
         }
@@ -105,6 +111,12 @@ impl Map {
     fn counted(&mut self, name: &str, now_ms: u64) -> u64 {
         let kept = self.counters.get_mut(name).filter(|counter| counter.kept_until_ms > now_ms);
         kept.map_or(0, |counter| counter.counted(now_ms))
+    }
+
+    /// Whether this hold was there before: settled, or it would not be asked for.
+    fn holds(&self, name: &str, id: &str, now_ms: u64) -> bool {
+        let kept = self.counters.get(name).filter(|counter| counter.kept_until_ms > now_ms);
+        kept.and_then(|counter| counter.holds.get(id)).is_some_and(|(_, until_ms)| *until_ms > now_ms)
     }
 
     /// The counter as it is now: one that is no longer kept begins at 0.

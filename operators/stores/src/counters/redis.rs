@@ -3,7 +3,7 @@
 //! A counter is a hash of what is used (`u`) and held (`h`), beside a sorted set of its holds by their ends. A group is a sorted
 //! set of its counters by when they are forgotten. Time is the server's, so processes need not agree on it.
 
-use super::{Counters, GROUP_MAX, Hold, Line, check};
+use super::{Counters, GROUP_MAX, Hold, Line, OVERTAKEN, check};
 use crate::Answer;
 use crate::clock::ttl_ms;
 use crate::key_value::Redis;
@@ -22,6 +22,7 @@ static HOLD: LazyLock<Script> = LazyLock::new(|| {
         local lines = #KEYS / 3
         for i = 1, lines do
             local counter, holds, group, most = KEYS[3 * i - 2], KEYS[3 * i - 1], KEYS[3 * i], tonumber(ARGV[4 * i + 2])
+            if redis.call('ZSCORE', holds, '0:' .. ARGV[1]) then return {0, 0} end
             if most > 0 and redis.call('EXISTS', counter) == 0 then
                 redis.call('ZREMRANGEBYSCORE', group, '-inf', now)
                 if redis.call('ZCARD', group) >= most then return {-i, 0} end
@@ -50,17 +51,22 @@ static HOLD: LazyLock<Script> = LazyLock::new(|| {
     )
 });
 
-/// Arguments: id, then what was held, what was used and ms to keep for each line.
+/// Arguments: id, ms to remember it for a hold that comes after it, then what was held, what was used and ms to keep for each
+/// line. Such a hold finds one of 0 in its place.
 static SETTLE: LazyLock<Script> = LazyLock::new(|| {
     Script::new(
         r"
+        local time = redis.call('TIME')
+        local now = time[1] * 1000 + math.floor(time[2] / 1000)
         for i = 1, #KEYS / 2 do
             local counter, holds = KEYS[2 * i - 1], KEYS[2 * i]
-            local held, used, keep = ARGV[3 * i - 1], ARGV[3 * i], ARGV[3 * i + 1]
+            local held, used, keep = ARGV[3 * i], ARGV[3 * i + 1], ARGV[3 * i + 2]
             if redis.call('ZREM', holds, held .. ':' .. ARGV[1]) == 1 then
                 redis.call('HINCRBY', counter, 'h', '-' .. held)
+            else
+                redis.call('ZADD', holds, now + ARGV[2], '0:' .. ARGV[1])
             end
-            redis.call('HINCRBY', counter, 'u', used)
+            if used ~= '0' then redis.call('HINCRBY', counter, 'u', used) end
             redis.call('PEXPIRE', counter, keep)
             redis.call('PEXPIRE', holds, keep)
         end
@@ -99,7 +105,7 @@ impl Counters for Redis {
         async move {
             check(id, lines)?;
             let mut call = SETTLE.prepare_invoke();
-            call.arg(id);
+            call.arg(id).arg(ttl_ms(OVERTAKEN));
             for (line, used) in lines.iter().zip(used) {
                 keys(self, &mut call, line);
                 call.arg(line.amount).arg(*used).arg(ttl_ms(line.keep));
