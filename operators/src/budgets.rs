@@ -338,8 +338,10 @@ impl Reservation for Held {
                 }
             });
             let used: Vec<_> = used.map(|used| used.min(AMOUNT_MAX)).collect();
-            self.is_open = false;
-            settle(&*self.counters, &self.id, &self.lines, &used).await;
+            if let Some(counting) = self.close(used) {
+                // Waited for, so that the next call finds it counted; whoever has no time for that leaves it to the task.
+                let _ = counting.await;
+            }
         })
     }
 }
@@ -533,6 +535,20 @@ mod tests {
         assert_eq!(taking.1.load(Ordering::Relaxed), 0);
         assert_eq!(code(&allowed, "a", "m").await, "ok");
         assert_eq!(code(&allowed, "a", "m").await, "budget_exceeded");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_a_call_took_is_counted_though_nobody_waits_for_that() {
+        let settle = Duration::from_secs(1);
+        let late = |inner| Arc::new(Late { inner, hold: Duration::ZERO, settle }) as Arc<dyn Counters>;
+        let (taking, allowed) =
+            allowed_by(late, vec![budget(None, Unit::Tokens, Period::Day, 140)], |_| Some(40));
+        let asked = call("a", "m");
+        assert!(tokio::time::timeout(settle / 2, allowed.complete(&asked, &Deaf)).await.is_err());
+        assert_eq!(taking.2.load(Ordering::Relaxed), 40, "it was answered");
+        tokio::time::sleep(settle).await;
+        assert_eq!(code(&allowed, "a", "m").await, "ok", "40 are counted and none held");
+        assert_eq!(code(&allowed, "a", "m").await, "budget_exceeded", "80 are counted");
     }
 
     #[tokio::test(start_paused = true)]
