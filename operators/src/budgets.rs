@@ -4,6 +4,9 @@
 //! price; of each budget that it falls under, or of none. After it, what it took is counted instead. Periods are those of the
 //! calendar, in UTC.
 //!
+//! Tenants are admitted by whoever runs Forebay; keys and jobs are a client's own word. So a tenant may have only so many of them
+//! counted at a time, and one that makes them up is refused more and takes nothing from others.
+//!
 //! Invariant: what calls under way and calls that are over take stays within each budget, but for what one answer takes beyond
 //! its estimate. A call without an answer counts as nothing, and so does an answer that had been paid for before.
 
@@ -12,11 +15,11 @@ use forebay_calls::{
     allowance::{Allowances, Reservation},
     prices::Tariff,
 };
-use forebay_operator::Clock;
+use forebay_operator::{BoxError, Clock};
 use forebay_schemas::{JobId, KeyId, Usage};
 use forebay_stores::{
     Counters,
-    counters::{AMOUNT_MAX, Hold, Line},
+    counters::{AMOUNT_MAX, GROUP_MAX, Hold, Line},
 };
 use futures::future::BoxFuture;
 use std::{
@@ -27,9 +30,12 @@ use std::{
     },
     time::Duration,
 };
+use tokio::{runtime::Handle, task::JoinHandle};
 
 /// Until what was held for a call is free again whose process died: longer than a call with all its tries takes.
 const HOLD: Duration = Duration::from_secs(20 * 60);
+/// How long whoever counts is waited for.
+const SETTLE_MAX: Duration = Duration::from_secs(10);
 /// Nano-dollars in a dollar.
 const NANOS: u64 = 1_000_000_000;
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
@@ -127,6 +133,11 @@ impl Budget {
                 format!("{}/{word}/{period}/{}:{tenant}/{holder}", self.holder, tenant.len())
             }
         }
+    }
+
+    /// Whose counters are limited together: those of a tenant's keys or jobs, over all periods that are still kept.
+    fn group(&self, tenant: &str) -> Option<String> {
+        (self.holder != Holder::Tenant).then(|| format!("{}/{}/{tenant}", self.holder, self.word()))
     }
 }
 
@@ -243,23 +254,36 @@ impl Budgets {
             let name = budget.counter(call.tenant.as_str(), holder, now_ms);
             let amount = self.amount(budget.unit, call, model)?;
             let keep = budget.period.length() + HOLD;
-            lines.push(Line { name, amount, limit: budget.limit.min(AMOUNT_MAX), keep });
+            let (limit, group) = (budget.limit.min(AMOUNT_MAX), budget.group(call.tenant.as_str()));
+            lines.push(Line { name, amount, limit, keep, group });
         }
         let id = format!("{}-{}", self.owner, self.held.fetch_add(1, Ordering::Relaxed));
-        if !lines.is_empty() {
-            let taken = self.counters.hold(&id, &lines, HOLD).await.map_err(unavailable)?;
-            if let Hold::Over { line, .. } = taken {
-                let of = budgets.get(line).map(|(budget, holder)| {
+        let units = budgets.iter().map(|(budget, _)| budget.unit).collect();
+        // It exists before its answer is there: where nobody waits for that, or it comes too late, it may be held all the same.
+        let mut held = Held { counters: Arc::clone(&self.counters), id, lines, units, is_open: true };
+        if !held.lines.is_empty() {
+            let taken = self.counters.hold(&held.id, &held.lines, HOLD).await.map_err(unavailable)?;
+            held.is_open = taken == Hold::Taken;
+            let refused = match taken {
+                Hold::Taken => None,
+                Hold::Over { line, .. } => budgets.get(line).map(|(budget, holder)| {
                     format!(
                         "{} {holder:?} has no room for this call in its budget of {budget}",
                         budget.holder
                     )
-                });
-                return Err(CallError::new(Class::Rejected, "budget_exceeded", of.unwrap_or_default()));
+                }),
+                Hold::Full { line } => budgets.get(line).map(|(budget, holder)| {
+                    format!(
+                        "{} {holder:?} is one too many: budgets of {budget} are counted for {GROUP_MAX} of a tenant at a time",
+                        budget.holder
+                    )
+                }),
+            };
+            if let Some(message) = refused {
+                return Err(CallError::new(Class::Rejected, "budget_exceeded", message));
             }
         }
-        let units = budgets.iter().map(|(budget, _)| budget.unit).collect();
-        Ok(Box::new(Held { counters: Arc::clone(&self.counters), hold: Some((id, lines)), units }))
+        Ok(Box::new(held))
     }
 }
 
@@ -279,39 +303,52 @@ impl Allowances for Budgets {
     }
 }
 
-/// What is held for a call, and given back when it is dropped.
+/// What is held for a call, or may be, and given back when it is dropped.
 struct Held {
     counters: Arc<dyn Counters>,
-    hold: Option<(String, Vec<Line>)>,
+    id: String,
+    lines: Vec<Line>,
     units: Vec<Unit>,
+    /// Whether it may be held and is not settled.
+    is_open: bool,
+}
+
+impl Held {
+    /// Counts what was used, once, beside whoever asks for it.
+    fn close(&mut self, used: Vec<u64>) -> Option<JoinHandle<()>> {
+        if !std::mem::take(&mut self.is_open) || self.lines.is_empty() {
+            return None;
+        }
+        // Without a runtime the process ends, and the hold runs out by itself.
+        let runtime = Handle::try_current().ok()?;
+        let (counters, id) = (Arc::clone(&self.counters), std::mem::take(&mut self.id));
+        let lines = std::mem::take(&mut self.lines);
+        Some(runtime.spawn(async move { settle(&*counters, &id, &lines, &used).await }))
+    }
 }
 
 impl Reservation for Held {
     fn settle<'a>(mut self: Box<Self>, reply: &'a Reply) -> BoxFuture<'a, ()> {
-        let (hold, units) = (self.hold.take(), std::mem::take(&mut self.units));
-        let counters = Arc::clone(&self.counters);
         Box::pin(async move {
-            let Some((id, lines)) = hold else { return };
-            let used = lines.iter().zip(units).map(|(line, unit)| match unit {
+            let used = self.lines.iter().zip(&self.units).map(|(line, unit)| match unit {
                 Unit::Tokens => reply.usage.map_or(line.amount, |usage| usage.total_tokens),
                 // Where nobody says what it took, it took what it might.
                 Unit::Money => {
                     reply.cost_nano_usd.map_or(line.amount, |cost| u64::try_from(cost.0).unwrap_or(0))
                 }
             });
-            settle(&*counters, &id, &lines, &used.map(|used| used.min(AMOUNT_MAX)).collect::<Vec<_>>()).await;
+            let used: Vec<_> = used.map(|used| used.min(AMOUNT_MAX)).collect();
+            if let Some(counting) = self.close(used) {
+                // Waited for, so that the next call finds it counted; whoever has no time for that leaves it to the task.
+                let _ = counting.await;
+            }
         })
     }
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
-        let Some((id, lines)) = self.hold.take().filter(|(_, lines)| !lines.is_empty()) else { return };
-        let counters = Arc::clone(&self.counters);
-        // Without a runtime the process ends, and the hold runs out by itself.
-        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-            runtime.spawn(async move { settle(&*counters, &id, &lines, &vec![0; lines.len()]).await });
-        }
+        self.close(vec![0; self.lines.len()]);
     }
 }
 
@@ -320,7 +357,8 @@ async fn settle(counters: &dyn Counters, id: &str, lines: &[Line], used: &[u64])
     if lines.is_empty() {
         return;
     }
-    if let Err(error) = counters.settle(id, lines, used).await {
+    let settled = tokio::time::timeout(SETTLE_MAX, counters.settle(id, lines, used)).await;
+    if let Err(error) = settled.map_err(BoxError::from).and_then(|settled| settled.map_err(BoxError::from)) {
         tracing::warn!(error = %error, "could not count what a call took; what was held for it counts until it runs out");
     }
 }
@@ -330,7 +368,7 @@ mod tests {
     use super::*;
     use forebay_calls::{Allowed, Listener, Model, Tried, Upstream};
     use forebay_schemas::{NanoUsd, Sampling, Tenant};
-    use forebay_stores::counters::Local;
+    use forebay_stores::{Answer, counters::Local};
     use futures::future::join_all;
     use std::time::UNIX_EPOCH;
     use tokio::time::Instant;
@@ -399,15 +437,22 @@ mod tests {
         budgets: Vec<Budget>,
         takes: impl Fn(u64) -> Option<u64> + Send + Sync + 'static,
     ) -> (Arc<Taking>, Allowed) {
+        allowed_by(|local| Arc::new(local), budgets, takes)
+    }
+
+    fn allowed_by(
+        counters: impl FnOnce(Local) -> Arc<dyn Counters>,
+        budgets: Vec<Budget>,
+        takes: impl Fn(u64) -> Option<u64> + Send + Sync + 'static,
+    ) -> (Arc<Taking>, Allowed) {
         // 2026-11-30, 23:59 UTC.
         let (clock, began) = (Clock::starting_at(1_796_083_140_000), Instant::now());
-        let counters = Local::new(Arc::new(move || UNIX_EPOCH + began.elapsed()));
+        let counters = counters(Local::new(Arc::new(move || UNIX_EPOCH + began.elapsed())));
         let prices = Prices::new(clock)
             .with_table("t.json", r#"{"m": {"output_cost_per_token": 1e-9}}"#, None)
             .unwrap();
         let taking = Arc::new(Taking(Box::new(takes), AtomicU64::new(0), AtomicU64::new(0)));
-        let budgets =
-            Budgets::new(budgets, Some(Arc::new(prices)), Arc::new(counters), clock, "test".to_owned());
+        let budgets = Budgets::new(budgets, Some(Arc::new(prices)), counters, clock, "test".to_owned());
         (taking.clone(), Allowed::new(taking, Arc::new(budgets)))
     }
 
@@ -451,6 +496,59 @@ mod tests {
         tokio::task::yield_now().await;
         assert_eq!(code(&allowed, "a", "m").await, "ok");
         assert_eq!(code(&allowed, "a", "m").await, "budget_exceeded");
+    }
+
+    /// Counters that do what they are told at once, and say so late.
+    struct Late {
+        inner: Local,
+        hold: Duration,
+        settle: Duration,
+    }
+
+    impl Counters for Late {
+        fn hold<'a>(&'a self, id: &'a str, lines: &'a [Line], time: Duration) -> Answer<'a, Hold> {
+            Box::pin(async move {
+                let taken = self.inner.hold(id, lines, time).await;
+                tokio::time::sleep(self.hold).await;
+                taken
+            })
+        }
+        fn settle<'a>(&'a self, id: &'a str, lines: &'a [Line], used: &'a [u64]) -> Answer<'a, ()> {
+            Box::pin(async move {
+                tokio::time::sleep(self.settle).await;
+                self.inner.settle(id, lines, used).await
+            })
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_held_after_nobody_waits_for_it_is_given_back() {
+        let hold = Duration::from_secs(1);
+        let late = |inner| Arc::new(Late { inner, hold, settle: Duration::ZERO }) as Arc<dyn Counters>;
+        let (taking, allowed) =
+            allowed_by(late, vec![budget(None, Unit::Tokens, Period::Day, 100)], |_| Some(100));
+        let asked = call("a", "m");
+        for _ in 0..3 {
+            assert!(tokio::time::timeout(hold / 2, allowed.complete(&asked, &Deaf)).await.is_err());
+            tokio::time::sleep(hold).await;
+        }
+        assert_eq!(taking.1.load(Ordering::Relaxed), 0);
+        assert_eq!(code(&allowed, "a", "m").await, "ok");
+        assert_eq!(code(&allowed, "a", "m").await, "budget_exceeded");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_a_call_took_is_counted_though_nobody_waits_for_that() {
+        let settle = Duration::from_secs(1);
+        let late = |inner| Arc::new(Late { inner, hold: Duration::ZERO, settle }) as Arc<dyn Counters>;
+        let (taking, allowed) =
+            allowed_by(late, vec![budget(None, Unit::Tokens, Period::Day, 140)], |_| Some(40));
+        let asked = call("a", "m");
+        assert!(tokio::time::timeout(settle / 2, allowed.complete(&asked, &Deaf)).await.is_err());
+        assert_eq!(taking.2.load(Ordering::Relaxed), 40, "it was answered");
+        tokio::time::sleep(settle).await;
+        assert_eq!(code(&allowed, "a", "m").await, "ok", "40 are counted and none held");
+        assert_eq!(code(&allowed, "a", "m").await, "budget_exceeded", "80 are counted");
     }
 
     #[tokio::test(start_paused = true)]
@@ -514,6 +612,25 @@ mod tests {
             "{full}"
         );
         assert_eq!(ask("b", Some("ci"), Some("small")).await, "ok", "keys and jobs are a tenant's own");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_tenant_that_makes_up_jobs_is_refused_more_of_them_and_stops_nobody_else() {
+        let (_, allowed) = allowed(vec![of(Holder::Job, None, Unit::Tokens, 200)], |_| Some(100));
+        let allowed = &allowed;
+        let ask = |tenant: &'static str, job: usize| async move {
+            let job = Some(JobId::try_from(format!("j{job}")).unwrap());
+            let asked = allowed.complete(&Call { job, ..call(tenant, "m") }, &Deaf).await;
+            asked.map_or_else(|error| format!("{}: {error}", error.code), |_| "ok".to_owned())
+        };
+        assert!(join_all((0..GROUP_MAX).map(|job| ask("a", job))).await.iter().all(|asked| asked == "ok"));
+        let full = ask("a", GROUP_MAX).await;
+        assert_eq!(
+            full,
+            r#"budget_exceeded: job "j10000" is one too many: budgets of 200 tokens/day are counted for 10000 of a tenant at a time"#
+        );
+        assert_eq!(ask("a", 7).await, "ok", "whose counter is there");
+        assert_eq!(ask("b", 0).await, "ok");
     }
 
     #[test]

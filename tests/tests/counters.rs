@@ -10,7 +10,7 @@ use forebay_calls::{Allowed, Call, CallError, Listener, Model, Reply, Tried, Ups
 use forebay_operator::Clock;
 use forebay_operators::budgets::{Budget, Budgets, Holder, Period, Unit};
 use forebay_schemas::{JobId, Sampling, Usage};
-use forebay_stores::counters::{AMOUNT_MAX, Hold, Line, Local, NAME_BYTES_MAX};
+use forebay_stores::counters::{AMOUNT_MAX, GROUP_MAX, Hold, Line, Local, NAME_BYTES_MAX};
 use forebay_stores::{Counters, key_value};
 use forebay_tests::services;
 use futures::future::{BoxFuture, join_all};
@@ -31,11 +31,13 @@ async fn contract(store: &Arc<dyn Counters>, pass: Pass<'_>) -> Outcome {
     a_counter_is_forgotten_when_it_is_no_longer_kept(store.as_ref(), pass).await?;
     of_200_at_once_as_many_are_let_in_as_there_is_room_for(store).await?;
     amounts_are_exact_to_the_last_unit(store.as_ref()).await?;
+    a_hold_that_its_settlement_overtook_holds_nothing(store.as_ref()).await?;
+    a_full_group_is_refused_new_counters_and_nobody_else_is(store.as_ref(), pass).await?;
     what_is_over_a_limit_is_refused(store.as_ref()).await
 }
 
 fn line(name: &str, amount: u64, limit: u64) -> Line {
-    Line { name: name.to_owned(), amount, limit, keep: LONG }
+    Line { name: name.to_owned(), amount, limit, keep: LONG, group: None }
 }
 
 async fn what_is_settled_counts_as_used_and_no_longer_as_held(store: &dyn Counters) -> Outcome {
@@ -116,6 +118,43 @@ async fn amounts_are_exact_to_the_last_unit(store: &dyn Counters) -> Outcome {
     Ok(())
 }
 
+async fn a_hold_that_its_settlement_overtook_holds_nothing(store: &dyn Counters) -> Outcome {
+    let lines = [line("j1", 60, 100), line("j2", 60, 100)];
+    store.settle("late", &lines, &[0, 0]).await?;
+    store.hold("late", &lines, LONG).await?;
+    assert_eq!(store.hold("next", &lines, LONG).await?, Hold::Taken);
+    assert_eq!(store.hold("third", &lines, LONG).await?, Hold::Over { line: 0, counted: 60 });
+    Ok(())
+}
+
+async fn a_full_group_is_refused_new_counters_and_nobody_else_is(
+    store: &dyn Counters,
+    pass: Pass<'_>,
+) -> Outcome {
+    let of = |group: &str, n: usize, keep| {
+        [Line { group: Some(group.to_owned()), keep, ..line(&format!("{group}/{n}"), 1, 2) }]
+    };
+    let kept = of("h", 0, LONG);
+    assert_eq!(store.hold("1", &kept, LONG).await?, Hold::Taken);
+    let rest = (1..GROUP_MAX - 1).map(|n| of("h", n, LONG)).collect::<Vec<_>>();
+    for all in rest.chunks(500) {
+        for hold in join_all(all.iter().map(|lines| store.hold("1", lines, SHORT))).await {
+            assert_eq!(hold?, Hold::Taken);
+        }
+    }
+    assert_eq!(store.hold("1", &of("h", GROUP_MAX - 1, SHORT * 4), SHORT).await?, Hold::Taken);
+    let new = of("h", GROUP_MAX, LONG);
+    let after_another = [line("h", 1, 1), new[0].clone()];
+    assert_eq!(store.hold("2", &after_another, LONG).await?, Hold::Full { line: 1 });
+    assert_eq!(store.hold("3", &after_another[..1], LONG).await?, Hold::Taken, "no line of it was held");
+    assert_eq!(store.hold("2", &kept, LONG).await?, Hold::Taken, "who has a counter keeps it");
+    assert_eq!(store.hold("3", &kept, LONG).await?, Hold::Over { line: 0, counted: 2 });
+    assert_eq!(store.hold("2", &of("i", 0, LONG), LONG).await?, Hold::Taken, "another group");
+    pass(SHORT * 5).await;
+    assert_eq!(store.hold("2", &new, LONG).await?, Hold::Taken, "another one was forgotten");
+    Ok(())
+}
+
 async fn what_is_over_a_limit_is_refused(store: &dyn Counters) -> Outcome {
     let long = "n".repeat(NAME_BYTES_MAX + 1);
     for refused in [store.hold(&long, &[], LONG).await, store.hold("1", &[line(&long, 1, 1)], LONG).await] {
@@ -129,6 +168,28 @@ async fn local_counters_keep_the_contract() -> Outcome {
     let began = tokio::time::Instant::now();
     let store: Arc<dyn Counters> = Arc::new(Local::new(Arc::new(move || UNIX_EPOCH + began.elapsed())));
     contract(&store, &|time| Box::pin(tokio::time::advance(time))).await
+}
+
+#[tokio::test(start_paused = true)]
+async fn groups_that_fill_the_memory_leave_room_for_counters_of_none() -> Outcome {
+    let began = tokio::time::Instant::now();
+    let store = Local::new(Arc::new(move || UNIX_EPOCH + began.elapsed()));
+    let (mut holds, alone) = (0, line("alone", 1, 2));
+    store.hold("1", std::slice::from_ref(&alone), LONG).await?;
+    let mut group = 0;
+    let refused = loop {
+        let name = format!("{}", group / GROUP_MAX);
+        let made_up = Line { group: Some(name), ..line(&format!("made up {group}"), 1, 1) };
+        match store.hold("1", &[made_up], LONG).await? {
+            Hold::Taken => holds += 1,
+            refused => break refused,
+        }
+        group += 1;
+    };
+    assert_eq!((holds, refused), (200_000, Hold::Full { line: 0 }));
+    assert_eq!(store.hold("2", &[alone], LONG).await?, Hold::Taken);
+    assert_eq!(store.hold("2", &[line("new", 1, 1)], LONG).await?, Hold::Taken);
+    Ok(())
 }
 
 #[tokio::test]

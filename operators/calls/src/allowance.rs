@@ -3,19 +3,18 @@
 //! How much that is, and where it is kept, is somebody else's business ([`Allowances`]): a file, a store that processes
 //! share, a table of prices. Here stands only when it is asked.
 //!
-//! Invariant: what is reserved for a call is settled once, by what its answer took; a call without an answer, or whose answer
-//! a ledger remembers, settles nothing, and whoever gave the allowance hears of that too.
+//! Invariant: nobody is asked before it is reserved, once for a call with all its tries; and it is settled once, by what the
+//! answer took. A call without an answer settles nothing, and whoever gave the allowance hears of that too. A call whose answer
+//! a ledger remembers asks nobody, and so needs no room: it was paid for when it came.
 
 use crate::{
-    Call, CallError, Happening, Limits, Listener, Model, Reply, Tried, TryId, Upstream,
+    Call, CallError, Class, Happening, Limits, Listener, Model, Reply, Tried, TryId, Upstream,
     model::says_what_it_stands_around,
 };
 use forebay_schemas::NanoUsd;
 use futures::future::BoxFuture;
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, Ordering},
-};
+use std::sync::Arc;
+use tokio::sync::Mutex;
 
 /// Knows what tenants, their keys and their jobs may spend.
 pub trait Allowances: Send + Sync + 'static {
@@ -27,14 +26,14 @@ pub trait Allowances: Send + Sync + 'static {
     ) -> BoxFuture<'a, Result<Box<dyn Reservation>, CallError>>;
 }
 
-/// What was set aside. Dropped unsettled, the call took nothing: it was given up, all its tries failed, or its answer had
-/// been paid for before.
+/// What was set aside. Dropped unsettled, the call took nothing: it was given up, or all its tries failed.
 pub trait Reservation: Send {
     /// The call was answered, and took what the answer says.
     fn settle<'a>(self: Box<Self>, reply: &'a Reply) -> BoxFuture<'a, ()>;
 }
 
 /// A model whose calls are paid out of allowances. Around all tries of a call: a tenant pays for an answer, not for what it took.
+/// Inside, whoever asks at a cost tells so by [`Listener::paid`].
 pub struct Allowed {
     inner: Arc<dyn Model>,
     allowances: Arc<dyn Allowances>,
@@ -56,22 +55,57 @@ impl Model for Allowed {
         listener: &'a dyn Listener,
     ) -> BoxFuture<'a, Result<Reply, CallError>> {
         Box::pin(async move {
-            let reserved = self.allowances.reserve(call, self.inner.name()).await?;
-            let asking = Asking { of: Of::Call(listener), is_asked: Arc::default() };
-            let reply = self.inner.complete(call, &asking).await?;
-            if asking.is_asked.load(Ordering::Relaxed) {
-                reserved.settle(&reply).await;
+            let paying = Paying {
+                allowances: &*self.allowances,
+                call,
+                model: self.inner.name(),
+                reserved: Mutex::default(),
+            };
+            let result = self.inner.complete(call, &Asking { of: Of::Call(listener), paying: &paying }).await;
+            match paying.reserved.into_inner() {
+                None => result,
+                Some(Ok(reserved)) => {
+                    let reply = result?;
+                    reserved.settle(&reply).await;
+                    Ok(reply)
+                }
+                // As it was given, unless something else went wrong after it.
+                Some(Err(refused)) => {
+                    result.map_err(|error| if error.code == refused.code { refused } else { error })
+                }
             }
-            Ok(reply)
         })
     }
 }
 
-/// Hears whether anybody was asked at all: an answer that a ledger remembers was paid for when it came.
+/// What is set aside for a call once somebody is to be asked.
+struct Paying<'c> {
+    allowances: &'c dyn Allowances,
+    call: &'c Call<'c>,
+    model: &'c str,
+    reserved: Mutex<Option<Result<Box<dyn Reservation>, CallError>>>,
+}
+
+impl Paying<'_> {
+    /// Sets it aside, where no try of the call has. Whatever it was refused for, no other try and no other model can help:
+    /// layers hear that the call is at fault, and so no breaker counts it.
+    async fn reserve(&self) -> Result<(), CallError> {
+        let mut reserved = self.reserved.lock().await;
+        if reserved.is_none() {
+            *reserved = Some(self.allowances.reserve(self.call, self.model).await);
+        }
+        match &*reserved {
+            Some(Err(refused)) => Err(CallError { class: Class::Rejected, ..refused.copy() }),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Hears when somebody is to be asked, which an answer that a ledger remembers is not.
 struct Asking<'l> {
     of: Of<'l>,
     /// Shared with the hedge beside it.
-    is_asked: Arc<AtomicBool>,
+    paying: &'l Paying<'l>,
 }
 
 /// Whose listener it hears for.
@@ -111,8 +145,9 @@ impl Listener for Asking<'_> {
         to: Upstream<'a>,
         call: BoxFuture<'a, Result<Reply, CallError>>,
     ) -> BoxFuture<'a, Result<Reply, CallError>> {
+        // Inside what a ledger keeps, so that it is not reached where the answer is known.
         let asked = async {
-            self.is_asked.store(true, Ordering::Relaxed);
+            self.paying.reserve().await?;
             call.await
         };
         self.listener().paid(to, Box::pin(asked))
@@ -132,17 +167,14 @@ impl Listener for Asking<'_> {
 
     fn beside(&self) -> Option<Box<dyn Listener + '_>> {
         let of = Of::Hedge(self.listener().beside()?);
-        Some(Box::new(Asking { of, is_asked: Arc::clone(&self.is_asked) }))
+        Some(Box::new(Asking { of, paying: self.paying }))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        Class,
-        testing::{Heard, Next, Told, call, error, reply},
-    };
+    use crate::testing::{Heard, Next, Told, call, error, reply};
     use std::sync::Mutex;
 
     /// Knows the answer already.
@@ -211,5 +243,14 @@ mod tests {
             .await
             .unwrap_err();
         assert_eq!(one.tries(), 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_that_is_remembered_needs_no_room() {
+        let (one, empty) = (Told::of("one", []), Purse(Arc::new(Mutex::new(0))));
+        let allowed = Allowed::new(one.clone(), Arc::new(empty));
+        assert_eq!(allowed.complete(&call("why"), &Remembers).await.unwrap().text, "yes");
+        assert!(allowed.complete(&call("why"), &Heard::default()).await.is_err());
+        assert_eq!(one.tries(), 0);
     }
 }

@@ -65,7 +65,7 @@ fn tier(name: String, parts: Parts, budget: &Arc<Budget>) -> Tier {
         true => model.clone(),
         false => Arc::new(Fallback::new(model.clone(), fallbacks, budget.clone())),
     };
-    // Outermost: who may not spend makes no call at all, and pays once whatever it took.
+    // Outermost: who may not spend asks nobody at all, and pays once whatever it took.
     let allowed = |model: Arc<dyn Model>| match &allowances {
         Some(allowances) => Arc::new(Allowed::new(model, allowances.clone())) as Arc<dyn Model>,
         None => model,
@@ -77,11 +77,14 @@ fn tier(name: String, parts: Parts, budget: &Arc<Budget>) -> Tier {
 mod tests {
     use super::*;
     use crate::{
-        Class, Happening, Wait,
+        Call, CallError, Class, Happening, Reply, Wait,
+        allowance::Reservation,
         pool::Endpoint,
         testing::{Heard, Next, Told, call, error},
         throttle::Caps,
     };
+    use futures::future::BoxFuture;
+    use std::sync::atomic::{AtomicUsize, Ordering};
     use tokio::time::Instant;
 
     fn parts(told: &Arc<Told>, last: &Arc<Told>) -> Parts {
@@ -121,6 +124,46 @@ mod tests {
             assert_eq!(reply.answered.is_some(), asked_last == 0, "who stands in is of no tier");
             assert_eq!(dead.tries(), if asked_last == 0 { 3 } else { 0 }, "a better tier is tried again too");
         }
+    }
+
+    /// Refuses so many calls, since it cannot count them.
+    struct Uncounted(AtomicUsize);
+    struct Free;
+
+    impl Allowances for Uncounted {
+        fn reserve<'a>(
+            &'a self,
+            _: &'a Call<'_>,
+            _: &'a str,
+        ) -> BoxFuture<'a, Result<Box<dyn Reservation>, CallError>> {
+            let left = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1));
+            let refused = || CallError::new(Class::Closed, "store_unavailable", "could not count");
+            Box::pin(
+                async move { left.map_or(Ok(Box::new(Free) as Box<dyn Reservation>), |_| Err(refused())) },
+            )
+        }
+    }
+    impl Reservation for Free {
+        fn settle<'a>(self: Box<Self>, _: &'a Reply) -> BoxFuture<'a, ()> {
+            Box::pin(async {})
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_may_not_spend_asks_nobody_once_and_no_breaker_counts_it() {
+        let (told, last) = (Told::of("e", []), Told::of("last", []));
+        let allowances = Some(Arc::new(Uncounted(AtomicUsize::new(50))) as Arc<dyn Allowances>);
+        let model = client(Parts { allowances, ..parts(&told, &last) });
+        for _ in 0..50 {
+            let heard = Heard::default();
+            let error = model.complete(&call("why"), &heard).await.unwrap_err();
+            assert_eq!((error.class, error.code), (Class::Closed, "store_unavailable"), "as it was given");
+            assert_eq!(heard.take(), "closed", "a ledger hears of a failed try that nobody sent");
+        }
+        assert_eq!((told.tries(), last.tries()), (0, 0));
+        let begun = Instant::now();
+        assert_eq!(model.complete(&call("why"), &Heard::default()).await.unwrap().text, "e");
+        assert_eq!(begun.elapsed(), Duration::from_millis(100), "it was let in at once");
     }
 
     #[tokio::test(start_paused = true)]

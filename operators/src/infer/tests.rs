@@ -3,7 +3,10 @@
 use super::*;
 use crate::{Extractive, samples};
 use forebay_calls::{
-    CallError, Class, Hedge, Listener, Pool, Tried, Upstream, pool::Endpoint, throttle::Caps,
+    Allowed, CallError, Class, Hedge, Listener, Pool, Tried, Upstream,
+    allowance::{Allowances, Reservation},
+    pool::Endpoint,
+    throttle::Caps,
 };
 use forebay_operator::{
     Called, Clock, Delivery, Event, Found, Host, Known, Ledger, StopSignal, Turn, compliance,
@@ -285,6 +288,40 @@ async fn an_answer_that_was_paid_for_is_not_asked_for_again() {
     assert_eq!(ask(Told(Some(Err(Class::Outage)))).await, (paid, Vec::new()));
     let told = ledger.told.lock().unwrap().join(", ");
     assert_eq!(told, "start 1 ambiguous, failed Some(1), start 1 ambiguous, done Some(1)");
+}
+
+/// Has room for nobody.
+struct Empty;
+
+impl Allowances for Empty {
+    fn reserve<'a>(
+        &'a self,
+        _: &'a Call<'_>,
+        _: &'a str,
+    ) -> BoxFuture<'a, Result<Box<dyn Reservation>, CallError>> {
+        Box::pin(async { Err(CallError::new(Class::Rejected, "budget_exceeded", "nothing is left")) })
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_answer_that_was_paid_for_is_given_also_when_nothing_is_left_to_spend() {
+    let ledger = Arc::new(Remembers::default());
+    let ask = async |model: Arc<dyn Model>| {
+        let delivery = Delivery { ledger: Some(ledger.clone()), ..delivery(compliance::envelope()) };
+        let clock = Clock::starting_at(compliance::NOW_MS);
+        let cx = Context::new(delivery, clock, Arc::new(Reader::default()), StopSignal::new().1);
+        let infer = Infer { model, shape: Shape::default(), settings: Settings::default() };
+        let answered = infer.process(grounded(), &cx).await.map_err(|failure| failure.code());
+        (answered, cx.take_rows().len())
+    };
+    let told = || Arc::new(Told(Some(Ok("the broker keeps records [1]")))) as Arc<dyn Model>;
+    let broke = || Arc::new(Allowed::new(told(), Arc::new(Empty))) as Arc<dyn Model>;
+    assert_eq!(ask(broke()).await, (Err("budget_exceeded"), 0), "nothing was sent, and no row says so");
+    let (paid, _) = ask(told()).await;
+    assert!(paid.is_ok());
+    assert_eq!(ask(broke()).await, (paid, 0));
+    let told = ledger.told.lock().unwrap().join(", ");
+    assert_eq!(told, "start 1 ambiguous, failed None, start 1 ambiguous, done Some(1)");
 }
 
 /// Answers at once, but its 21st try not for an hour.

@@ -5,7 +5,8 @@
 //! are of: nothing here knows a calendar.
 //!
 //! Invariant of every adapter: of any number of simultaneous holds, those that succeed leave each counter at its limit or
-//! below it; and a hold is taken on all of its lines or on none.
+//! below it; and a hold is taken on all of its lines or on none. A group that has all the counters it may have is refused new
+//! ones, and nobody else is refused any; whoever has a counter keeps it.
 
 mod local;
 mod redis;
@@ -20,6 +21,10 @@ pub use self::local::Local;
 pub const NAME_BYTES_MAX: usize = 768;
 /// The most lines of a hold.
 pub const LINES_MAX: usize = 64;
+/// How long a settlement is remembered for a hold that may come after it: longer than one is under way.
+const OVERTAKEN: Duration = Duration::from_secs(60);
+/// The most counters of a group.
+pub const GROUP_MAX: usize = 10_000;
 /// The largest amount or limit. Redis counts in its scripts by floats, which are exact up to here.
 pub const AMOUNT_MAX: u64 = 1 << 53;
 
@@ -34,6 +39,8 @@ pub struct Line {
     pub limit: u64,
     /// How long the counter is kept after its last change; longer than a hold.
     pub keep: Duration,
+    /// The group that the counter belongs to, where somebody else may make up as many of its kind as they like.
+    pub group: Option<String>,
 }
 
 /// Whether there was room.
@@ -48,6 +55,11 @@ pub enum Hold {
         /// What is used and held of it.
         counted: u64,
     },
+    /// The counter of this line, counted from 0, is new, and there are as many of its group as may be.
+    Full {
+        /// Which it was.
+        line: usize,
+    },
 }
 
 /// A store of counters.
@@ -56,7 +68,8 @@ pub trait Counters: Send + Sync + 'static {
     fn hold<'a>(&'a self, id: &'a str, lines: &'a [Line], time: Duration) -> Answer<'a, Hold>;
 
     /// Gives a hold back and counts what was used instead: an amount for each line, 0 where it was nothing. What was used
-    /// counts also where the hold had run out. Not to be repeated.
+    /// counts also where the hold had run out. Not to be repeated. A hold that arrives after its settlement, as its caller did not
+    /// wait for it, holds nothing.
     fn settle<'a>(&'a self, id: &'a str, lines: &'a [Line], used: &'a [u64]) -> Answer<'a, ()>;
 }
 
@@ -65,6 +78,8 @@ fn check(id: &str, lines: &[Line]) -> Result<(), Error> {
     check_size("the lines of a hold", lines.len(), LINES_MAX)?;
     for line in lines {
         check_size("the name of a counter in bytes", line.name.len(), NAME_BYTES_MAX)?;
+        let group_bytes = line.group.as_ref().map_or(0, String::len);
+        check_size("the name of a group of counters in bytes", group_bytes, NAME_BYTES_MAX)?;
     }
     Ok(())
 }

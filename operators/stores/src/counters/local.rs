@@ -1,17 +1,19 @@
 //! The counters of one process, in memory: they begin at 0 with it.
 
-use super::{AMOUNT_MAX, Counters, Hold, Line, check};
+use super::{AMOUNT_MAX, Counters, GROUP_MAX, Hold, Line, OVERTAKEN, check};
 use crate::clock::{ttl_ms, unix_ms};
 use crate::{Answer, Clock, Error};
 use futures::FutureExt;
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// The most counters. More than these are tenants made up to fill the memory.
+/// The most counters of no group, and as many of all groups. More than these are made up to fill the memory.
 const COUNTERS_MAX: usize = 200_000;
 /// Below so many nobody looks for what may be forgotten.
 const SWEEP_MIN: usize = 1_024;
+/// Who is refused a counter looks at most so often whether others may be forgotten, as all are looked at.
+const SWEEP_EVERY_MS: u64 = 1_000;
 
 /// See the module.
 pub struct Local {
@@ -22,8 +24,11 @@ pub struct Local {
 #[derive(Default)]
 struct Map {
     counters: HashMap<String, Counter>,
+    /// How many counters each group has; those of none are under "".
+    groups: HashMap<Arc<str>, usize>,
     /// When there are so many, those that are no longer kept are thrown away.
     sweep_at: usize,
+    swept_at_ms: u64,
 }
 
 #[derive(Default)]
@@ -32,6 +37,7 @@ struct Counter {
     /// Amount and end of each, in milliseconds since 1970.
     holds: HashMap<String, (u64, u64)>,
     kept_until_ms: u64,
+    group: Arc<str>,
 }
 
 impl Counter {
@@ -60,15 +66,23 @@ impl Local {
         check(id, lines)?;
         let now_ms = self.now_ms();
         let mut map = self.lock();
-        map.sweep(now_ms, lines.len())?;
+        if map.counters.len() >= map.sweep_at.max(SWEEP_MIN) {
+            map.sweep(now_ms);
+        }
+        if lines.iter().any(|line| map.holds(&line.name, id, now_ms)) {
+            return Ok(Hold::Taken);
+        }
         for (index, line) in lines.iter().enumerate() {
-            let counted = map.current(&line.name, now_ms).counted(now_ms);
+            if !map.has_room(line, now_ms) {
+                return Ok(Hold::Full { line: index });
+            }
+            let counted = map.counted(&line.name, now_ms);
             if counted.saturating_add(line.amount) > line.limit.min(AMOUNT_MAX) {
                 return Ok(Hold::Over { line: index, counted });
             }
         }
         for line in lines {
-            let counter = map.current(&line.name, now_ms);
+            let counter = map.current(line, now_ms);
             counter.kept_until_ms = now_ms.saturating_add(ttl_ms(line.keep));
             counter.holds.insert(id.to_owned(), (line.amount, now_ms.saturating_add(ttl_ms(time))));
         }
@@ -80,8 +94,11 @@ impl Local {
         let now_ms = self.now_ms();
         let mut map = self.lock();
         for (line, used) in lines.iter().zip(used) {
-            let counter = map.current(&line.name, now_ms);
-            counter.holds.remove(id);
+            let counter = map.current(line, now_ms);
+            if counter.holds.remove(id).is_none() {
+                let until_ms = now_ms.saturating_add(ttl_ms(OVERTAKEN));
+                counter.holds.insert(id.to_owned(), (0, until_ms));
+            }
             counter.used = counter.used.saturating_add(*used).min(AMOUNT_MAX);
             counter.kept_until_ms = now_ms.saturating_add(ttl_ms(line.keep));
         }
@@ -90,23 +107,60 @@ impl Local {
 }
 
 impl Map {
+    /// What is used and held of a counter; one that is not there is not made for the asking.
+    fn counted(&mut self, name: &str, now_ms: u64) -> u64 {
+        let kept = self.counters.get_mut(name).filter(|counter| counter.kept_until_ms > now_ms);
+        kept.map_or(0, |counter| counter.counted(now_ms))
+    }
+
+    /// Whether this hold was there before: settled, or it would not be asked for.
+    fn holds(&self, name: &str, id: &str, now_ms: u64) -> bool {
+        let kept = self.counters.get(name).filter(|counter| counter.kept_until_ms > now_ms);
+        kept.and_then(|counter| counter.holds.get(id)).is_some_and(|(_, until_ms)| *until_ms > now_ms)
+    }
+
     /// The counter as it is now: one that is no longer kept begins at 0.
-    fn current(&mut self, name: &str, now_ms: u64) -> &mut Counter {
-        let counter = self.counters.entry(name.to_owned()).or_default();
+    fn current(&mut self, line: &Line, now_ms: u64) -> &mut Counter {
+        let Self { counters, groups, .. } = self;
+        let counter = counters.entry(line.name.clone()).or_insert_with(|| {
+            let group: Arc<str> = line.group.as_deref().unwrap_or_default().into();
+            *groups.entry(Arc::clone(&group)).or_default() += 1;
+            Counter { group, ..Counter::default() }
+        });
         if counter.kept_until_ms <= now_ms {
-            *counter = Counter::default();
+            *counter = Counter { group: Arc::clone(&counter.group), ..Counter::default() };
         }
         counter
     }
 
-    fn sweep(&mut self, now_ms: u64, more: usize) -> Result<(), Error> {
-        if self.counters.len() < self.sweep_at.max(SWEEP_MIN) {
-            return Ok(());
+    /// Whether the counter is there, or one more of its group may be.
+    fn has_room(&mut self, line: &Line, now_ms: u64) -> bool {
+        if self.counters.contains_key(&line.name) || !self.is_full(line) {
+            return true;
         }
+        if now_ms >= self.swept_at_ms.saturating_add(SWEEP_EVERY_MS) {
+            self.sweep(now_ms);
+        }
+        !self.is_full(line)
+    }
+
+    fn is_full(&self, line: &Line) -> bool {
+        let of = |group: &str| self.groups.get(group).copied().unwrap_or(0);
+        match &line.group {
+            None => of("") >= COUNTERS_MAX,
+            Some(group) => of(group) >= GROUP_MAX || self.counters.len() - of("") >= COUNTERS_MAX,
+        }
+    }
+
+    fn sweep(&mut self, now_ms: u64) {
         self.counters.retain(|_, counter| counter.kept_until_ms > now_ms);
+        self.groups.clear();
+        for counter in self.counters.values() {
+            *self.groups.entry(Arc::clone(&counter.group)).or_default() += 1;
+        }
         // Twice as many as are needed, so that sweeping costs each hold no more than itself.
-        self.sweep_at = (self.counters.len() * 2).min(COUNTERS_MAX);
-        crate::error::check_size("the number of counters", self.counters.len() + more, COUNTERS_MAX)
+        self.sweep_at = self.counters.len() * 2;
+        self.swept_at_ms = now_ms;
     }
 }
 
