@@ -89,6 +89,7 @@ mod tests {
             name: "e".to_owned(),
             model: told.clone(),
             caps: Caps { outstanding: 8, requests_per_minute: None, tokens_per_minute: None },
+            origin: String::new(),
             watch: None,
             starts_cold: false,
             shared: None,
@@ -131,6 +132,7 @@ mod tests {
             name: "e".to_owned(),
             model: told.clone(),
             caps: Caps { outstanding: 8, requests_per_minute: None, tokens_per_minute: None },
+            origin: String::new(),
             watch: None,
 
             starts_cold: false,

@@ -234,6 +234,7 @@ async fn where_the_time_of_a_call_went_is_told_apart() {
         name: "http://here".to_owned(),
         model: Arc::new(Slow),
         caps: Caps { outstanding: 1, requests_per_minute: None, tokens_per_minute: None },
+        origin: String::new(),
         watch: None,
         starts_cold: false,
         shared: None,
@@ -326,6 +327,7 @@ async fn a_hedge_is_a_call_of_its_own_to_the_ledger_and_leaves_a_row_as_does_who
         name: "http://here".to_owned(),
         model: Arc::new(Sticks(Arc::clone(&tries))),
         caps: Caps { outstanding: 8, requests_per_minute: None, tokens_per_minute: None },
+        origin: String::new(),
         watch: None,
 
         starts_cold: false,
