@@ -6,7 +6,10 @@
 //! Invariant: an answer says which provider it comes from where that is not the first. A model that was called, and failed, is
 //! followed by another call only where the budget has it; where nothing was sent, as all breakers are open, no load is added.
 
-use crate::{Budget, Call, CallError, Class, Happening, Listener, Model, Reply, Route};
+use crate::{
+    Budget, Call, CallError, Class, Happening, Listener, Model, Reply, Route,
+    model::says_what_it_stands_around,
+};
 use futures::future::BoxFuture;
 use std::sync::Arc;
 
@@ -21,6 +24,28 @@ impl Fallback {
     /// `then` are asked in this order.
     pub fn new(first: Arc<dyn Model>, then: Vec<Arc<dyn Model>>, budget: Arc<Budget>) -> Self {
         Self { first, then, budget }
+    }
+
+    /// The same where `first` was asked already, and could not be reached.
+    pub(crate) fn instead_of(first: Arc<dyn Model>, then: Vec<Arc<dyn Model>>, budget: Arc<Budget>) -> Self {
+        Self::new(Arc::new(Down(first)), then, budget)
+    }
+}
+
+/// A model that is known to be out of reach.
+struct Down(Arc<dyn Model>);
+
+impl Model for Down {
+    says_what_it_stands_around!(0);
+
+    fn complete<'a>(
+        &'a self,
+        _: &'a Call<'_>,
+        _: &'a dyn Listener,
+    ) -> BoxFuture<'a, Result<Reply, CallError>> {
+        Box::pin(async {
+            Err(CallError::new(Class::Outage, "model_unavailable", "the model was out of reach"))
+        })
     }
 }
 

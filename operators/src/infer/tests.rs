@@ -391,7 +391,7 @@ async fn it_complies() {
 
 /// A tier that does as it is told, and counts.
 fn told_tier(name: &'static str, model: Arc<CountedTier>) -> forebay_calls::tiers::Tier {
-    forebay_calls::tiers::Tier { name: name.to_owned(), model: model.clone(), alone: model }
+    forebay_calls::tiers::Tier { name: name.to_owned(), model: model.clone(), alone: model, stand_ins: None }
 }
 
 /// Answers as it is told, at a cost of 5 where it answers, each try inside the ledger.

@@ -6,7 +6,7 @@
 //!
 //! Invariant: each tier is asked at most once for a call, the cheaper before the better, and each time as a call of its own
 //! to whoever listens. An answer that could go out is never lost for a better one: it stands where the better tier cannot be
-//! reached, paid or waited for.
+//! reached, paid or waited for. A request that waits for a tier to come back is never rejected for what a better one says of it.
 
 pub mod classifier;
 mod form;
@@ -14,7 +14,7 @@ pub mod rules;
 #[cfg(test)]
 mod tests;
 
-use crate::{Call, CallError, Listener, Model, Reply, Route};
+use crate::{Call, CallError, Class, Listener, Model, Reply, Route};
 use classifier::Classifier;
 use futures::future::BoxFuture;
 use rules::Rule;
@@ -50,6 +50,8 @@ pub struct Tier {
     pub model: Arc<dyn Model>,
     /// The same, without those that stand in where it cannot be reached: for when an answer is there already.
     pub alone: Arc<dyn Model>,
+    /// Those alone, for when it could not be reached and a better tier did not help; absent where nobody stands in.
+    pub stand_ins: Option<Arc<dyn Model>>,
 }
 
 /// What whoever asks says of an answer.
@@ -188,6 +190,8 @@ impl Tiers {
         let last = self.tiers.len().saturating_sub(1);
         // What could go out, and what the last tier came to that was asked.
         let (mut stands, mut ended) = (None, None);
+        // The first tier that could not be reached, and why.
+        let mut unreached = None;
         for (place, tier) in (0..).zip(&self.tiers[picked.min(last)..]) {
             let is_last = picked + usize::try_from(place).unwrap_or(usize::MAX) >= last;
             let until = match (&stands, call.deadline) {
@@ -232,6 +236,9 @@ impl Tiers {
                 }
                 Err(error) => {
                     let goes_on = self.escalates(&error);
+                    if goes_on && error.may_fall_back() && unreached.is_none() {
+                        unreached = Some((tier, error.copy()));
+                    }
                     ended = Some(Err(error));
                     if !goes_on {
                         break;
@@ -239,9 +246,28 @@ impl Tiers {
                 }
             }
         }
-        let nobody = || CallError::new(crate::Class::Closed, "model_unavailable", "there is no tier");
+        if stands.is_none()
+            && let (Some(Err(error)), Some((tier, why))) = (&ended, unreached)
+            && error.class == Class::Rejected
+        {
+            return instead_of(tier, why, call, listener).await;
+        }
+        let nobody = || CallError::new(Class::Closed, "model_unavailable", "there is no tier");
         stands.map(Ok).or(ended).unwrap_or_else(|| Err(nobody()))
     }
+}
+
+/// Who stands in for a tier that could not be reached, where a better one would not answer; else why it could not be: another
+/// time it may answer.
+async fn instead_of(
+    tier: &Tier,
+    why: CallError,
+    call: &Call<'_>,
+    listener: &dyn Listener,
+) -> Result<Reply, CallError> {
+    let Some(stand_ins) = &tier.stand_ins else { return Err(why) };
+    let asked = Call { route: Route::default(), ..call.clone() };
+    stand_ins.complete(&asked, listener).await.map_err(|_| why)
 }
 
 /// Until when a better tier may take, where an answer stands; nothing where it is too late to ask.
