@@ -194,32 +194,34 @@ impl Tiers {
         let mut unreached = None;
         for (place, tier) in (0..).zip(&self.tiers[picked.min(last)..]) {
             let is_last = picked + usize::try_from(place).unwrap_or(usize::MAX) >= last;
-            let until = match (&stands, call.deadline) {
+            let better = match (&stands, call.deadline) {
                 (Some(_), Some(deadline)) => match time_for_better(deadline) {
                     None => break,
-                    until => until,
+                    times => times,
                 },
-                (_, deadline) => deadline,
+                _ => None,
             };
             listener.tier(place, &tier.name);
             let asked = Call {
                 // A name that means a tier has done its part, and one that does not is the first one's.
                 model: call.model.clone().filter(|name| place == 0 && self.named(Some(name)).is_none()),
                 logprobs: self.policy.escalation.logprob_min.is_some(),
-                deadline: until,
+                deadline: better.map(|(until, _)| until).or(call.deadline),
                 route: Route::default(),
                 ..call.clone()
             };
             let stand_ins = stands.is_none() && (is_last || !self.policy.escalation.on_outage);
             let model = if stand_ins { &tier.model } else { &tier.alone };
-            let replied = match until.filter(|_| stands.is_some()) {
+            let replied = match better {
                 None => model.complete(&asked, listener).await,
-                // Later than the tries themselves give up, so that they end with their own error where they can.
-                Some(until) => match timeout_at(until + LEFT_MIN / 2, model.complete(&asked, listener)).await
-                {
-                    Ok(replied) => replied,
-                    Err(_) => break,
-                },
+                // Later than the tries themselves give up, so that they end with their own error where they can, and what
+                // was paid for is written down and counted.
+                Some((_, given_up_at)) => {
+                    match timeout_at(given_up_at, model.complete(&asked, listener)).await {
+                        Ok(replied) => replied,
+                        Err(_) => break,
+                    }
+                }
             };
             match replied {
                 Ok(reply) => {
@@ -270,11 +272,12 @@ async fn instead_of(
     stand_ins.complete(&asked, listener).await.map_err(|_| why)
 }
 
-/// Until when a better tier may take, where an answer stands; nothing where it is too late to ask.
-fn time_for_better(deadline: Instant) -> Option<Instant> {
+/// Until when a better tier may take, where an answer stands, and when it is given up with all that is written of it; nothing
+/// where it is too late to ask.
+fn time_for_better(deadline: Instant) -> Option<(Instant, Instant)> {
     let left = deadline.saturating_duration_since(Instant::now());
     let kept = (left / 10).clamp(LEFT_MIN, LEFT_MAX);
-    (left > kept * 2).then(|| deadline - kept)
+    (left > kept * 2).then(|| (deadline - kept, deadline - kept / 2))
 }
 
 /// Whether an answer is none.
