@@ -16,8 +16,10 @@ use forebay_operator::Clock;
 use forebay_operators::{
     Extractive,
     budgets::{Budgets, Unit},
+    catalogue,
     rates::SharedRates,
 };
+use forebay_plan::PlannedStep;
 use forebay_stores::{Counters, Rates, counters::Local, key_value, wall_clock};
 use forebay_telemetry::pool::{Endpoint as Standing, EndpointModel};
 use futures::future::BoxFuture;
@@ -40,6 +42,13 @@ pub struct Client {
 }
 
 impl Client {
+    /// The same for a process of these steps. Where none of them asks a model its pools are left alone: whoever keeps them counts
+    /// as one of those that share the limits, and looks at servers that it sends nothing.
+    pub fn used_by(self, steps: &[&PlannedStep]) -> Self {
+        let asks = |step: &&PlannedStep| catalogue::describe(&step.operator).is_some_and(|step| step.is_paid);
+        Self { pools: if steps.iter().any(asks) { self.pools } else { Vec::new() }, ..self }
+    }
+
     /// Looks at the endpoints of its pools for as long as the process lives.
     pub fn keep(&self) {
         for pool in &self.pools {
@@ -306,6 +315,7 @@ impl Wake for Post {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::args::PipelineArg;
 
     #[tokio::test]
     async fn endpoints_at_one_origin_are_told_apart() {
@@ -325,5 +335,21 @@ pool:
         assert_eq!(names, expected.map(|name| format!("http://{name}")));
         let page: Vec<serde_json::Value> = serde_json::from_str(&client.status()()).unwrap();
         assert_eq!((page.len(), page[3]["name"].as_str()), (6, Some("first")));
+    }
+
+    #[tokio::test]
+    async fn a_process_keeps_its_pools_where_one_of_its_steps_asks_a_model() {
+        let yaml = "
+model: {name: m, url: 'http://h:1/v1'}
+pool: {outstanding: 2}
+";
+        let config = crate::config::merge(Some(("forebay.yaml", yaml)), |_| None, &[]).unwrap();
+        let plan = crate::build::plan(&PipelineArg { pipeline: "answer".to_owned() }).unwrap();
+        let steps: Vec<&PlannedStep> = plan.steps.iter().collect();
+        let kept = async |steps: &[&PlannedStep]| model(&config).await.unwrap().used_by(steps).pools.len();
+        assert_eq!(kept(&steps).await, 1);
+        for step in steps {
+            assert_eq!(kept(&[step]).await == 1, step.operator == "infer", "{}", step.key);
+        }
     }
 }
