@@ -144,7 +144,15 @@ fn contenders(addresses: &[SocketAddr], stream: bool) -> Vec<Contender> {
                 None => server,
             };
             let caps = Caps { outstanding: 64, requests_per_minute: None, tokens_per_minute: None };
-            Endpoint { name, model, caps, watch: None, starts_cold: false, shared: None }
+            Endpoint {
+                name,
+                model,
+                caps,
+                origin: String::new(),
+                watch: None,
+                starts_cold: false,
+                shared: None,
+            }
         };
         let jitter = Arc::new(|| 0.5);
         let pool = Arc::new(Pool::new("m", addresses.iter().map(endpoint).collect(), jitter.clone()));

@@ -358,6 +358,7 @@ impl Processes {
                 name: "http://e".to_owned(),
                 model: Arc::new(Called(Arc::clone(&provider), number)),
                 caps,
+                origin: String::new(),
                 watch: None,
                 starts_cold: false,
                 shared: Some(Arc::new(shared)),

@@ -63,14 +63,16 @@ fn tier(name: String, parts: Parts, budget: &Arc<Budget>) -> Tier {
     // Around all tries: another model is asked only when this one is given up.
     let with_fallbacks: Arc<dyn Model> = match fallbacks.is_empty() {
         true => model.clone(),
-        false => Arc::new(Fallback::new(model.clone(), fallbacks, budget.clone())),
+        false => Arc::new(Fallback::new(model.clone(), fallbacks.clone(), budget.clone())),
     };
-    // Outermost: who may not spend asks nobody at all, and pays once whatever it took.
+    let stand_ins: Option<Arc<dyn Model>> = (!fallbacks.is_empty())
+        .then(|| Arc::new(Fallback::instead_of(model.clone(), fallbacks.clone(), budget.clone())) as _);
+    // Outermost: who may not spend makes no call at all, and pays once whatever it took.
     let allowed = |model: Arc<dyn Model>| match &allowances {
         Some(allowances) => Arc::new(Allowed::new(model, allowances.clone())) as Arc<dyn Model>,
         None => model,
     };
-    Tier { name, model: allowed(with_fallbacks), alone: allowed(model) }
+    Tier { name, model: allowed(with_fallbacks), alone: allowed(model), stand_ins: stand_ins.map(allowed) }
 }
 
 #[cfg(test)]
@@ -92,6 +94,7 @@ mod tests {
             name: "e".to_owned(),
             model: told.clone(),
             caps: Caps { outstanding: 8, requests_per_minute: None, tokens_per_minute: None },
+            origin: String::new(),
             watch: None,
             starts_cold: false,
             shared: None,
@@ -167,6 +170,23 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn who_stands_in_answers_an_outage_that_a_better_tier_would_make_a_rejection() {
+        let escalation = crate::tiers::Escalation { on_outage: true, ..Default::default() };
+        let dead = Told::by("dead", |_| Next::err(0, error(Class::Unreachable)));
+        let large = Told::by("large", |_| Next::err(0, error(Class::Rejected)));
+        let last = Told::by("last", |_| Next::ok(1));
+        let named = |name: &str, told| (name.to_owned(), parts(told, &last));
+        let policy = Policy { escalation, ..Policy::default() };
+        let model = tiered(vec![named("small", &dead), named("large", &large)], policy);
+        let reply = model.complete(&call("why"), &Heard::default()).await.unwrap();
+        assert_eq!(
+            (reply.text.as_str(), reply.fallback.as_deref(), reply.answered),
+            ("last", Some("told"), None)
+        );
+        assert_eq!((dead.tries(), large.tries(), last.tries()), (3, 1, 1));
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn an_endpoint_that_is_gone_costs_a_few_calls_some_time_and_the_rest_none() {
         let dead = Told::by("dead", |_| Next::err(0, error(Class::Unreachable)));
         let last = Told::by("last", |_| Next::ok(100));
@@ -174,6 +194,7 @@ mod tests {
             name: "e".to_owned(),
             model: told.clone(),
             caps: Caps { outstanding: 8, requests_per_minute: None, tokens_per_minute: None },
+            origin: String::new(),
             watch: None,
 
             starts_cold: false,

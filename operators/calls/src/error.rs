@@ -3,9 +3,9 @@
 use forebay_operator::{BoxError, Failure};
 use std::time::Duration;
 
-/// The codes of a [`CallError`] that a try may end in: all that `error.type` of a metric can say. operators/README.md has their
-/// meaning.
-pub const CODES: [&str; 12] = [
+/// The codes that a try may end in: all that `error.type` of a metric can say. The last two are the host's, of a try that it
+/// stopped; the others are of a [`CallError`]. operators/README.md has their meaning.
+pub const CODES: [&str; 14] = [
     "model_unavailable",
     "model_timeout",
     "model_rate_limited",
@@ -18,6 +18,8 @@ pub const CODES: [&str; 12] = [
     "model_tool_calls",
     "model_cut",
     "hedge_lost",
+    "deadline",
+    "cancelled",
 ];
 
 /// What a layer, and in the end the host, may do about an error.
@@ -172,6 +174,7 @@ impl From<Failure> for CallError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use forebay_operator::Stop;
     use std::{collections::BTreeSet, fs, path::Path};
 
     /// Looks like a code, and is a reason for which Anthropic's models stop.
@@ -201,10 +204,16 @@ mod tests {
         let crate_ = Path::new(env!("CARGO_MANIFEST_DIR"));
         let mut used = BTreeSet::new();
         written(&crate_.join("src"), &mut used);
+        let stopped = [Stop::Expired, Stop::Cancelled].map(|stop| Failure::from(stop).code().to_owned());
+        used.extend(stopped.clone());
         assert_eq!(used, CODES.map(str::to_owned).into(), "used, and in the vocabulary");
         let readme = fs::read_to_string(crate_.join("../README.md")).unwrap();
         let rows = readme.lines().filter_map(|line| line.strip_prefix("| `")?.split_once("` | calls |"));
-        let told: BTreeSet<String> = rows.map(|(code, _)| code.to_owned()).collect();
+        let mut told: BTreeSet<String> = rows.map(|(code, _)| code.to_owned()).collect();
+        let [expired, cancelled] = &stopped;
+        if readme.contains(&format!("\n| `{expired}`, `{cancelled}` | core |")) {
+            told.extend(stopped);
+        }
         assert_eq!(told, CODES.map(str::to_owned).into(), "operators/README.md and the vocabulary");
     }
 }

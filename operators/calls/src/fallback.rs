@@ -3,12 +3,20 @@
 //! A worse answer now is worth more than a better one after the outage, for who chose so. What the request itself is at
 //! fault for is not asked elsewhere, and no other answer is spliced onto one that somebody has begun to read.
 //!
-//! Invariant: an answer says which provider it comes from where that is not the first. A model that was called, and failed, is
+//! Invariant: an answer says which provider it comes from where that is not the first, also when a ledger gives it again: what
+//! the ledger keeps says so, as first and stand-in are one call to it. A model that was called, and failed, is
 //! followed by another call only where the budget has it; where nothing was sent, as all breakers are open, no load is added.
 
-use crate::{Budget, Call, CallError, Class, Happening, Listener, Model, Reply, Route};
+use crate::{
+    Budget, Call, CallError, Class, Happening, Limits, Listener, Model, Reply, Route, Tried, TryId, Upstream,
+    model::says_what_it_stands_around,
+};
+use forebay_schemas::NanoUsd;
 use futures::future::BoxFuture;
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
 
 /// A model, and those that answer in its stead.
 pub struct Fallback {
@@ -21,6 +29,28 @@ impl Fallback {
     /// `then` are asked in this order.
     pub fn new(first: Arc<dyn Model>, then: Vec<Arc<dyn Model>>, budget: Arc<Budget>) -> Self {
         Self { first, then, budget }
+    }
+
+    /// The same where `first` was asked already, and could not be reached.
+    pub(crate) fn instead_of(first: Arc<dyn Model>, then: Vec<Arc<dyn Model>>, budget: Arc<Budget>) -> Self {
+        Self::new(Arc::new(Down(first)), then, budget)
+    }
+}
+
+/// A model that is known to be out of reach.
+struct Down(Arc<dyn Model>);
+
+impl Model for Down {
+    says_what_it_stands_around!(0);
+
+    fn complete<'a>(
+        &'a self,
+        _: &'a Call<'_>,
+        _: &'a dyn Listener,
+    ) -> BoxFuture<'a, Result<Reply, CallError>> {
+        Box::pin(async {
+            Err(CallError::new(Class::Outage, "model_unavailable", "the model was out of reach"))
+        })
     }
 }
 
@@ -59,8 +89,15 @@ impl Model for Fallback {
                 listener.happened(Happening::FellBack);
                 // The name that the client gave is the first one's.
                 let call = Call { model: None, route: Route::default(), ..call.clone() };
-                match model.complete(&call, listener).await {
-                    Ok(reply) => return Ok(Reply { fallback: Some(model.provider().to_owned()), ..reply }),
+                let standing_in = StandingIn {
+                    provider: model.provider(),
+                    of: Of::Call(listener),
+                    is_paid: Arc::default(),
+                };
+                match model.complete(&call, &standing_in).await {
+                    // A ledger may have kept the first one's answer, which is no stand-in's for being read now.
+                    Ok(reply) if standing_in.is_paid.load(Ordering::Relaxed) => return Ok(reply),
+                    Ok(reply) => return Ok(standing_in.mark(reply)),
                     // The first one's error says more than that its stand-in failed too.
                     Err(other) if other.may_fall_back() => {}
                     Err(other) => error = other,
@@ -71,10 +108,86 @@ impl Model for Fallback {
     }
 }
 
+/// Hears a stand-in, and marks its answers inside what a ledger keeps.
+struct StandingIn<'l> {
+    provider: &'static str,
+    of: Of<'l>,
+    /// Whether a ledger was asked; of what costs nothing it is not. Shared with the hedge beside it.
+    is_paid: Arc<AtomicBool>,
+}
+
+/// Whose listener it hears for.
+enum Of<'l> {
+    Call(&'l dyn Listener),
+    Hedge(Box<dyn Listener + 'l>),
+}
+
+impl StandingIn<'_> {
+    fn listener(&self) -> &dyn Listener {
+        match &self.of {
+            Of::Call(listener) => *listener,
+            Of::Hedge(listener) => &**listener,
+        }
+    }
+
+    fn mark(&self, reply: Reply) -> Reply {
+        Reply { fallback: Some(self.provider.to_owned()), ..reply }
+    }
+}
+
+impl Listener for StandingIn<'_> {
+    fn started(&self, to: Upstream<'_>) {
+        self.listener().started(to);
+    }
+
+    fn try_id(&self) -> Option<TryId> {
+        self.listener().try_id()
+    }
+
+    fn token(&self, text: &str) {
+        self.listener().token(text);
+    }
+
+    fn ended(&self, tried: &Tried<'_>) {
+        self.listener().ended(tried);
+    }
+
+    fn paid<'a>(
+        &'a self,
+        to: Upstream<'a>,
+        call: BoxFuture<'a, Result<Reply, CallError>>,
+    ) -> BoxFuture<'a, Result<Reply, CallError>> {
+        self.is_paid.store(true, Ordering::Relaxed);
+        self.listener().paid(to, Box::pin(async { call.await.map(|reply| self.mark(reply)) }))
+    }
+
+    fn cost(&self, cost: NanoUsd) {
+        self.listener().cost(cost);
+    }
+
+    fn happened(&self, what: Happening) {
+        self.listener().happened(what);
+    }
+
+    fn limits(&self, limits: &Limits) {
+        self.listener().limits(limits);
+    }
+
+    fn tier(&self, place: u32, name: &str) {
+        self.listener().tier(place, name);
+    }
+
+    fn beside(&self) -> Option<Box<dyn Listener + '_>> {
+        let of = Of::Hedge(self.listener().beside()?);
+        Some(Box::new(StandingIn { provider: self.provider, of, is_paid: self.is_paid.clone() }))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::testing::{Heard, Next, Told, call, error};
+    use std::sync::Mutex;
 
     /// Asks two models of which the first fails so, and the second too or not.
     async fn check(first: Class, second: Option<Class>, expected: &str) {
@@ -119,5 +232,63 @@ mod tests {
             let _ = fallback.complete(&call("why"), &Heard::default()).await;
             assert_eq!(two.tries(), expected, "{class:?}");
         }
+    }
+
+    /// A ledger that outlives the process: one call, whoever answers it.
+    #[derive(Default)]
+    struct Ledger(Mutex<Option<Reply>>);
+
+    impl Listener for Ledger {
+        fn started(&self, _: Upstream<'_>) {}
+        fn token(&self, _: &str) {}
+        fn ended(&self, _: &Tried<'_>) {}
+        fn paid<'a>(
+            &'a self,
+            _: Upstream<'a>,
+            call: BoxFuture<'a, Result<Reply, CallError>>,
+        ) -> BoxFuture<'a, Result<Reply, CallError>> {
+            Box::pin(async {
+                let known = self.0.lock().unwrap().clone();
+                if let Some(reply) = known {
+                    return Ok(reply);
+                }
+                let result = call.await;
+                *self.0.lock().unwrap() = result.as_ref().ok().cloned();
+                result
+            })
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_that_a_ledger_gives_again_is_a_stand_in_s_though_the_first_is_back() {
+        let one = Told::of("one", [Next::err(0, error(Class::Outage))]);
+        let fallback = Fallback::new(one.clone(), vec![Told::of("two", [])], Arc::default());
+        let ledger = Ledger::default();
+        for _ in 0..2 {
+            let reply = fallback.complete(&call("why"), &ledger).await.unwrap();
+            assert_eq!((reply.text.as_str(), reply.fallback.as_deref()), ("two", Some("told")));
+        }
+        assert_eq!(one.tries(), 1, "the second time its answer was remembered");
+        // And the first one's stays its own, whoever was asked when it was given again.
+        let ledger = Ledger(Mutex::new(Some(crate::testing::reply("one"))));
+        let down = Down(Told::of("one", []));
+        let fallback = Fallback::new(Arc::new(down), vec![Told::of("two", [])], Arc::default());
+        let reply = fallback.complete(&call("why"), &ledger).await.unwrap();
+        assert_eq!((reply.text.as_str(), reply.fallback), ("one", None));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn whoever_listens_hears_of_a_stand_in_all_that_it_tells() {
+        let heard = Heard::default();
+        let standing_in = StandingIn { provider: "two", of: Of::Call(&heard), is_paid: Arc::default() };
+        let told =
+            Told::of("two", [Next { first_token: Some(std::time::Duration::from_millis(1)), ..Next::ok(5) }]);
+        told.complete(&call("why"), &standing_in).await.unwrap();
+        standing_in.happened(Happening::Retried);
+        standing_in.cost(NanoUsd(7));
+        standing_in.tier(1, "large");
+        standing_in.beside().unwrap().token("x");
+        assert_eq!(heard.take(), "to two, two, ok, kept two, cost 7, tier 1 large, hedge x");
+        assert_eq!(heard.take_happenings(), [Happening::Retried]);
     }
 }

@@ -289,7 +289,7 @@ pub trait Model: Send + Sync + 'static {
 /// What a layer says of itself: what the model says that it stands around. One list for all layers, or the next question
 /// that is added here would be answered by its default where a layer forgot to ask.
 macro_rules! says_what_it_stands_around {
-    ($inner:ident) => {
+    ($inner:tt) => {
         fn provider(&self) -> &'static str {
             self.$inner.provider()
         }

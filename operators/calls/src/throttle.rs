@@ -171,6 +171,24 @@ impl Throttle {
         }
     }
 
+    /// How many requests and tokens may still be sent: the less of what is configured for a minute and what the provider said
+    /// is left; absent where there is no limit.
+    pub(crate) fn left(&mut self, now: Instant) -> [Option<f64>; 2] {
+        let is_heard = self.heard_at.is_some_and(|heard| now.duration_since(heard) <= HEADERS_FOR);
+        let (caps, sent) = (self.caps.per_minute(), self.minute.sums(now));
+        let told = [self.requests, self.tokens].map(|bucket| bucket.filter(|_| is_heard));
+        std::array::from_fn(|what| {
+            let own = caps[what].map(|cap| float(cap.saturating_sub(sent[what])));
+            let told = told[what].map(|bucket| bucket.level(now).floor().max(0.0));
+            own.into_iter().chain(told).reduce(f64::min)
+        })
+    }
+
+    /// How long nothing may be sent yet, as refusals asked for.
+    pub(crate) fn paused(&self, now: Instant) -> Option<Duration> {
+        self.paused_until.map(|until| until.saturating_duration_since(now)).filter(|left| !left.is_zero())
+    }
+
     /// Calls at once that it was seen to bear.
     pub fn limit(&self) -> f64 {
         self.limit
@@ -422,5 +440,26 @@ mod tests {
         assert_eq!(throttle.admits(1, now), Err(Some(now + s(3))));
         assert_eq!(throttle.admits(1, now + s(3)), Ok(()));
         assert_eq!(throttle.limit(), 1_000.0);
+    }
+
+    #[test]
+    fn it_says_what_is_left_of_a_minute_and_how_long_nothing_is_sent() {
+        let caps = Caps { requests_per_minute: Some(10), tokens_per_minute: Some(1_000), ..CAPS };
+        let (now, mut throttle) = (Instant::now(), Throttle::new(caps));
+        let sent: Vec<_> = (0..3).map(|_| throttle.reserve(100, now)).collect();
+        assert_eq!(throttle.left(now), [Some(7.0), Some(700.0)]);
+        let quota = Quota { limit: Some(60), remaining: 4, reset: s(56) };
+        throttle.heard(&Limits { requests: Some(quota), tokens: None }, now);
+        assert_eq!(
+            throttle.left(now),
+            [Some(2.0), Some(700.0)],
+            "two may not be counted by the provider yet"
+        );
+        assert_eq!(throttle.left(now + s(3)), [Some(5.0), Some(700.0)]);
+        assert_eq!(throttle.left(now + s(63)), [Some(10.0), Some(1_000.0)], "old headers are not told");
+        assert_eq!(Throttle::new(CAPS).left(now), [None, None]);
+        assert_eq!(throttle.paused(now), None);
+        sent.into_iter().for_each(|one| throttle.refused(one, Some(s(3)), now));
+        assert_eq!((throttle.paused(now + s(1)), throttle.paused(now + s(3))), (Some(s(2)), None));
     }
 }

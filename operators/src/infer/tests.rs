@@ -237,6 +237,7 @@ async fn where_the_time_of_a_call_went_is_told_apart() {
         name: "http://here".to_owned(),
         model: Arc::new(Slow),
         caps: Caps { outstanding: 1, requests_per_minute: None, tokens_per_minute: None },
+        origin: String::new(),
         watch: None,
         starts_cold: false,
         shared: None,
@@ -363,6 +364,7 @@ async fn a_hedge_is_a_call_of_its_own_to_the_ledger_and_leaves_a_row_as_does_who
         name: "http://here".to_owned(),
         model: Arc::new(Sticks(Arc::clone(&tries))),
         caps: Caps { outstanding: 8, requests_per_minute: None, tokens_per_minute: None },
+        origin: String::new(),
         watch: None,
 
         starts_cold: false,
@@ -426,7 +428,7 @@ async fn it_complies() {
 
 /// A tier that does as it is told, and counts.
 fn told_tier(name: &'static str, model: Arc<CountedTier>) -> forebay_calls::tiers::Tier {
-    forebay_calls::tiers::Tier { name: name.to_owned(), model: model.clone(), alone: model }
+    forebay_calls::tiers::Tier { name: name.to_owned(), model: model.clone(), alone: model, stand_ins: None }
 }
 
 /// Answers as it is told, at a cost of 5 where it answers, each try inside the ledger.

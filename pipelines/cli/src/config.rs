@@ -149,7 +149,7 @@ fn flags(settings: &Settings) -> Vec<(&'static str, String)> {
     given.into_iter().filter_map(|(path, value)| Some((path, value?))).collect()
 }
 
-fn merge(
+pub fn merge(
     file: Option<(&str, &str)>,
     variable: impl Fn(&str) -> Option<String>,
     flags: &[(&'static str, String)],

@@ -16,13 +16,15 @@ use forebay_operator::Clock;
 use forebay_operators::{
     Extractive,
     budgets::{Budgets, Unit},
+    catalogue,
     rates::SharedRates,
 };
+use forebay_plan::PlannedStep;
 use forebay_stores::{Counters, Rates, counters::Local, key_value, wall_clock};
 use forebay_telemetry::pool::{Endpoint as Standing, EndpointModel};
 use futures::future::BoxFuture;
 use reqwest::Url;
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashSet, sync::Arc, time::Duration};
 use tracing::{info, warn};
 
 /// How old what an endpoint says of itself may be; the pool itself takes it to be full then.
@@ -40,6 +42,13 @@ pub struct Client {
 }
 
 impl Client {
+    /// The same for a process of these steps. Where none of them asks a model its pools are left alone: whoever keeps them counts
+    /// as one of those that share the limits, and looks at servers that it sends nothing.
+    pub fn used_by(self, steps: &[&PlannedStep]) -> Self {
+        let asks = |step: &&PlannedStep| catalogue::describe(&step.operator).is_some_and(|step| step.is_paid);
+        Self { pools: if steps.iter().any(asks) { self.pools } else { Vec::new() }, ..self }
+    }
+
     /// Looks at the endpoints of its pools for as long as the process lives.
     pub fn keep(&self) {
         for pool in &self.pools {
@@ -75,6 +84,7 @@ fn standing(status: &Status) -> Standing {
         limit: model.limit,
     };
     Standing {
+        name: status.name.clone(),
         endpoint: status.endpoint.clone(),
         is_ready: status.is_ready,
         in_flight: status.running,
@@ -113,13 +123,13 @@ pub async fn model(config: &Config) -> anyhow::Result<Client> {
     // Who stands in takes no other calls.
     let stands_in = |served: &Served| settings.fallbacks.iter().any(|fallback| fallback.is(served));
     let first: Vec<_> = config.served.iter().filter(|served| !stands_in(served)).collect();
-    let (shared, mut pools) = (shared(config).await?, Vec::new());
+    let (shared, mut pools, mut names) = (shared(config).await?, Vec::new(), Names::default());
     // Of each tier, or of all where there are none.
     let tiers = config.tiers.as_ref().map_or(vec![None], |tiers| tiers.models.iter().map(Some).collect());
     for tier in tiers {
         let serves = |served: &&&Served| tier.is_none_or(|tier| served.asks_for(name) == tier);
         let served: Vec<_> = first.iter().filter(serves).copied().collect();
-        pools.push(Arc::new(pool(&served, name, settings, prices.as_ref(), shared.as_ref())?));
+        pools.push(Arc::new(pool(&served, name, settings, prices.as_ref(), shared.as_ref(), &mut names)?));
     }
     let first = pools.clone();
     let mut fallbacks: Vec<Arc<dyn Model>> = Vec::new();
@@ -142,7 +152,7 @@ pub async fn model(config: &Config) -> anyhow::Result<Client> {
         // Its breaker is its own; it wakes nobody.
         let settings = PoolSettings { starts_cold: false, wake_url: None, ..settings.clone() };
         let served = served.iter().collect::<Vec<_>>();
-        let pool = Arc::new(pool(&served, name, &settings, prices.as_ref(), shared.as_ref())?);
+        let pool = Arc::new(pool(&served, name, &settings, prices.as_ref(), shared.as_ref(), &mut names)?);
         pools.push(pool.clone());
         fallbacks.push(pool);
     }
@@ -218,12 +228,28 @@ fn priced(server: Server, prices: Option<Arc<Prices>>) -> Arc<dyn Model> {
     }
 }
 
+/// What endpoints are called: by their names in the settings, else by their models, with a number where another at the same
+/// origin is called so.
+#[derive(Default)]
+struct Names(HashSet<(String, String)>);
+
+impl Names {
+    fn of(&mut self, served: &Served, model: &Server) -> String {
+        let base = served.name.as_deref().unwrap_or_else(|| model.name());
+        let numbered = (2_usize..).map(|number| format!("{base}-{number}"));
+        let mut names = std::iter::once(base.to_owned()).chain(numbered);
+        let is_free = |name: &String| self.0.insert((model.endpoint().to_owned(), name.clone()));
+        names.find(is_free).unwrap_or_default()
+    }
+}
+
 fn pool(
     served: &[&Served],
     name: Option<&str>,
     settings: &PoolSettings,
     prices: Option<&Arc<Prices>>,
     shared: Option<&SharedBy>,
+    names: &mut Names,
 ) -> anyhow::Result<Pool> {
     let endpoint = |served: &&Served| {
         let model = server(served, name)?;
@@ -233,7 +259,8 @@ fn pool(
             _ => Some(Arc::new(Http::new(&served.url).map_err(wrong)?)),
         };
         Ok(Endpoint {
-            name: model.endpoint().to_owned(),
+            name: names.of(served, &model),
+            origin: model.endpoint().to_owned(),
             model: priced(model, prices.cloned()),
             caps: settings.caps,
             watch,
@@ -282,5 +309,47 @@ impl Wake for Post {
                 }
             }
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::args::PipelineArg;
+
+    #[tokio::test]
+    async fn endpoints_at_one_origin_are_told_apart() {
+        let yaml = "
+model: {name: mini, url: 'http://h:1/a/v1,http://h:1/b/v1,http://i:1/v1'}
+pool:
+  fallback: large@http://h:1/v1,extractive
+  endpoints:
+    first: {url: 'http://h:1/v1', model: mini}
+    second: {url: 'http://h:1/v1', model: mini}
+";
+        let config = crate::config::merge(Some(("forebay.yaml", yaml)), |_| None, &[]).unwrap();
+        let client = model(&config).await.unwrap();
+        let standing = client.endpoints()();
+        let names: Vec<_> = standing.iter().map(|one| format!("{} {}", one.endpoint, one.name)).collect();
+        let expected = ["h:1 mini", "h:1 mini-2", "i:1 mini", "h:1 first", "h:1 second", "h:1 large"];
+        assert_eq!(names, expected.map(|name| format!("http://{name}")));
+        let page: Vec<serde_json::Value> = serde_json::from_str(&client.status()()).unwrap();
+        assert_eq!((page.len(), page[3]["name"].as_str()), (6, Some("first")));
+    }
+
+    #[tokio::test]
+    async fn a_process_keeps_its_pools_where_one_of_its_steps_asks_a_model() {
+        let yaml = "
+model: {name: m, url: 'http://h:1/v1'}
+pool: {outstanding: 2}
+";
+        let config = crate::config::merge(Some(("forebay.yaml", yaml)), |_| None, &[]).unwrap();
+        let plan = crate::build::plan(&PipelineArg { pipeline: "answer".to_owned() }).unwrap();
+        let steps: Vec<&PlannedStep> = plan.steps.iter().collect();
+        let kept = async |steps: &[&PlannedStep]| model(&config).await.unwrap().used_by(steps).pools.len();
+        assert_eq!(kept(&steps).await, 1);
+        for step in steps {
+            assert_eq!(kept(&[step]).await == 1, step.operator == "infer", "{}", step.key);
+        }
     }
 }

@@ -89,8 +89,8 @@ const STEP: &[&str] = &["stage", "operator"];
 const STEP_TOPIC: &[&str] = &["stage", "operator", "topic"];
 const STEP_PARTITION: &[&str] = &["stage", "operator", "topic", "partition"];
 const CALL: &[&str] = &["stage", "gen_ai.operation.name", "gen_ai.provider.name", "gen_ai.request.model"];
-const ENDPOINT: &[&str] = &["endpoint"];
-const ENDPOINT_MODEL: &[&str] = &["endpoint", "model"];
+const ENDPOINT: &[&str] = &["endpoint", "name"];
+const ENDPOINT_MODEL: &[&str] = &["endpoint", "name", "model"];
 
 /// Enough for a hundred steps with a handful of series each.
 const SERIES: usize = 1_000;
@@ -441,7 +441,7 @@ pub(crate) const POOL_READY: Declared = Declared {
 pub(crate) const POOL_CALLS: Declared = Declared {
     name: "forebay.pool.calls",
     unit: "{call}",
-    labels: &["endpoint", "outcome"],
+    labels: &["endpoint", "name", "outcome"],
     meaning: "Calls of an endpoint that ended, by outcome: ok, failed, limited (it took no more of us, or no key was good), rejected \
               (the request was at fault), given_up (another try was faster, or nobody waited any more).",
     ..LINE
@@ -490,7 +490,7 @@ pub(crate) const POOL_BREAKER: Declared = Declared {
     name: "forebay.pool.breaker",
     kind: Kind::Gauge,
     unit: "{state}",
-    labels: &["endpoint", "model", "state"],
+    labels: &["endpoint", "name", "model", "state"],
     meaning: "1 for the state that a model's breaker at an endpoint is in: closed, ramp, open or half_open; 0 for the others.",
     ..LINE
 };

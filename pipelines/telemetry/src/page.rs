@@ -165,9 +165,10 @@ mod tests {
         })
     }
 
-    fn standing(endpoint: &str, breaker: &'static str) -> Endpoint {
+    fn standing(endpoint: &str, name: &str, breaker: &'static str) -> Endpoint {
         let is_up = breaker == "closed";
         Endpoint {
+            name: name.to_owned(),
             endpoint: endpoint.to_owned(),
             is_ready: true,
             in_flight: 3,
@@ -216,7 +217,14 @@ mod tests {
         telemetry.observe("infer", &Event::CallWaited { what: "room", duration_us: 300_000 });
         telemetry.observe("infer", &Event::CallExtended { how: "retry" });
         telemetry.observe("infer", &Event::CallOverhead { duration_us: 120 });
-        telemetry.watch_pool(|| vec![standing("http://a:1", "closed"), standing("http://b:1", "open")]);
+        telemetry.watch_pool(|| {
+            let at = [
+                ("http://a:1", "m", "closed"),
+                ("http://b:1", "mini", "open"),
+                ("http://b:1", "large", "ramp"),
+            ];
+            at.map(|(endpoint, name, breaker)| standing(endpoint, name, breaker)).into()
+        });
         meter
     }
 
@@ -302,9 +310,12 @@ mod tests {
             ("forebay_call_wait_seconds_sum", &[("for", "room")], 0.3),
             ("forebay_call_extended_total", &[("how", "retry")], 1.0),
             ("forebay_call_overhead_seconds_bucket", &[("le", "0.00015")], 1.0),
-            ("forebay_pool_calls_total", &[("endpoint", "http://b:1"), ("outcome", "failed")], 5.0),
-            ("forebay_pool_breaker", &[("endpoint", "http://b:1"), ("state", "open")], 1.0),
-            ("forebay_pool_breaker", &[("endpoint", "http://b:1"), ("state", "closed")], 0.0),
+            // Two at one origin are told apart, each with its own.
+            ("forebay_pool_calls_total", &[("name", "mini"), ("outcome", "failed")], 5.0),
+            ("forebay_pool_calls_total", &[("name", "large"), ("outcome", "failed")], 5.0),
+            ("forebay_pool_breaker", &[("name", "mini"), ("state", "open")], 1.0),
+            ("forebay_pool_breaker", &[("name", "mini"), ("state", "closed")], 0.0),
+            ("forebay_pool_breaker", &[("name", "large"), ("state", "ramp")], 1.0),
             ("forebay_pool_limit", &[("endpoint", "http://a:1"), ("model", "m")], 45.5),
             // What an endpoint did not say of late is not told: there is one series.
             ("forebay_pool_engine_kv_used_ratio", &[], 0.25),

@@ -14,6 +14,8 @@ const STATES: [&str; 4] = ["closed", "ramp", "open", "half_open"];
 /// How an endpoint stands.
 #[derive(Clone, Debug, Default)]
 pub struct Endpoint {
+    /// What it is called; no other at its origin is called so, or one would be told in place of the other.
+    pub name: String,
     /// Scheme, host and port.
     pub endpoint: String,
     /// Whether it gets calls.
@@ -56,7 +58,7 @@ pub(crate) fn watch(meter: &Meter, read: impl Fn() -> Vec<Endpoint> + Send + Syn
     let of_endpoint = |declared: &Declared, value: fn(&Endpoint) -> Option<f64>| {
         gauge(meter, declared, &read, move |endpoint, tell| {
             if let Some(value) = value(endpoint) {
-                tell(value, &[name(endpoint)]);
+                tell(value, &name(endpoint));
             }
         });
     };
@@ -71,7 +73,8 @@ pub(crate) fn watch(meter: &Meter, read: impl Fn() -> Vec<Endpoint> + Send + Syn
         let words = Arc::clone(&words);
         gauge(meter, declared, &read, move |endpoint, tell| {
             for model in &endpoint.models {
-                tell(value(model), &[name(endpoint), KeyValue::new("model", words.word(&model.model))]);
+                let [origin, name] = name(endpoint);
+                tell(value(model), &[origin, name, KeyValue::new("model", words.word(&model.model))]);
             }
         });
     };
@@ -80,8 +83,10 @@ pub(crate) fn watch(meter: &Meter, read: impl Fn() -> Vec<Endpoint> + Send + Syn
     gauge(meter, &declared::POOL_BREAKER, &read, move |endpoint, tell| {
         for model in &endpoint.models {
             for state in STATES {
+                let [origin, name] = name(endpoint);
                 let labels = [
-                    name(endpoint),
+                    origin,
+                    name,
                     KeyValue::new("model", words.word(&model.model)),
                     KeyValue::new("state", state),
                 ];
@@ -95,15 +100,17 @@ pub(crate) fn watch(meter: &Meter, read: impl Fn() -> Vec<Endpoint> + Send + Syn
         .with_callback(move |counter| {
             for endpoint in read() {
                 for (outcome, calls) in &endpoint.ended {
-                    counter.observe(*calls, &[name(&endpoint), KeyValue::new("outcome", *outcome)]);
+                    let [origin, name] = name(&endpoint);
+                    counter.observe(*calls, &[origin, name, KeyValue::new("outcome", *outcome)]);
                 }
             }
         })
         .build();
 }
 
-fn name(endpoint: &Endpoint) -> KeyValue {
-    KeyValue::new("endpoint", endpoint.endpoint.clone())
+/// What tells an endpoint from all others.
+fn name(endpoint: &Endpoint) -> [KeyValue; 2] {
+    [KeyValue::new("endpoint", endpoint.endpoint.clone()), KeyValue::new("name", endpoint.name.clone())]
 }
 
 /// A gauge of which `values` tells those of one endpoint.

@@ -149,6 +149,7 @@ async fn lots_go_through_the_layers_that_answers_go_through() {
         name: "e".to_owned(),
         model: told.clone(),
         caps: Caps { outstanding: 8, requests_per_minute: None, tokens_per_minute: None },
+        origin: String::new(),
         watch: None,
         starts_cold: false,
         shared: None,

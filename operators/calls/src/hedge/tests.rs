@@ -19,6 +19,7 @@ fn pool(upstreams: &[&Arc<Told>]) -> Arc<Pool> {
         name: "e".to_owned(),
         model: Arc::clone(told) as Arc<dyn Model>,
         caps: CAPS,
+        origin: String::new(),
         watch: None,
 
         starts_cold: false,

@@ -18,7 +18,7 @@ use crate::{
     shared::{Ask as Asked, Slice},
     throttle::{Caps, Reserved, Throttle},
 };
-pub use status::{Ended, ModelStatus, Status};
+pub use status::{Ended, Left, ModelStatus, Status};
 use std::{collections::HashMap, time::Duration};
 use tokio::time::Instant;
 
@@ -79,6 +79,7 @@ struct Lane {
 
 struct Site {
     name: String,
+    origin: String,
     caps: Caps,
     is_shared: bool,
     lanes: HashMap<String, Lane>,
@@ -143,9 +144,10 @@ impl Board {
         Self { sites: Vec::new(), jitter, next: 0, limited_at: None }
     }
 
-    pub(super) fn add(&mut self, name: &str, caps: Caps, is_ready: bool, is_shared: bool) {
+    pub(super) fn add(&mut self, [name, origin]: [&str; 2], caps: Caps, is_ready: bool, is_shared: bool) {
         self.sites.push(Site {
             name: name.to_owned(),
+            origin: origin.to_owned(),
             caps,
             is_shared,
             lanes: HashMap::new(),

@@ -24,7 +24,7 @@ use crate::{
     throttle::Caps,
 };
 use board::{Ask, Board, Refusal, Ticket};
-pub use board::{Ended, ModelStatus, Status};
+pub use board::{Ended, Left, ModelStatus, Status};
 use forebay_schemas::{Content, Message, NanoUsd, Role, Sampling};
 use futures::future::{BoxFuture, join_all};
 use std::{
@@ -60,8 +60,10 @@ const TAKE_MAX: Duration = Duration::from_millis(250);
 
 /// One endpoint.
 pub struct Endpoint {
-    /// Scheme, host and port.
+    /// What it is called; no other at its origin is called so.
     pub name: String,
+    /// Scheme, host and port.
+    pub origin: String,
     /// Makes one try there.
     pub model: Arc<dyn Model>,
     /// The most that may be sent there.
@@ -100,8 +102,8 @@ impl Pool {
     /// A pool of these endpoints, all of which serve the model `name`.
     pub fn new(name: impl Into<String>, endpoints: Vec<Endpoint>, jitter: Jitter) -> Self {
         let mut board = Board::new(jitter);
-        for Endpoint { name, caps, starts_cold, shared, .. } in &endpoints {
-            board.add(name, *caps, !starts_cold, shared.is_some());
+        for Endpoint { name, origin, caps, starts_cold, shared, .. } in &endpoints {
+            board.add([name, origin], *caps, !starts_cold, shared.is_some());
         }
         Self {
             provider: endpoints.first().map_or("pool", |endpoint| endpoint.model.provider()),

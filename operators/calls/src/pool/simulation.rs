@@ -154,7 +154,15 @@ fn pool_of(engines: &[Arc<Engine>]) -> Arc<Pool> {
     let caps = Caps { outstanding: SLOTS, requests_per_minute: None, tokens_per_minute: None };
     let endpoint = |engine: &Arc<Engine>| {
         let model: Arc<dyn Model> = engine.clone();
-        Endpoint { name: "e".to_owned(), model, caps, watch: None, starts_cold: false, shared: None }
+        Endpoint {
+            name: "e".to_owned(),
+            model,
+            caps,
+            origin: String::new(),
+            watch: None,
+            starts_cold: false,
+            shared: None,
+        }
     };
     Arc::new(Pool::new("m", engines.iter().map(endpoint).collect(), Arc::new(|| 0.5)))
 }
@@ -205,6 +213,7 @@ async fn shared_prefixes_are_found_again_and_no_replica_is_overloaded() {
         name: "e".to_owned(),
         model: told.clone(),
         caps,
+        origin: String::new(),
         watch: None,
 
         starts_cold: false,
@@ -258,7 +267,7 @@ async fn whatever_replicas_do_no_call_is_lost_and_no_try_is_untold() {
     let caps = Caps { outstanding: 8, requests_per_minute: None, tokens_per_minute: None };
     let endpoint = |told: &Arc<Told>| {
         let (name, model) = ("e".to_owned(), told.clone());
-        Endpoint { name, model, caps, watch: None, starts_cold: false, shared: None }
+        Endpoint { name, model, caps, origin: String::new(), watch: None, starts_cold: false, shared: None }
     };
     let pool = Arc::new(Pool::new("m", upstreams.iter().map(endpoint).collect(), Arc::new(|| 0.5)));
     let model = Retry::new(pool.clone(), Arc::default());

@@ -13,7 +13,7 @@ const CAPS: Caps = Caps { outstanding: 16, requests_per_minute: None, tokens_per
 
 fn endpoint(told: &Arc<Told>, name: &str, caps: Caps) -> Endpoint {
     let (name, model) = (name.to_owned(), told.clone());
-    Endpoint { name, model, caps, watch: None, starts_cold: false, shared: None }
+    Endpoint { name, model, caps, origin: String::new(), watch: None, starts_cold: false, shared: None }
 }
 
 fn pool(upstreams: &[&Arc<Told>], caps: Caps) -> Arc<Pool> {

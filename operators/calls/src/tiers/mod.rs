@@ -6,7 +6,7 @@
 //!
 //! Invariant: each tier is asked at most once for a call, the cheaper before the better, and each time as a call of its own
 //! to whoever listens. An answer that could go out is never lost for a better one: it stands where the better tier cannot be
-//! reached, paid or waited for.
+//! reached, paid or waited for. A request that waits for a tier to come back is never rejected for what a better one says of it.
 
 pub mod classifier;
 mod form;
@@ -14,7 +14,7 @@ pub mod rules;
 #[cfg(test)]
 mod tests;
 
-use crate::{Call, CallError, Listener, Model, Reply, Route};
+use crate::{Call, CallError, Class, Listener, Model, Reply, Route};
 use classifier::Classifier;
 use futures::future::BoxFuture;
 use rules::Rule;
@@ -50,6 +50,8 @@ pub struct Tier {
     pub model: Arc<dyn Model>,
     /// The same, without those that stand in where it cannot be reached: for when an answer is there already.
     pub alone: Arc<dyn Model>,
+    /// Those alone, for when it could not be reached and a better tier did not help; absent where nobody stands in.
+    pub stand_ins: Option<Arc<dyn Model>>,
 }
 
 /// What whoever asks says of an answer.
@@ -188,34 +190,38 @@ impl Tiers {
         let last = self.tiers.len().saturating_sub(1);
         // What could go out, and what the last tier came to that was asked.
         let (mut stands, mut ended) = (None, None);
+        // The first tier that could not be reached, and why.
+        let mut unreached = None;
         for (place, tier) in (0..).zip(&self.tiers[picked.min(last)..]) {
             let is_last = picked + usize::try_from(place).unwrap_or(usize::MAX) >= last;
-            let until = match (&stands, call.deadline) {
+            let better = match (&stands, call.deadline) {
                 (Some(_), Some(deadline)) => match time_for_better(deadline) {
                     None => break,
-                    until => until,
+                    times => times,
                 },
-                (_, deadline) => deadline,
+                _ => None,
             };
             listener.tier(place, &tier.name);
             let asked = Call {
                 // A name that means a tier has done its part, and one that does not is the first one's.
                 model: call.model.clone().filter(|name| place == 0 && self.named(Some(name)).is_none()),
                 logprobs: self.policy.escalation.logprob_min.is_some(),
-                deadline: until,
+                deadline: better.map(|(until, _)| until).or(call.deadline),
                 route: Route::default(),
                 ..call.clone()
             };
             let stand_ins = stands.is_none() && (is_last || !self.policy.escalation.on_outage);
             let model = if stand_ins { &tier.model } else { &tier.alone };
-            let replied = match until.filter(|_| stands.is_some()) {
+            let replied = match better {
                 None => model.complete(&asked, listener).await,
-                // Later than the tries themselves give up, so that they end with their own error where they can.
-                Some(until) => match timeout_at(until + LEFT_MIN / 2, model.complete(&asked, listener)).await
-                {
-                    Ok(replied) => replied,
-                    Err(_) => break,
-                },
+                // Later than the tries themselves give up, so that they end with their own error where they can, and what
+                // was paid for is written down and counted.
+                Some((_, given_up_at)) => {
+                    match timeout_at(given_up_at, model.complete(&asked, listener)).await {
+                        Ok(replied) => replied,
+                        Err(_) => break,
+                    }
+                }
             };
             match replied {
                 Ok(reply) => {
@@ -232,6 +238,9 @@ impl Tiers {
                 }
                 Err(error) => {
                     let goes_on = self.escalates(&error);
+                    if goes_on && error.may_fall_back() && unreached.is_none() {
+                        unreached = Some((tier, error.copy()));
+                    }
                     ended = Some(Err(error));
                     if !goes_on {
                         break;
@@ -239,16 +248,36 @@ impl Tiers {
                 }
             }
         }
-        let nobody = || CallError::new(crate::Class::Closed, "model_unavailable", "there is no tier");
+        if stands.is_none()
+            && let (Some(Err(error)), Some((tier, why))) = (&ended, unreached)
+            && error.class == Class::Rejected
+        {
+            return instead_of(tier, why, call, listener).await;
+        }
+        let nobody = || CallError::new(Class::Closed, "model_unavailable", "there is no tier");
         stands.map(Ok).or(ended).unwrap_or_else(|| Err(nobody()))
     }
 }
 
-/// Until when a better tier may take, where an answer stands; nothing where it is too late to ask.
-fn time_for_better(deadline: Instant) -> Option<Instant> {
+/// Who stands in for a tier that could not be reached, where a better one would not answer; else why it could not be: another
+/// time it may answer.
+async fn instead_of(
+    tier: &Tier,
+    why: CallError,
+    call: &Call<'_>,
+    listener: &dyn Listener,
+) -> Result<Reply, CallError> {
+    let Some(stand_ins) = &tier.stand_ins else { return Err(why) };
+    let asked = Call { route: Route::default(), ..call.clone() };
+    stand_ins.complete(&asked, listener).await.map_err(|_| why)
+}
+
+/// Until when a better tier may take, where an answer stands, and when it is given up with all that is written of it; nothing
+/// where it is too late to ask.
+fn time_for_better(deadline: Instant) -> Option<(Instant, Instant)> {
     let left = deadline.saturating_duration_since(Instant::now());
     let kept = (left / 10).clamp(LEFT_MIN, LEFT_MAX);
-    (left > kept * 2).then(|| deadline - kept)
+    (left > kept * 2).then(|| (deadline - kept, deadline - kept / 2))
 }
 
 /// Whether an answer is none.

@@ -24,7 +24,7 @@ fn policy(rules: &str, escalation: Escalation) -> Policy {
 }
 
 fn tier(name: &str, model: Arc<dyn Model>) -> Tier {
-    Tier { name: name.to_owned(), model: model.clone(), alone: model }
+    Tier { name: name.to_owned(), model: model.clone(), alone: model, stand_ins: None }
 }
 
 /// Two tiers of which each does this once, and then answers after 100 ms.
@@ -155,7 +155,7 @@ async fn a_better_tier_that_is_too_slow_or_comes_too_late_leaves_the_answer_that
         (start.elapsed().as_millis(), large.tries())
     };
     // A tenth of what is left is kept, and this model does not look at deadlines.
-    assert_eq!(within(1_100, 100).await, (100 + 900 + 10, 1));
+    assert_eq!(within(1_100, 100).await, (100 + 900 + 50, 1));
     assert_eq!(within(130, 100).await, (100, 0), "there was no time to ask");
 }
 
@@ -201,6 +201,7 @@ async fn a_stand_in_answers_where_nothing_stands_and_never_for_an_answer_that_do
         name: "large".to_owned(),
         model: tries.clone(),
         alone: Told::by("down", |_| Next::err(0, error(Class::Outage))),
+        stand_ins: None,
     };
     for (small, expected, asked) in [("I cannot help with it.", "I cannot help with it.", 0), ("{", "{}", 1)]
     {
@@ -211,5 +212,65 @@ async fn a_stand_in_answers_where_nothing_stands_and_never_for_an_answer_that_do
             Call { sampling: Sampling { response_format: format, ..Sampling::default() }, ..call("why") };
         assert_eq!(ask(&Tiers::new(all, policy("", ALL)), &formed).await.0, expected);
         assert_eq!(extractive.tries(), asked);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_outage_stays_one_though_a_better_tier_rejects_and_stand_ins_answer_it() {
+    let escalation = Escalation { on_outage: true, ..Escalation::default() };
+    let down = |told: &Arc<Told>, stand_in: Option<Arc<Told>>| Tier {
+        name: "small".to_owned(),
+        model: Told::of("never", []),
+        alone: told.clone(),
+        stand_ins: stand_in.map(|stand_in| stand_in as Arc<dyn Model>),
+    };
+    let outage = || Told::by("small", |_| Next::err(0, error(Class::Outage)));
+    for (large, stand_in, expected) in [
+        (Class::Rejected, None, "Outage"),
+        (Class::Rejected, Some(Next::ok(1)), "extractive"),
+        (Class::Rejected, Some(Next::err(1, error(Class::Rejected))), "Outage"),
+        // Somebody has read the beginning of an answer.
+        (Class::Cut, Some(Next::ok(1)), "Cut"),
+    ] {
+        let small = outage();
+        let stand_in = stand_in.map(|next| Told::of("extractive", [next]));
+        let large = Told::by("large", move |_| Next::err(0, error(large)));
+        let all = vec![down(&small, stand_in), tier("large", large)];
+        let (text, answered, _) = ask(&Tiers::new(all, policy("", escalation)), &call("why")).await;
+        assert_eq!((text.as_str(), small.tries()), (expected, 1));
+        assert!(answered.is_none() && text != "never");
+    }
+}
+
+/// Takes some time to write down what was paid.
+struct Writes(Duration);
+
+impl Listener for Writes {
+    fn started(&self, _: crate::Upstream<'_>) {}
+    fn token(&self, _: &str) {}
+    fn ended(&self, _: &crate::Tried<'_>) {}
+    fn paid<'a>(
+        &'a self,
+        _: crate::Upstream<'a>,
+        call: BoxFuture<'a, Result<Reply, CallError>>,
+    ) -> BoxFuture<'a, Result<Reply, CallError>> {
+        Box::pin(async {
+            let result = call.await;
+            tokio::time::sleep(self.0).await;
+            result
+        })
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_better_answer_that_came_in_time_is_not_lost_while_it_is_written_down() {
+    for (write_ms, expected) in [(20, "large"), (60, "I cannot help with it.")] {
+        // Of the 1,000 ms that are left by then, 100 are kept.
+        let (small, large) = (says("I cannot help with it."), Next::ok(898));
+        let deadline = Some(Instant::now() + Duration::from_millis(1_100 + write_ms));
+        let asked = Call { deadline, ..call("why") };
+        let listener = Writes(Duration::from_millis(write_ms));
+        let reply = tiers(small, large, policy("", ALL)).complete(&asked, &listener).await.unwrap();
+        assert_eq!(reply.text, expected, "{write_ms}");
     }
 }

@@ -66,9 +66,12 @@ enum Show<'t> {
 }
 
 impl Shown {
-    /// A piece came. Behind one that was lost nothing is shown before the result.
+    /// A piece came. Behind one that was lost nothing is shown before the result. The first of an answer comes again where its
+    /// writer died and no ledger counted the try: then another answer begins, under the same numbers.
     fn piece<'t>(&mut self, Delta { attempt, seq, text, .. }: &'t Delta) -> Show<'t> {
-        let begins_anew = *attempt > self.attempt && *seq == 0;
+        // The same first piece twice leaves the screen as it is, whichever it means.
+        let is_twice = (*attempt, self.seq, text) == (self.attempt, 1, &self.text);
+        let begins_anew = *seq == 0 && !is_twice;
         let goes_on = (*attempt, *seq) == (self.attempt, self.seq);
         if !begins_anew && !goes_on {
             return Show::More("");
@@ -152,5 +155,12 @@ mod tests {
         check(&[(2, 0, "a"), (2, 0, "a")], "ab", "ab");
         check(&[(0, 0, "a"), (1, 0, "x"), (0, 1, "b"), (1, 1, "y")], "xyz", "a / xyz");
         check(&[(0, 0, "a")], "xyz", "a / xyz");
+    }
+
+    #[test]
+    fn an_answer_that_begins_again_after_a_crash_is_not_spliced_onto_the_one_before() {
+        check(&[(0, 0, "Mö"), (0, 1, "wen"), (0, 0, "Ge"), (0, 1, "ier")], "Geier", "Möwen / Geier");
+        check(&[(0, 0, "Mö"), (0, 1, "wen"), (0, 0, "Mö"), (0, 1, "ve")], "Möve", "Möwen / Möve");
+        check(&[(0, 0, "a"), (1, 0, "b"), (0, 0, "x"), (0, 1, "y")], "xy", "a / b / xy");
     }
 }

@@ -91,7 +91,9 @@ impl Up {
         let health = Health::new();
         let _watchdog = Watchdog::start(health.clone())?;
         let gone = CancellationToken::new();
-        let client = models::model(&config).await?;
+        let chosen: Vec<&PlannedStep> =
+            plan.steps.iter().filter(|step| stage.is_none_or(|stage| step.key == stage)).collect();
+        let client = models::model(&config).await?.used_by(&chosen);
         telemetry.watch_pool(client.endpoints());
         let serving = tokio::spawn(admin::serve(
             listener,
@@ -108,8 +110,6 @@ impl Up {
         }
         let resources = build::resources(&config, &plan, &cluster, client.model.clone()).await?;
         client.keep();
-        let chosen: Vec<&PlannedStep> =
-            plan.steps.iter().filter(|step| stage.is_none_or(|stage| step.key == stage)).collect();
         let launch = Launch {
             kafka: &kafka,
             cluster,

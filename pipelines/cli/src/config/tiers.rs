@@ -87,7 +87,10 @@ pub fn models(tiers: Option<TierSettings>) -> anyhow::Result<Vec<String>> {
 
 fn escalation(text: &str) -> Option<Escalation> {
     let mut escalation = Escalation::default();
-    for word in text.split(',').map(str::trim).filter(|word| !word.is_empty() && *word != "off") {
+    if text.trim() == "off" {
+        return Some(escalation);
+    }
+    for word in text.split(',').map(str::trim).filter(|word| !word.is_empty()) {
         match word {
             "schema" => escalation.on_schema = true,
             "refusal" => escalation.on_refusal = true,
@@ -178,7 +181,9 @@ mod tests {
         assert!(refused(&[("models", "small, small")]).contains("twice"));
         assert!(models(("rules", "\ntokens > x -> large")).contains("tiers.rules (from f.yaml:3): rule 2 "));
         assert!(models(("escalate", "logprob 0.8")).contains("logprob -0.8"));
-        assert!(models(("escalate", "always")).contains("it may be off"));
+        for refused in ["always", "off,schema", "schema, off"] {
+            assert!(models(("escalate", refused)).contains("it may be off, or some of"), "{refused}");
+        }
         assert!(
             models(("classifier", "/nowhere/c.json"))
                 .contains("could not read tiers.classifier /nowhere/c.json")

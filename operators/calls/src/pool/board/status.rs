@@ -8,9 +8,10 @@ use tokio::time::Instant;
 
 impl Board {
     /// What is known of each endpoint, for people.
-    pub(in crate::pool) fn status(&self, now: Instant) -> Vec<Status> {
-        let status = |site: &Site| Status {
-            endpoint: site.name.clone(),
+    pub(in crate::pool) fn status(&mut self, now: Instant) -> Vec<Status> {
+        let status = |site: &mut Site| Status {
+            name: site.name.clone(),
+            endpoint: site.origin.clone(),
             is_ready: site.is_ready,
             running: site.running,
             outstanding_max: site.caps.outstanding,
@@ -21,7 +22,7 @@ impl Board {
             scraped_ms_ago: site.load.as_ref().map(|(_, at)| millis(now.duration_since(*at))),
             models: site
                 .lanes
-                .iter()
+                .iter_mut()
                 .map(|(model, lane)| ModelStatus {
                     model: model.clone(),
                     breaker: lane.breaker.state(now),
@@ -32,10 +33,12 @@ impl Board {
                     limit: lane.throttle.limit(),
                     limits: lane.throttle.share().map_or("own", |share| share.state()),
                     share_failures: lane.throttle.share().map_or(0, |share| share.failures()),
+                    left: Left::of(lane.throttle.left(now)),
+                    paused_ms: lane.throttle.paused(now).map(millis),
                 })
                 .collect(),
         };
-        self.sites.iter().map(status).collect()
+        self.sites.iter_mut().map(status).collect()
     }
 }
 
@@ -46,6 +49,8 @@ fn millis(duration: Duration) -> u64 {
 /// How an endpoint stands.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Status {
+    /// What it is called; no other at its origin is called so.
+    pub name: String,
     /// Scheme, host and port.
     pub endpoint: String,
     /// Whether it was seen to answer, where it starts cold.
@@ -113,4 +118,24 @@ pub struct ModelStatus {
     pub limits: &'static str,
     /// How often that did not answer.
     pub share_failures: u64,
+    /// What may still be sent within its limits per minute.
+    pub left: Left,
+    /// How long nothing is sent, as refusals asked for by `Retry-After`; absent where something may be.
+    pub paused_ms: Option<u64>,
+}
+
+/// What may still be sent, as far as this process knows: the less of what the settings allow in a minute and what the provider
+/// says; absent where neither sets a limit.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Left {
+    /// Requests.
+    pub requests: Option<f64>,
+    /// Tokens.
+    pub tokens: Option<f64>,
+}
+
+impl Left {
+    fn of([requests, tokens]: [Option<f64>; 2]) -> Self {
+        Self { requests, tokens }
+    }
 }

@@ -69,6 +69,8 @@ struct Lines {
     outcome: Option<Outcome>,
     /// The tries of each tier by their ids, as a row may lie there twice, and what each took.
     attempts: BTreeMap<usize, BTreeMap<String, Option<i64>>>,
+    /// Whether its tries say of which tiers they are: then its row does so too, but for an answer of none.
+    has_tiers: bool,
     qualities: Vec<f64>,
 }
 
@@ -78,6 +80,7 @@ struct Outcome {
     /// Rows say more than results.
     is_row: bool,
     tier: Option<usize>,
+    names_tier: bool,
     cost: Option<i64>,
     is_hit: bool,
     status: String,
@@ -96,6 +99,7 @@ impl Outcome {
             generation: integer("generation").unwrap_or(0),
             is_row,
             tier: tier_of(["tier", model]),
+            names_tier: !text("tier").is_empty(),
             cost: integer(cost),
             is_hit: text(cache) == "hit",
             status: text("status").to_owned(),
@@ -163,8 +167,9 @@ fn take(line: &str, tiers: &[String], requests: &mut HashMap<Key, Lines>) -> Res
         let row: Attempt = serde_json::from_value(value.clone())
             .map_err(|fault| format!("it is no row of attempts: {fault}"))?;
         if let Some(tier) = tier_of(["tier", "model"]) {
-            let tries = lines_of(&value, "request_id", requests)?.attempts.entry(tier).or_default();
-            tries.insert(row.attempt_id, row.cost_nano_usd);
+            let lines = lines_of(&value, "request_id", requests)?;
+            lines.has_tiers |= row.tier.is_some();
+            lines.attempts.entry(tier).or_default().insert(row.attempt_id, row.cost_nano_usd);
         }
     } else if has("request_id") && has("quality") {
         let quality = value["quality"].as_f64().filter(|quality| (0.0..=1.0).contains(quality));
@@ -210,6 +215,9 @@ impl Lines {
             "blocked" => 0.0,
             _ => return Err("it has no answer"),
         };
+        if outcome.is_row && self.has_tiers && !outcome.names_tier {
+            return Err("none of the tiers answered it: something stood in");
+        }
         // A model may name itself otherwise than it is asked for; the highest tier that was asked is the one.
         let served = outcome.tier.or_else(|| self.attempts.keys().last().copied());
         let served = served.ok_or("none of the tiers answered it")?;

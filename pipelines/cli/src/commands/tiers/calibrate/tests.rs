@@ -161,14 +161,37 @@ fn too_few_rows_are_said_and_why_the_others_are_left_out() {
     assert!(said.ends_with(reasons), "{said}");
 }
 
+fn attempt(tier: &str, number: u64, cost: u64) -> serde_json::Value {
+    json!({
+        "attempt_id": format!("c/{number}"), "call_id": "c", "request_id": "r", "tenant": "shop", "generation": 0, "stage": "infer",
+        "attempt": number, "started_at": 0, "duration_us": 0, "provider": "p", "status": "ok", "cost_nano_usd": cost, "tier": tier
+    })
+}
+
+#[test]
+fn the_answer_of_a_stand_in_is_no_tier_s() {
+    // The built-in model, and another server's that is called as the first tier's is.
+    for model in ["extractive", "small"] {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        for line in [
+            json!({"id": "r", "tenant": "shop", "prompt": "why?"}),
+            attempt("small", 0, 10),
+            json!({
+                "request_id": "r", "tenant": "shop", "generation": 0, "tier": null, "model_served": model, "status": "answered",
+                "cache_status": "miss", "billed_nano_usd": 0, "passages": 2
+            }),
+        ] {
+            writeln!(file, "{line}").unwrap();
+        }
+        let log = log::read(&[file.path().to_owned()], &tiers(), 1).unwrap();
+        let left_out: Vec<_> = log.left_out.into_iter().collect();
+        assert!(log.asked.is_empty());
+        assert_eq!(left_out, [("none of the tiers answered it: something stood in", 1)], "{model}");
+    }
+}
+
 #[test]
 fn rows_of_attempts_tell_what_each_tier_took_and_that_the_first_was_not_good_enough() {
-    let attempt = |tier: &str, number: u64, cost: u64| {
-        json!({
-            "attempt_id": format!("c/{number}"), "call_id": "c", "request_id": "r", "tenant": "shop", "generation": 0, "stage": "infer",
-            "attempt": number, "started_at": 0, "duration_us": 0, "provider": "p", "status": "ok", "cost_nano_usd": cost, "tier": tier
-        })
-    };
     let mut lines = String::new();
     let payload =
         json!({"id": "r", "tenant": "shop", "messages": [{"role": "user", "content": "why?"}]}).to_string();
