@@ -8,10 +8,9 @@
 //! a ledger remembers asks nobody, and so needs no room: it was paid for when it came.
 
 use crate::{
-    Call, CallError, Class, Happening, Limits, Listener, Model, Reply, Tried, TryId, Upstream,
-    model::says_what_it_stands_around,
+    Call, CallError, Class, Listener, Model, Reply, Upstream,
+    model::{Around, passes_on, says_what_it_stands_around},
 };
-use forebay_schemas::NanoUsd;
 use futures::future::BoxFuture;
 use std::sync::Arc;
 use tokio::sync::Mutex;
@@ -61,7 +60,8 @@ impl Model for Allowed {
                 model: self.inner.name(),
                 reserved: Mutex::default(),
             };
-            let result = self.inner.complete(call, &Asking { of: Of::Call(listener), paying: &paying }).await;
+            let result =
+                self.inner.complete(call, &Asking { of: Around::Call(listener), paying: &paying }).await;
             match paying.reserved.into_inner() {
                 None => result,
                 Some(Ok(reserved)) => {
@@ -103,42 +103,13 @@ impl Paying<'_> {
 
 /// Hears when somebody is to be asked, which an answer that a ledger remembers is not.
 struct Asking<'l> {
-    of: Of<'l>,
+    of: Around<'l>,
     /// Shared with the hedge beside it.
     paying: &'l Paying<'l>,
 }
 
-/// Whose listener it hears for.
-enum Of<'l> {
-    Call(&'l dyn Listener),
-    Hedge(Box<dyn Listener + 'l>),
-}
-
-impl Asking<'_> {
-    fn listener(&self) -> &dyn Listener {
-        match &self.of {
-            Of::Call(listener) => *listener,
-            Of::Hedge(listener) => &**listener,
-        }
-    }
-}
-
 impl Listener for Asking<'_> {
-    fn started(&self, to: Upstream<'_>) {
-        self.listener().started(to);
-    }
-
-    fn try_id(&self) -> Option<TryId> {
-        self.listener().try_id()
-    }
-
-    fn token(&self, text: &str) {
-        self.listener().token(text);
-    }
-
-    fn ended(&self, tried: &Tried<'_>) {
-        self.listener().ended(tried);
-    }
+    passes_on!(of);
 
     fn paid<'a>(
         &'a self,
@@ -150,23 +121,11 @@ impl Listener for Asking<'_> {
             self.paying.reserve().await?;
             call.await
         };
-        self.listener().paid(to, Box::pin(asked))
-    }
-
-    fn cost(&self, cost: NanoUsd) {
-        self.listener().cost(cost);
-    }
-
-    fn happened(&self, what: Happening) {
-        self.listener().happened(what);
-    }
-
-    fn limits(&self, limits: &Limits) {
-        self.listener().limits(limits);
+        self.of.paid(to, Box::pin(asked))
     }
 
     fn beside(&self) -> Option<Box<dyn Listener + '_>> {
-        let of = Of::Hedge(self.listener().beside()?);
+        let of = Around::Hedge(self.of.beside()?);
         Some(Box::new(Asking { of, paying: self.paying }))
     }
 }
@@ -174,7 +133,10 @@ impl Listener for Asking<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{Heard, Next, Told, call, error, reply};
+    use crate::{
+        Tried,
+        testing::{Heard, Next, Told, call, error, reply},
+    };
     use std::sync::Mutex;
 
     /// Knows the answer already.

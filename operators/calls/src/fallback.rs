@@ -8,10 +8,9 @@
 //! followed by another call only where the budget has it; where nothing was sent, as all breakers are open, no load is added.
 
 use crate::{
-    Budget, Call, CallError, Class, Happening, Limits, Listener, Model, Reply, Route, Tried, TryId, Upstream,
-    model::says_what_it_stands_around,
+    Budget, Call, CallError, Class, Happening, Listener, Model, Reply, Route, Upstream,
+    model::{Around, passes_on, says_what_it_stands_around},
 };
-use forebay_schemas::NanoUsd;
 use futures::future::BoxFuture;
 use std::sync::{
     Arc,
@@ -91,7 +90,7 @@ impl Model for Fallback {
                 let call = Call { model: None, route: Route::default(), ..call.clone() };
                 let standing_in = StandingIn {
                     provider: model.provider(),
-                    of: Of::Call(listener),
+                    of: Around::Call(listener),
                     is_paid: Arc::default(),
                 };
                 match model.complete(&call, &standing_in).await {
@@ -111,46 +110,19 @@ impl Model for Fallback {
 /// Hears a stand-in, and marks its answers inside what a ledger keeps.
 struct StandingIn<'l> {
     provider: &'static str,
-    of: Of<'l>,
+    of: Around<'l>,
     /// Whether a ledger was asked; of what costs nothing it is not. Shared with the hedge beside it.
     is_paid: Arc<AtomicBool>,
 }
 
-/// Whose listener it hears for.
-enum Of<'l> {
-    Call(&'l dyn Listener),
-    Hedge(Box<dyn Listener + 'l>),
-}
-
 impl StandingIn<'_> {
-    fn listener(&self) -> &dyn Listener {
-        match &self.of {
-            Of::Call(listener) => *listener,
-            Of::Hedge(listener) => &**listener,
-        }
-    }
-
     fn mark(&self, reply: Reply) -> Reply {
         Reply { fallback: Some(self.provider.to_owned()), ..reply }
     }
 }
 
 impl Listener for StandingIn<'_> {
-    fn started(&self, to: Upstream<'_>) {
-        self.listener().started(to);
-    }
-
-    fn try_id(&self) -> Option<TryId> {
-        self.listener().try_id()
-    }
-
-    fn token(&self, text: &str) {
-        self.listener().token(text);
-    }
-
-    fn ended(&self, tried: &Tried<'_>) {
-        self.listener().ended(tried);
-    }
+    passes_on!(of);
 
     fn paid<'a>(
         &'a self,
@@ -158,27 +130,11 @@ impl Listener for StandingIn<'_> {
         call: BoxFuture<'a, Result<Reply, CallError>>,
     ) -> BoxFuture<'a, Result<Reply, CallError>> {
         self.is_paid.store(true, Ordering::Relaxed);
-        self.listener().paid(to, Box::pin(async { call.await.map(|reply| self.mark(reply)) }))
-    }
-
-    fn cost(&self, cost: NanoUsd) {
-        self.listener().cost(cost);
-    }
-
-    fn happened(&self, what: Happening) {
-        self.listener().happened(what);
-    }
-
-    fn limits(&self, limits: &Limits) {
-        self.listener().limits(limits);
-    }
-
-    fn tier(&self, place: u32, name: &str) {
-        self.listener().tier(place, name);
+        self.of.paid(to, Box::pin(async { call.await.map(|reply| self.mark(reply)) }))
     }
 
     fn beside(&self) -> Option<Box<dyn Listener + '_>> {
-        let of = Of::Hedge(self.listener().beside()?);
+        let of = Around::Hedge(self.of.beside()?);
         Some(Box::new(StandingIn { provider: self.provider, of, is_paid: self.is_paid.clone() }))
     }
 }
@@ -186,7 +142,11 @@ impl Listener for StandingIn<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{Heard, Next, Told, call, error};
+    use crate::{
+        Tried,
+        testing::{Heard, Next, Told, call, error},
+    };
+    use forebay_schemas::NanoUsd;
     use std::sync::Mutex;
 
     /// Asks two models of which the first fails so, and the second too or not.
@@ -280,7 +240,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn whoever_listens_hears_of_a_stand_in_all_that_it_tells() {
         let heard = Heard::default();
-        let standing_in = StandingIn { provider: "two", of: Of::Call(&heard), is_paid: Arc::default() };
+        let standing_in = StandingIn { provider: "two", of: Around::Call(&heard), is_paid: Arc::default() };
         let told =
             Told::of("two", [Next { first_token: Some(std::time::Duration::from_millis(1)), ..Next::ok(5) }]);
         told.complete(&call("why"), &standing_in).await.unwrap();

@@ -12,7 +12,7 @@ use forebay_schemas::{
 use futures::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use std::time::Duration;
+use std::{ops::Deref, time::Duration};
 use tokio::time::Instant;
 
 /// What is wanted of a model.
@@ -248,6 +248,25 @@ pub trait Listener: Send + Sync {
     }
 }
 
+/// The listener that a layer's own stands around: that of a call, or that of the hedge beside it.
+pub(crate) enum Around<'l> {
+    /// The call's.
+    Call(&'l dyn Listener),
+    /// The hedge's.
+    Hedge(Box<dyn Listener + 'l>),
+}
+
+impl<'l> Deref for Around<'l> {
+    type Target = dyn Listener + 'l;
+
+    fn deref(&self) -> &Self::Target {
+        match self {
+            Self::Call(listener) => *listener,
+            Self::Hedge(listener) => &**listener,
+        }
+    }
+}
+
 /// Something that writes answers. Dropping the future gives the call up and closes its connection.
 ///
 /// Whoever asks an upstream that costs something wraps each try into [`Listener::paid`], and so tells layers and ledger of it.
@@ -316,6 +335,45 @@ macro_rules! says_what_it_stands_around {
     };
 }
 pub(crate) use says_what_it_stands_around;
+
+/// What a layer's listener only passes on: all but the calls that cost something, and the hedge beside them. One list, for
+/// the same reason.
+macro_rules! passes_on {
+    ($around:ident) => {
+        fn started(&self, to: $crate::Upstream<'_>) {
+            self.$around.started(to);
+        }
+
+        fn try_id(&self) -> Option<$crate::TryId> {
+            self.$around.try_id()
+        }
+
+        fn token(&self, text: &str) {
+            self.$around.token(text);
+        }
+
+        fn ended(&self, tried: &$crate::Tried<'_>) {
+            self.$around.ended(tried);
+        }
+
+        fn cost(&self, cost: forebay_schemas::NanoUsd) {
+            self.$around.cost(cost);
+        }
+
+        fn happened(&self, what: $crate::Happening) {
+            self.$around.happened(what);
+        }
+
+        fn limits(&self, limits: &$crate::Limits) {
+            self.$around.limits(limits);
+        }
+
+        fn tier(&self, place: u32, name: &str) {
+            self.$around.tier(place, name);
+        }
+    };
+}
+pub(crate) use passes_on;
 
 #[cfg(test)]
 mod tests {
