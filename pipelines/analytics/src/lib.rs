@@ -1,0 +1,1 @@
+//! The output log as tables, and SQL over them.
