@@ -26,6 +26,9 @@ use tokio::time::timeout;
 
 const PARTITIONS: i32 = 4;
 
+/// Records that may wait for the loop.
+const WAITING_MAX: usize = 64;
+
 /// Far longer than anything here takes.
 const LONG: Duration = Duration::from_secs(30);
 
@@ -58,7 +61,7 @@ impl Cluster {
 
     fn join_groups(&self, groups: &[Group], once: Option<Arc<Once>>) -> Member {
         let reading = Reading {
-            bounds: ReadBounds::new(64),
+            bounds: ReadBounds::new(WAITING_MAX),
             budget: Budget::new(1 << 20),
             meter: self.telemetry.step("step", "none"),
             health: Health::new(),
@@ -156,6 +159,22 @@ async fn until(members: &mut [&mut Member], what: &str, mut holds: impl FnMut(&m
             member.listen().await;
         }
     }
+}
+
+/// What is beyond the bounds is paused for, and who pauses waits for librdkafka.
+#[tokio::test]
+async fn no_more_is_read_at_once_than_may_wait() {
+    let cluster = Cluster::start();
+    for _ in 0..80 {
+        cluster.write("text").await;
+    }
+    let mut member = cluster.join();
+    let first = loop {
+        if let Event::Records(records) = timeout(LONG, member.source.next()).await.unwrap() {
+            break records;
+        }
+    };
+    assert!(first.len() <= WAITING_MAX, "{} records came at once", first.len());
 }
 
 #[tokio::test]
