@@ -1,2 +1,106 @@
-//! Tables and SQL: started by `forebay sql`, `forebay sink` and `forebay report`.
-fn main() {}
+//! Tables and SQL: parse, load, run, drain. Started by `forebay sink`, `forebay sql` and `forebay report`.
+//!
+//! Standard output holds what was asked for and nothing else; all that is said besides goes to standard error.
+//!
+//! Exit codes: 0 done; 1 could not be done; 2 the command line or the settings are wrong; 130 stopped by a second Ctrl-C.
+
+use clap::{Args as ClapArgs, Parser, Subcommand};
+use forebay_analytics::settings::{Settings, SettingsError};
+use forebay_telemetry::logging;
+use std::{io::Write as _, process::ExitCode};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+/// Rows are many small allocations on many threads, as in `forebay`.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Tables and SQL over what Forebay did.
+#[derive(Debug, Parser)]
+#[command(name = "forebay-sql", version, propagate_version = true, max_term_width = 110)]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Moves the output log from Kafka into its tables, each row exactly once.
+    Sink(Sink),
+}
+
+/// `forebay sink`.
+#[derive(Clone, Debug, ClapArgs)]
+#[command(after_help = "\
+Examples:
+  forebay sink            until SIGTERM, which writes what waits and leaves
+  forebay sink --once     up to what the topics hold now, and leaves: for cron")]
+struct Sink {
+    /// Leaves as soon as all is written that the topics hold at the start.
+    #[arg(long)]
+    once: bool,
+}
+
+/// What is logged unless FOREBAY_LOG says otherwise. The table format calls each commit that lost a race an error, and each
+/// that won one worth a line; what becomes of them is told here.
+const FILTER: &str = "info,librdkafka=warn,rdkafka=warn,opentelemetry=warn,deltalake_core=off,buoyant_kernel=off,delta_kernel=off";
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    match run(args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(fault) => {
+            complain(&fault);
+            ExitCode::from(if fault.is::<SettingsError>() { 2 } else { 1 })
+        }
+    }
+}
+
+fn run(args: Args) -> anyhow::Result<()> {
+    let Command::Sink(_) = &args.command;
+    logging::init(logging::Format::Auto, Some(FILTER))?;
+    let settings = Settings::load(|name| std::env::var(name).ok())?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let done = runtime.block_on(command(args.command, settings));
+    // Threads that are stuck in a client of ours must not keep the process from ending.
+    runtime.shutdown_timeout(std::time::Duration::from_millis(500));
+    done
+}
+
+async fn command(command: Command, settings: Settings) -> anyhow::Result<()> {
+    match command {
+        Command::Sink(args) => forebay_analytics::sink::run(settings, args.once, shutdown()?).await,
+    }
+}
+
+/// A token that is given at the first Ctrl-C or SIGTERM; a second one ends at once.
+fn shutdown() -> anyhow::Result<CancellationToken> {
+    let token = CancellationToken::new();
+    let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+    let given = token.clone();
+    tokio::spawn(async move {
+        loop {
+            tokio::select! {
+                _ = interrupt.recv() => {}
+                _ = terminate.recv() => {}
+            }
+            if given.is_cancelled() {
+                std::process::exit(130);
+            }
+            given.cancel();
+        }
+    });
+    Ok(token)
+}
+
+/// Says why the command could not be done, with all causes; some errors repeat their cause in their own words.
+fn complain(fault: &anyhow::Error) {
+    let mut text = String::new();
+    for cause in fault.chain().map(ToString::to_string) {
+        if !text.contains(&cause) {
+            let separator = if text.is_empty() { "" } else { ": " };
+            text = format!("{text}{separator}{cause}");
+        }
+    }
+    let _ = writeln!(std::io::stderr(), "forebay-sql: {text}");
+}
