@@ -6,6 +6,7 @@
 
 use clap::{Args as ClapArgs, Parser, Subcommand};
 use forebay_analytics::settings::{Settings, SettingsError};
+use forebay_analytics::shell;
 use forebay_telemetry::logging;
 use std::{io::Write as _, process::ExitCode};
 use tokio::signal::unix::{SignalKind, signal};
@@ -27,6 +28,8 @@ struct Args {
 enum Command {
     /// Moves the output log from Kafka into its tables, each row exactly once.
     Sink(Sink),
+    /// Answers SQL over the tables: a shell, a query, a file of queries.
+    Sql(Box<shell::Args>),
 }
 
 /// `forebay sink`.
@@ -57,7 +60,6 @@ fn main() -> ExitCode {
 }
 
 fn run(args: Args) -> anyhow::Result<()> {
-    let Command::Sink(_) = &args.command;
     logging::init(logging::Format::Auto, Some(FILTER))?;
     let settings = Settings::load(|name| std::env::var(name).ok())?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
@@ -70,6 +72,8 @@ fn run(args: Args) -> anyhow::Result<()> {
 async fn command(command: Command, settings: Settings) -> anyhow::Result<()> {
     match command {
         Command::Sink(args) => forebay_analytics::sink::run(settings, args.once, shutdown()?).await,
+        // Ctrl-C stops a query of the shell and not the shell, so it is heard there.
+        Command::Sql(args) => shell::run(*args, settings).await,
     }
 }
 
