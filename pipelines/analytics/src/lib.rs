@@ -5,6 +5,7 @@
 //!
 //! Invariant: nothing here is linked by `forebay`. Whoever edits an operator never waits for DataFusion.
 
+pub mod decode;
 pub mod lake;
 pub mod settings;
 pub mod sink;
