@@ -172,7 +172,7 @@ type Ends = BTreeMap<(Arc<str>, i32), (i64, i64)>;
 impl Sink {
     async fn start(settings: &Settings, telemetry: &Telemetry, health: &Health) -> Result<Self, Error> {
         let kafka = Kafka::new(&settings.kafka().ok_or(Error::NoKafka)?)?;
-        let (asked, prefix) = (kafka.clone(), settings.topic_prefix.clone());
+        let asked = kafka.clone();
         let (cluster, there) = tokio::task::spawn_blocking(move || {
             Ok::<_, Error>((asked.cluster_id(KAFKA_WAIT)?, existing(&asked, KAFKA_WAIT)?))
         })
@@ -203,7 +203,8 @@ impl Sink {
             health: health.clone(),
             once: None,
         };
-        let source = KafkaSource::join(&kafka, &[Group { name: format!("{prefix}sink"), inputs }], reading)?;
+        let name = settings.group.clone().unwrap_or_else(|| settings.topic("sink"));
+        let source = KafkaSource::join(&kafka, &[Group { name, inputs }], reading)?;
         Ok(Self {
             kafka,
             cluster,
