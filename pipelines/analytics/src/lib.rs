@@ -6,6 +6,7 @@
 //!
 //! Invariant: nothing here is linked by `forebay`. Whoever edits an operator never waits for DataFusion.
 
+pub mod decode;
 pub mod format;
 pub mod functions;
 pub mod guards;

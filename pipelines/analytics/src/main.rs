@@ -5,8 +5,10 @@
 //! Exit codes: 0 done; 1 could not be done; 2 the command line or the settings are wrong; 130 stopped by a second Ctrl-C.
 
 use clap::{Args as ClapArgs, Parser, Subcommand};
-use forebay_analytics::settings::{Settings, SettingsError};
-use forebay_analytics::shell;
+use forebay_analytics::{
+    settings::{Settings, SettingsError},
+    shell, sink,
+};
 use forebay_telemetry::logging;
 use std::{io::Write as _, process::ExitCode};
 use tokio::signal::unix::{SignalKind, signal};
@@ -54,7 +56,9 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(fault) => {
             complain(&fault);
-            ExitCode::from(if fault.is::<SettingsError>() { 2 } else { 1 })
+            let is_wrong =
+                fault.is::<SettingsError>() || matches!(fault.downcast_ref(), Some(sink::Error::Settings(_)));
+            ExitCode::from(if is_wrong { 2 } else { 1 })
         }
     }
 }
@@ -71,7 +75,7 @@ fn run(args: Args) -> anyhow::Result<()> {
 
 async fn command(command: Command, settings: Settings) -> anyhow::Result<()> {
     match command {
-        Command::Sink(args) => forebay_analytics::sink::run(settings, args.once, shutdown()?).await,
+        Command::Sink(args) => Ok(sink::run(settings, args.once, shutdown()?).await?),
         // Ctrl-C stops a query of the shell and not the shell, so it is heard there.
         Command::Sql(args) => shell::run(*args, settings).await,
     }

@@ -42,6 +42,10 @@ pub struct Settings {
     /// Where traces and metrics are sent by OTLP over HTTP.
     #[serde(default)]
     pub otlp_endpoint: Option<String>,
+    /// The consumer group of the sink; `{topic_prefix}sink` when absent. Sinks of two groups each read everything, and still no
+    /// row is in a table twice.
+    #[serde(default)]
+    pub group: Option<String>,
     /// How long a row may wait for its table.
     #[serde(default = "flush_ms")]
     pub flush_ms: u64,
@@ -115,6 +119,7 @@ impl Settings {
                     otlp_endpoint: text("FOREBAY_OTLP_ENDPOINT"),
                     kafka: BTreeMap::new(),
                     tables_options: BTreeMap::new(),
+                    group: None,
                     flush_ms: flush_ms(),
                     flush_bytes: flush_bytes(),
                 }

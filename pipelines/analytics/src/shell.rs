@@ -64,7 +64,7 @@ pub struct Args {
     #[arg(long, value_name = "FILES", env = "FOREBAY_PRICES")]
     prices: Option<String>,
     /// The memory that queries may take, in MiB; what is more goes to disk.
-    #[arg(long, value_name = "MIB", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(16..=1_048_576))]
+    #[arg(long, value_name = "MIB", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(64..=1_048_576))]
     memory: u32,
     /// How long a query may run, such as 30s or 10m.
     #[arg(long, value_name = "DURATION", default_value = "5m", value_parser = humantime::parse_duration)]
