@@ -47,6 +47,8 @@ pub struct Limits {
     pub scan_bytes: u64,
     /// Over how many days of a table a query may go without a bound on its time.
     pub scan_days: u32,
+    /// How many messages of a topic a query may read by `kafka`.
+    pub messages: u64,
 }
 
 impl Default for Limits {
@@ -57,6 +59,7 @@ impl Default for Limits {
             deadline: Duration::from_secs(300),
             scan_bytes: 8 << 30,
             scan_days: 92,
+            messages: 10_000_000,
         }
     }
 }
@@ -99,6 +102,24 @@ pub enum Refused {
         /// What it would do.
         what: String,
     },
+    /// It would read too much by mistake.
+    #[error(
+        "the query would read {count} messages of topic {topic}; name a start such as kafka('{topic}', now() - INTERVAL '1 hour'), bound \
+         partition and offset, or raise --messages ({messages_max})"
+    )]
+    Messages {
+        /// Which.
+        topic: String,
+        /// How many there are.
+        count: u64,
+        /// What may be read.
+        messages_max: u64,
+    },
+    /// Nobody knows whose messages are.
+    #[error(
+        "kafka() is for users of all tenants, since a topic does not say whose its messages are; ask requests_live"
+    )]
+    Topics,
     /// It would tell how many rows of others were read.
     #[error(
         "EXPLAIN ANALYZE and EXPLAIN VERBOSE are for users of all tenants, since they tell of rows of others; write EXPLAIN"

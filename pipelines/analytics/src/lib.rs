@@ -10,7 +10,9 @@ pub mod decode;
 pub mod format;
 pub mod functions;
 pub mod guards;
+pub mod kafka_table;
 pub mod lake;
+pub mod live;
 #[cfg(test)]
 mod reference;
 pub mod session;

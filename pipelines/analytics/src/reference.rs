@@ -8,6 +8,7 @@ use crate::session::tests::Tables;
 use crate::shell::sql_type;
 use crate::table::Table;
 use crate::views::VIEWS;
+use crate::{kafka_table, live};
 use std::fmt::Write as _;
 
 async fn page() -> String {
@@ -45,6 +46,13 @@ async fn page() -> String {
             let _ = writeln!(page, "| `{}` | {kind} | {} | {} |", column.name, column.unit, column.meaning);
         }
     }
+    let _ = write!(page, "\n## View {}\n\n{}\n", live::NAME, live::MEANING);
+    let _ = write!(
+        page,
+        "\n## Topics\n\n| Function | Meaning |\n|---|---|\n| `{}` | {} |\n",
+        kafka_table::CALL,
+        kafka_table::MEANING
+    );
     for (title, is_aggregate) in [("Functions of a row", false), ("Functions of many rows", true)] {
         let _ = write!(page, "\n## {title}\n\n| Function | Meaning |\n|---|---|\n");
         for function in FUNCTIONS.iter().filter(|function| function.is_aggregate == is_aggregate) {

@@ -7,7 +7,9 @@
 
 use crate::functions::{self, Prices};
 use crate::guards::{self, Extent, Guarded, Limits, Refused, Scope};
+use crate::kafka_table;
 use crate::lake;
+use crate::live::{self, Live};
 use crate::table::{DATE, Table};
 use crate::views::{VIEWS, View};
 use arrow::array::RecordBatch;
@@ -19,13 +21,13 @@ use datafusion::catalog::{
 };
 use datafusion::common::DataFusionError;
 use datafusion::common::runtime::SpawnedTask;
-use datafusion::datasource::empty::EmptyTable;
+use datafusion::datasource::{empty::EmptyTable, provider_as_source};
 use datafusion::execution::SendableRecordBatchStream;
 use datafusion::execution::disk_manager::DiskManagerBuilder;
 use datafusion::execution::memory_pool::{FairSpillPool, TrackConsumersPool};
 use datafusion::execution::runtime_env::RuntimeEnvBuilder;
 use datafusion::execution::session_state::{SessionState, SessionStateBuilder};
-use datafusion::logical_expr::TableType;
+use datafusion::logical_expr::{LogicalPlanBuilder, TableType};
 use datafusion::prelude::{DataFrame, SessionConfig, SessionContext};
 use datafusion::sql::parser::{DFParserBuilder, Statement};
 use datafusion::sql::sqlparser::parser::ParserError;
@@ -39,6 +41,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
+use tracing::warn;
 use url::Url;
 
 const CATALOG: &str = "forebay";
@@ -81,7 +84,7 @@ pub enum Error {
     },
     /// A table could not be read.
     #[error(transparent)]
-    Lake(#[from] lake::Error),
+    Lake(#[from] Box<lake::Error>),
     /// The session could not be made.
     #[error("could not prepare SQL")]
     Prepare(#[source] DataFusionError),
@@ -118,9 +121,13 @@ impl Session {
         limits: Limits,
         scope: Scope,
         prices: Option<Arc<Prices>>,
+        live: Option<Live>,
     ) -> Result<Self, Error> {
-        let base = state(&limits, prices).map_err(Error::Prepare)?;
-        let lake = Arc::new(Lake { root, options, tables: Mutex::default() });
+        let mut base = state(&limits, prices).map_err(Error::Prepare)?;
+        let kafka = live.as_ref().map(|live| live.kafka().clone());
+        let topics = kafka_table::Function { kafka, scope: scope.clone(), messages: limits.messages };
+        base.register_udtf("kafka", Arc::new(topics));
+        let lake = Arc::new(Lake { root, options, live, tables: Mutex::default() });
         Ok(Self { lake, base, limits, scope })
     }
 
@@ -198,6 +205,7 @@ impl Session {
             lake: Arc::clone(&self.lake),
             limits: self.limits,
             scope: self.scope.clone(),
+            pinned: tokio::sync::Mutex::default(),
             found: Mutex::default(),
             state: OnceLock::new(),
         });
@@ -254,6 +262,7 @@ fn state(limits: &Limits, prices: Option<Arc<Prices>>) -> Result<SessionState, D
 struct Lake {
     root: Url,
     options: lake::Options,
+    live: Option<Live>,
     tables: Mutex<BTreeMap<Table, DeltaTable>>,
 }
 
@@ -284,6 +293,8 @@ struct Snapshot {
     lake: Arc<Lake>,
     limits: Limits,
     scope: Scope,
+    /// The version of each table that the query sees; nothing where there is no table.
+    pinned: tokio::sync::Mutex<HashMap<Table, Option<DeltaTable>>>,
     found: Mutex<HashMap<String, Arc<dyn TableProvider>>>,
     /// In which views are planned; it holds the state weakly, as that holds us.
     state: OnceLock<Box<dyn Fn() -> Option<SessionState> + Send + Sync>>,
@@ -301,12 +312,24 @@ impl Snapshot {
         state.ok_or_else(|| DataFusionError::Plan("the query has ended".to_owned()))
     }
 
-    async fn of_table(&self, table: Table) -> Result<Arc<dyn TableProvider>, DataFusionError> {
+    /// The version that the query sees: the newest when the table was first named.
+    async fn version(&self, table: Table) -> Result<Option<DeltaTable>, DataFusionError> {
+        let mut pinned = self.pinned.lock().await;
+        if let Some(version) = pinned.get(&table) {
+            return Ok(version.clone());
+        }
         let newest =
             self.lake.newest(table).await.map_err(|error| DataFusionError::External(Box::new(error)))?;
-        let Some(newest) = newest else { return Ok(Arc::new(EmptyTable::new(table.schema()))) };
-        newest.update_datafusion_session(&self.state()?)?;
-        let snapshot = newest.snapshot()?;
+        pinned.insert(table, newest.clone());
+        Ok(newest)
+    }
+
+    async fn of_table(&self, table: Table) -> Result<Arc<dyn TableProvider>, DataFusionError> {
+        let Some(version) = self.version(table).await? else {
+            return Ok(Arc::new(EmptyTable::new(table.schema())));
+        };
+        version.update_datafusion_session(&self.state()?)?;
+        let snapshot = version.snapshot()?;
         let mut extent = Extent::default();
         let mut days = BTreeSet::new();
         for file in snapshot.log_data().iter() {
@@ -317,7 +340,26 @@ impl Snapshot {
         // The day as a date, and not as a dictionary of dates.
         let config = DeltaScanConfig::new().with_wrap_partition_values(false);
         let inner = Arc::new(DeltaScanNext::new(snapshot.snapshot().clone(), config)?);
-        Ok(Arc::new(Guarded { table, inner, extent, limits: self.limits, scope: self.scope.clone() }))
+        Ok(self.guarded(table, inner, extent))
+    }
+
+    fn guarded(&self, table: Table, inner: Arc<dyn TableProvider>, extent: Extent) -> Arc<dyn TableProvider> {
+        Arc::new(Guarded { table, inner, extent, limits: self.limits, scope: self.scope.clone() })
+    }
+
+    /// The rows of a table, and behind them those that are not in it yet.
+    async fn of_live(&self) -> Result<Arc<dyn TableProvider>, DataFusionError> {
+        let stored = self.of_table(live::TABLE).await?;
+        let Some(live) = &self.lake.live else {
+            warn!("there is no Kafka, so {} is what is in table {} already", live::NAME, live::TABLE.name());
+            return Ok(stored);
+        };
+        let version = self.version(live::TABLE).await?;
+        let tail = Arc::new(live.tail(version.as_ref(), stored.schema()).await?);
+        let tail = self.guarded(live::TABLE, tail, Extent::default());
+        let rows = |rows| LogicalPlanBuilder::scan(live::NAME, provider_as_source(rows), None);
+        let plan = rows(stored)?.union(rows(tail)?.build()?)?.build()?;
+        Ok(Arc::new(ViewTable::new(plan, None)))
     }
 
     async fn of_view(&self, view: View) -> Result<Arc<dyn TableProvider>, DataFusionError> {
@@ -334,7 +376,7 @@ impl Snapshot {
 impl SchemaProvider for Snapshot {
     fn table_names(&self) -> Vec<String> {
         let tables = Table::ALL.iter().map(|table| table.name());
-        tables.chain(VIEWS.iter().map(|view| view.name)).map(str::to_owned).collect()
+        tables.chain(VIEWS.iter().map(|view| view.name)).chain([live::NAME]).map(str::to_owned).collect()
     }
 
     async fn table(&self, name: &str) -> Result<Option<Arc<dyn TableProvider>>, DataFusionError> {
@@ -344,6 +386,7 @@ impl SchemaProvider for Snapshot {
         let found = match (Table::find(name), View::find(name)) {
             (Some(table), _) => self.of_table(table).await?,
             (None, Some(view)) => self.of_view(view).await?,
+            (None, None) if name == live::NAME => self.of_live().await?,
             (None, None) => return Ok(None),
         };
         // Who came first keeps its version, so that all who name the table see one.
@@ -352,11 +395,11 @@ impl SchemaProvider for Snapshot {
 
     async fn table_type(&self, name: &str) -> Result<Option<TableType>, DataFusionError> {
         let table = Table::find(name).map(|_| TableType::Base);
-        Ok(table.or_else(|| View::find(name).map(|_| TableType::View)))
+        Ok(table.or_else(|| self.table_exist(name).then_some(TableType::View)))
     }
 
     fn table_exist(&self, name: &str) -> bool {
-        Table::find(name).is_some() || View::find(name).is_some()
+        Table::find(name).is_some() || View::find(name).is_some() || name == live::NAME
     }
 }
 
@@ -406,7 +449,7 @@ fn unwrapped(error: DataFusionError) -> Result<Error, DataFusionError> {
                 Err(inner) => inner,
             };
             match inner.downcast::<lake::Error>() {
-                Ok(fault) => Ok(Error::Lake(*fault)),
+                Ok(fault) => Ok(Error::Lake(fault)),
                 Err(inner) => Err(DataFusionError::External(inner)),
             }
         }

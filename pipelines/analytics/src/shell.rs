@@ -5,12 +5,15 @@
 use crate::format::{self, Format};
 use crate::functions::{FUNCTIONS, Prices};
 use crate::guards::{Limits, Scope, Users};
+use crate::kafka_table;
+use crate::live::{self, Live};
 use crate::session::{Error, Session};
 use crate::settings::Settings;
 use crate::table::Table;
 use crate::views::{VIEWS, View};
 use anyhow::{Context as _, bail};
 use arrow::datatypes::{DataType, Schema};
+use forebay_runtime::host::kafka::Kafka;
 use rustyline::completion::{Completer, Pair};
 use rustyline::error::ReadlineError;
 use rustyline::highlight::Highlighter;
@@ -75,6 +78,9 @@ pub struct Args {
     /// Bytes of a table that a query may read without a bound on its time.
     #[arg(long, value_name = "BYTES", default_value_t = Limits::default().scan_bytes)]
     scan_bytes: u64,
+    /// Messages of a topic that a query may read by kafka().
+    #[arg(long, value_name = "COUNT", default_value_t = Limits::default().messages)]
+    messages: u64,
 }
 
 /// Runs the command to its end.
@@ -102,6 +108,7 @@ fn open(args: &Args, settings: &Settings) -> anyhow::Result<Session> {
         deadline: args.deadline,
         scan_bytes: args.scan_bytes,
         scan_days: args.scan_days,
+        messages: args.messages,
         ..Limits::default()
     };
     let scope = match (&args.users, &args.user) {
@@ -116,7 +123,11 @@ fn open(args: &Args, settings: &Settings) -> anyhow::Result<Session> {
     };
     let prices = args.prices.as_deref().map(prices).transpose()?.flatten();
     let options = settings.tables_options.clone().into_iter().collect();
-    Ok(Session::open(settings.tables_url()?, options, limits, scope, prices)?)
+    let live = match settings.kafka() {
+        Some(kafka) => Some(Live::new(Kafka::new(&kafka)?, settings.topic(live::TABLE.topic()))),
+        None => None,
+    };
+    Ok(Session::open(settings.tables_url()?, options, limits, scope, prices, live)?)
 }
 
 /// `old.json,2026-12-01=new.json`: tables of prices, each from midnight UTC of its day on.
@@ -349,6 +360,8 @@ fn listed() -> String {
         let first = meaning.split_once(": ").map_or(meaning.as_str(), |(first, _)| first);
         let _ = writeln!(text, "view      {:<22} {}", view.name, first.trim_end_matches('.'));
     }
+    let _ = writeln!(text, "view      {:<22} outcomes, and what is not in that table yet", live::NAME);
+    let _ = writeln!(text, "topic     {}", kafka_table::CALL);
     for function in FUNCTIONS {
         let kind = if function.is_aggregate { "aggregate" } else { "function" };
         let _ = writeln!(text, "{kind:<9} {}", function.call);
@@ -358,7 +371,8 @@ fn listed() -> String {
 
 /// The columns of one table or view.
 fn described(name: &str, schema: &Schema) -> String {
-    let told: Vec<(&str, &str, &str)> = match (Table::find(name), View::find(name)) {
+    let table = if name == live::NAME { Some(live::TABLE) } else { Table::find(name) };
+    let told: Vec<(&str, &str, &str)> = match (table, View::find(name)) {
         (Some(table), _) => {
             table.columns().iter().map(|column| (column.name, column.unit, column.meaning)).collect()
         }
@@ -427,6 +441,7 @@ fn words(session: &Session) -> Vec<String> {
         let columns = view.columns().into_iter().map(|column| column.name.to_owned());
         columns.chain([view.name.to_owned()])
     }));
+    words.extend([live::NAME.to_owned(), "kafka".to_owned()]);
     words.extend(COMMANDS.iter().filter_map(|(command, _)| command.split(' ').next().map(str::to_owned)));
     words.sort();
     words.dedup();

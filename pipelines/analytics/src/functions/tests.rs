@@ -187,7 +187,13 @@ fn exact(values: &[f64], p: f64) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     let rank = (p * sorted.len() as f64 - 1e-9).ceil().max(1.0);
-    sorted[rank as usize - 1]
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "from 1 to the number of values"
+    )]
+    let rank = rank as usize;
+    sorted[rank - 1]
 }
 
 #[tokio::test]

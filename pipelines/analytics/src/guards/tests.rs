@@ -124,9 +124,8 @@ async fn a_query_over_too_much_needs_a_bound_on_its_time() {
             "SELECT * FROM cost_daily WHERE date >= '2026-11-02'",
             "SELECT * FROM latency WHERE date >= current_date - 7",
         ] {
-            if let Err(refused) = session.collect(sql).await {
-                assert!(false, "{sql}: {refused}");
-            }
+            let told = session.collect(sql).await.map(drop);
+            assert!(told.is_ok(), "{sql}: {told:?}");
         }
     }
     let told =

@@ -44,7 +44,7 @@ impl Tables {
     }
 
     pub(crate) fn session(&self, limits: Limits, scope: Scope) -> Session {
-        Session::open(self.root(), lake::Options::default(), limits, scope, None).unwrap()
+        Session::open(self.root(), lake::Options::default(), limits, scope, None, None).unwrap()
     }
 
     /// The answer as a table without its frame.
@@ -287,5 +287,42 @@ async fn an_error_names_its_place_and_what_there_is() {
         let error = session.collect(sql).await.unwrap_err();
         assert_eq!(at(&error), place, "{sql}: {error}");
         assert!(error.to_string().contains(wanted), "{sql}: {error}");
+    }
+}
+
+/// What the guide shows is what one may type.
+#[tokio::test]
+async fn every_query_of_the_guide_is_answered() {
+    let guide = include_str!("../../../guides/sql.md");
+    let prices = Prices::default().with_table("none", "{}", 0).unwrap();
+    let limits = Limits::default();
+    let root = Tables::new();
+    let session = Session::open(
+        root.root(),
+        lake::Options::default(),
+        limits,
+        Scope::All,
+        Some(Arc::new(prices)),
+        None,
+    )
+    .unwrap();
+    let queries: Vec<&str> =
+        guide.split("```sql\n").skip(1).map(|rest| rest.split("```").next().unwrap()).collect();
+    assert_eq!(queries.len(), 6);
+    for query in queries {
+        session.collect(query).await.unwrap();
+    }
+    for name in Table::ALL.iter().map(|table| table.name()).chain(VIEWS.iter().map(|view| view.name)) {
+        assert!(guide.contains(&format!("| `{name}` |")), "the guide does not tell of {name}");
+    }
+    for (flag, default) in [
+        ("--scan-days", limits.scan_days.to_string()),
+        ("--scan-bytes", format!("{} GiB", limits.scan_bytes >> 30)),
+        ("--messages", limits.messages.to_string()),
+    ] {
+        assert!(
+            guide.contains(&format!("| `{flag}` | {default} |")),
+            "the guide does not tell the default of {flag}"
+        );
     }
 }
