@@ -185,6 +185,16 @@ mod tests {
         assert!(settings.kafka().is_none());
     }
 
+    /// `forebay` hands over these names; it has a test with them too.
+    #[test]
+    fn what_is_handed_over_is_read() {
+        let settings = handed_down(
+            r#"{"bootstrap_servers": "k:9092", "kafka": {"sasl.password": "canary"}, "topic_prefix": "", "data": ".forebay",
+                "tables": "s3://bucket/log", "admin": null, "otlp_endpoint": null, "flush_ms": 5000, "flush_bytes": 134217728}"#,
+        );
+        assert_eq!(settings.unwrap().flush_ms, 5_000);
+    }
+
     #[test]
     fn tables_lie_at_a_url_or_in_a_folder() {
         let url = |tables: &str| {

@@ -73,7 +73,7 @@ pub enum Error {
         table: &'static str,
         /// What happened.
         #[source]
-        source: DeltaTableError,
+        source: Box<DeltaTableError>,
     },
     /// A message that is no row could not be set aside.
     #[error("could not write a dead letter for a message that table {table} cannot take")]
@@ -154,7 +154,7 @@ impl DeltaLog {
 
     fn fault(&self, doing: &'static str) -> impl FnOnce(DeltaTableError) -> Error + use<> {
         let table = self.kind.name();
-        move |source| Error::Log { doing, table, source }
+        move |source| Error::Log { doing, table, source: Box::new(source) }
     }
 
     /// Decoding, sorting and compressing are work, and nobody else's rows should wait for it.

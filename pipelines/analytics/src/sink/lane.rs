@@ -221,7 +221,7 @@ impl Lane {
         let pause = self.pause.map_or(PAUSE_MIN, |(_, pause)| (pause * 2).min(PAUSE_MAX));
         self.pause = Some((Instant::now() + pause, pause));
         let cause = std::error::Error::source(&fault).map(ToString::to_string).unwrap_or_default();
-        error!(table, error = %fault, cause, waiting_bytes = self.bytes, retry_ms = pause.as_millis() as u64,
+        error!(table, error = %fault, cause, waiting_bytes = self.bytes, again_in_s = pause.as_secs_f64(),
             "could not write rows into their table; they are kept and tried again");
         Vec::new()
     }
