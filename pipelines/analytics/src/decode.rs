@@ -5,14 +5,14 @@
 //!
 //! Invariant: every message is accounted for. It becomes a row, or it is rejected with the reason, or it is known to be no row.
 
-use crate::table::{DATE, Table};
+use crate::table::Table;
 use arrow::{
     array::{
         Array as _, ArrayRef, BooleanArray, Date32Array, RecordBatch, TimestampMicrosecondArray,
         new_null_array,
     },
     compute::{concat_batches, filter_record_batch},
-    datatypes::{Schema, SchemaRef},
+    datatypes::SchemaRef,
     error::ArrowError,
 };
 use arrow_avro::{
@@ -207,7 +207,8 @@ impl Decoder {
             })?,
             Table::DeadLetters => self.json(messages, Letter::read)?,
         };
-        let batch = concat_batches(&self.stored(), &batches).map_err(|source| self.columns(source))?;
+        let batch =
+            concat_batches(&self.table.schema_of_files(), &batches).map_err(|source| self.columns(source))?;
         let (batch, offsets) = self.dated(batch, offsets, messages, &mut rejects)?;
         rejects.sort_unstable_by_key(|reject| reject.index);
         Ok(Rows { batch, offsets, rejects })
@@ -215,13 +216,6 @@ impl Decoder {
 
     fn columns(&self, source: ArrowError) -> Error {
         Error::Columns { table: self.table.name(), source }
-    }
-
-    /// The columns of the table without its day, which none of its messages has.
-    fn stored(&self) -> SchemaRef {
-        let schema = self.table.schema();
-        let fields = schema.fields().iter().filter(|field| field.name() != DATE).cloned();
-        Arc::new(Schema::new(fields.collect::<Vec<_>>()))
     }
 
     /// Rows in runs of one form each, which are decoded together.
@@ -259,7 +253,7 @@ impl Decoder {
     ) -> Result<(), Error> {
         let body = |index: usize| messages[index].value.as_deref().unwrap_or_default();
         let faulty = |source| Error::Form { table: self.table.name(), source };
-        let stored = self.stored();
+        let stored = self.table.schema_of_files();
         if let Some(batch) = self.forms[form].read(run.clone().map(body)).map_err(faulty)? {
             gathered.batches.push(padded(&batch, &stored).map_err(|source| self.columns(source))?);
             gathered.offsets.extend(run.map(|index| messages[index].offset));
@@ -298,8 +292,9 @@ impl Decoder {
             return Ok(gathered);
         }
         let batch = || {
-            let mut decoder =
-                arrow::json::ReaderBuilder::new(self.stored()).with_batch_size(rows.len()).build_decoder()?;
+            let mut decoder = arrow::json::ReaderBuilder::new(self.table.schema_of_files())
+                .with_batch_size(rows.len())
+                .build_decoder()?;
             decoder.serialize(&rows)?;
             decoder.flush()
         };
@@ -353,7 +348,7 @@ impl Decoder {
 }
 
 /// The columns of the table, by name: of what was read some are not kept, and of an older form some are not there.
-fn padded(batch: &RecordBatch, stored: &SchemaRef) -> Result<RecordBatch, ArrowError> {
+pub(crate) fn padded(batch: &RecordBatch, stored: &SchemaRef) -> Result<RecordBatch, ArrowError> {
     let column = |field: &Arc<arrow::datatypes::Field>| -> ArrayRef {
         let found = batch.column_by_name(field.name());
         found.map_or_else(|| new_null_array(field.data_type(), batch.num_rows()), Arc::clone)
@@ -452,6 +447,7 @@ impl Letter {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::table::DATE;
     use arrow::{
         array::AsArray as _,
         datatypes::{DataType, Date32Type, Float64Type, Int32Type, Int64Type, TimestampMicrosecondType},

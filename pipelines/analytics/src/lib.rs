@@ -5,7 +5,9 @@
 //!
 //! Invariant: nothing here is linked by `forebay`. Whoever edits an operator never waits for DataFusion.
 
+mod compact;
 pub mod decode;
+mod encode;
 pub mod lake;
 pub mod settings;
 pub mod sink;

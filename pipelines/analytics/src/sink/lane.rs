@@ -7,8 +7,8 @@ use super::{
     delta::{DeltaLog, Error},
     flush::{Fault, Flushed, Log as _, Part, flush},
 };
-use crate::decode::Message;
-use deltalake_core::kernel::Add;
+use crate::{decode::Message, table::Table};
+use deltalake_core::{DeltaTable, kernel::Add};
 use forebay_runtime::message::Incoming;
 use forebay_telemetry::{TableFlush, TableMeter};
 use std::{
@@ -161,6 +161,11 @@ impl Lane {
             Some(Place::Unknown) => false,
             None => true,
         }
+    }
+
+    /// The table, where it is ours to look after its files: whoever reads partition 0 does.
+    pub fn kept_here(&self) -> Option<(Table, DeltaTable)> {
+        self.places.contains_key(&0).then(|| (self.log.kind(), self.log.table()))
     }
 
     /// The partitions that are ours.
