@@ -5,14 +5,14 @@
 //!
 //! Invariant: every message is accounted for. It becomes a row, or it is rejected with the reason, or it is known to be no row.
 
-use crate::table::{DATE, Table};
+use crate::table::Table;
 use arrow::{
     array::{
         Array as _, ArrayRef, BooleanArray, Date32Array, RecordBatch, TimestampMicrosecondArray,
         new_null_array,
     },
     compute::{concat_batches, filter_record_batch},
-    datatypes::{Schema, SchemaRef},
+    datatypes::SchemaRef,
     error::ArrowError,
 };
 use arrow_avro::{
@@ -110,6 +110,14 @@ pub struct Decoder {
     forms: Vec<Form>,
 }
 
+/// What messages became, before their days are known.
+#[derive(Default)]
+struct Gathered {
+    batches: Vec<RecordBatch>,
+    offsets: Vec<i64>,
+    rejects: Vec<Reject>,
+}
+
 /// One form of an Avro row: the present one, or one without some of its last columns.
 struct Form {
     header: Vec<u8>,
@@ -179,7 +187,7 @@ impl Decoder {
 
     /// Reads messages, in their order.
     pub fn read(&mut self, messages: &[Message]) -> Result<Rows, Error> {
-        let (batches, offsets, mut rejects) = match self.table {
+        let Gathered { batches, offsets, mut rejects } = match self.table {
             Table::Outcomes => self.avro(messages, why_not::<Outcome>)?,
             Table::Attempts => self.avro(messages, why_not::<Attempt>)?,
             Table::Audits => self.json(messages, |message| {
@@ -199,7 +207,8 @@ impl Decoder {
             })?,
             Table::DeadLetters => self.json(messages, Letter::read)?,
         };
-        let batch = concat_batches(&self.stored(), &batches).map_err(|source| self.columns(source))?;
+        let batch =
+            concat_batches(&self.table.schema_of_files(), &batches).map_err(|source| self.columns(source))?;
         let (batch, offsets) = self.dated(batch, offsets, messages, &mut rejects)?;
         rejects.sort_unstable_by_key(|reject| reject.index);
         Ok(Rows { batch, offsets, rejects })
@@ -209,37 +218,24 @@ impl Decoder {
         Error::Columns { table: self.table.name(), source }
     }
 
-    /// The columns of the table without its day, which none of its messages has.
-    fn stored(&self) -> SchemaRef {
-        let schema = self.table.schema();
-        let fields = schema.fields().iter().filter(|field| field.name() != DATE).cloned();
-        Arc::new(Schema::new(fields.collect::<Vec<_>>()))
-    }
-
     /// Rows in runs of one form each, which are decoded together.
-    fn avro(
-        &mut self,
-        messages: &[Message],
-        why_not: fn(&[u8]) -> String,
-    ) -> Result<(Vec<RecordBatch>, Vec<i64>, Vec<Reject>), Error> {
-        let (mut batches, mut offsets, mut rejects) = (Vec::new(), Vec::new(), Vec::new());
+    fn avro(&mut self, messages: &[Message], why_not: fn(&[u8]) -> String) -> Result<Gathered, Error> {
+        let mut gathered = Gathered::default();
         let mut start = 0;
         while start < messages.len() {
             let form = self.form(&messages[start]);
             let run = messages[start..].iter().take(ROWS_AT_ONCE);
             let end = start + run.take_while(|message| self.form(message) == form).count();
             match form {
-                Some(form) => {
-                    self.run(form, messages, start..end, why_not, &mut batches, &mut offsets, &mut rejects)?;
-                }
-                None => rejects.extend((start..end).map(|index| {
+                Some(form) => self.run(form, messages, start..end, why_not, &mut gathered)?,
+                None => gathered.rejects.extend((start..end).map(|index| {
                     let reason = messages[index].value.as_deref().map_or_else(nothing, why_not);
                     Reject { index, reason }
                 })),
             }
             start = end;
         }
-        Ok((batches, offsets, rejects))
+        Ok(gathered)
     }
 
     fn form(&self, message: &Message) -> Option<usize> {
@@ -247,33 +243,30 @@ impl Decoder {
         self.forms.iter().position(|form| body.starts_with(&form.header))
     }
 
-    #[expect(clippy::too_many_arguments, reason = "the three last are what the caller gathers")]
     fn run(
         &mut self,
         form: usize,
         messages: &[Message],
         run: Range<usize>,
         why_not: fn(&[u8]) -> String,
-        batches: &mut Vec<RecordBatch>,
-        offsets: &mut Vec<i64>,
-        rejects: &mut Vec<Reject>,
+        gathered: &mut Gathered,
     ) -> Result<(), Error> {
         let body = |index: usize| messages[index].value.as_deref().unwrap_or_default();
         let faulty = |source| Error::Form { table: self.table.name(), source };
-        let stored = self.stored();
+        let stored = self.table.schema_of_files();
         if let Some(batch) = self.forms[form].read(run.clone().map(body)).map_err(faulty)? {
-            batches.push(padded(&batch, &stored).map_err(|source| self.columns(source))?);
-            offsets.extend(run.map(|index| messages[index].offset));
+            gathered.batches.push(padded(&batch, &stored).map_err(|source| self.columns(source))?);
+            gathered.offsets.extend(run.map(|index| messages[index].offset));
             return Ok(());
         }
         // One of them cannot be read: each for itself, to find which.
         for index in run {
             match self.forms[form].read(std::iter::once(body(index))).map_err(faulty)? {
                 Some(batch) => {
-                    batches.push(padded(&batch, &stored).map_err(|source| self.columns(source))?);
-                    offsets.push(messages[index].offset);
+                    gathered.batches.push(padded(&batch, &stored).map_err(|source| self.columns(source))?);
+                    gathered.offsets.push(messages[index].offset);
                 }
-                None => rejects.push(Reject { index, reason: why_not(body(index)) }),
+                None => gathered.rejects.push(Reject { index, reason: why_not(body(index)) }),
             }
         }
         Ok(())
@@ -283,29 +276,30 @@ impl Decoder {
         &self,
         messages: &[Message],
         read: impl Fn(&Message) -> Result<Option<R>, String>,
-    ) -> Result<(Vec<RecordBatch>, Vec<i64>, Vec<Reject>), Error> {
-        let (mut rows, mut offsets, mut rejects) = (Vec::new(), Vec::new(), Vec::new());
+    ) -> Result<Gathered, Error> {
+        let (mut rows, mut gathered) = (Vec::new(), Gathered::default());
         for (index, message) in messages.iter().enumerate() {
             match read(message) {
                 Ok(Some(row)) => {
                     rows.push(row);
-                    offsets.push(message.offset);
+                    gathered.offsets.push(message.offset);
                 }
                 Ok(None) => {}
-                Err(reason) => rejects.push(Reject { index, reason }),
+                Err(reason) => gathered.rejects.push(Reject { index, reason }),
             }
         }
         if rows.is_empty() {
-            return Ok((Vec::new(), offsets, rejects));
+            return Ok(gathered);
         }
         let batch = || {
-            let mut decoder =
-                arrow::json::ReaderBuilder::new(self.stored()).with_batch_size(rows.len()).build_decoder()?;
+            let mut decoder = arrow::json::ReaderBuilder::new(self.table.schema_of_files())
+                .with_batch_size(rows.len())
+                .build_decoder()?;
             decoder.serialize(&rows)?;
             decoder.flush()
         };
-        let batch = batch().map_err(|source| self.columns(source))?;
-        Ok((batch.into_iter().collect(), offsets, rejects))
+        gathered.batches.extend(batch().map_err(|source| self.columns(source))?);
+        Ok(gathered)
     }
 
     /// Adds the day of each row, and rejects those whose time has none that anyone could read.
@@ -354,7 +348,7 @@ impl Decoder {
 }
 
 /// The columns of the table, by name: of what was read some are not kept, and of an older form some are not there.
-fn padded(batch: &RecordBatch, stored: &SchemaRef) -> Result<RecordBatch, ArrowError> {
+pub(crate) fn padded(batch: &RecordBatch, stored: &SchemaRef) -> Result<RecordBatch, ArrowError> {
     let column = |field: &Arc<arrow::datatypes::Field>| -> ArrayRef {
         let found = batch.column_by_name(field.name());
         found.map_or_else(|| new_null_array(field.data_type(), batch.num_rows()), Arc::clone)
@@ -453,6 +447,7 @@ impl Letter {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::table::DATE;
     use arrow::{
         array::AsArray as _,
         datatypes::{DataType, Date32Type, Float64Type, Int32Type, Int64Type, TimestampMicrosecondType},

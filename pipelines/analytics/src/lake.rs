@@ -37,9 +37,9 @@ pub type Options = HashMap<String, String>;
 pub struct Error {
     doing: &'static str,
     table: &'static str,
-    url: Url,
+    url: String,
     #[source]
-    source: DeltaTableError,
+    source: Box<DeltaTableError>,
 }
 
 /// Opens a table below `root`, at its newest version; makes it where it is missing.
@@ -47,8 +47,8 @@ pub async fn open(root: &Url, options: &Options, table: Table) -> Result<DeltaTa
     register();
     let url = location(root, table);
     let fault = |doing| {
-        let url = url.clone();
-        move |source| Error { doing, table: table.name(), url, source }
+        let url = url.to_string();
+        move |source| Error { doing, table: table.name(), url, source: Box::new(source) }
     };
     if url.scheme() == "file"
         && let Ok(folder) = url.to_file_path()
@@ -83,7 +83,9 @@ pub async fn find(root: &Url, options: &Options, table: Table) -> Result<Option<
         found.load().await?;
         Ok(Some(found))
     };
-    load.await.map_err(|source| Error { doing: "open", table: table.name(), url: url.clone(), source })
+    let fault =
+        |source| Error { doing: "open", table: table.name(), url: url.to_string(), source: Box::new(source) };
+    load.await.map_err(fault)
 }
 
 /// Where a table lies.

@@ -6,7 +6,9 @@
 //!
 //! Invariant: nothing here is linked by `forebay`. Whoever edits an operator never waits for DataFusion.
 
+mod compact;
 pub mod decode;
+mod encode;
 pub mod format;
 pub mod functions;
 pub mod guards;

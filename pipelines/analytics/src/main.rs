@@ -44,6 +44,9 @@ struct Sink {
     /// Leaves as soon as all is written that the topics hold at the start.
     #[arg(long)]
     once: bool,
+    /// Leaves when its standard input is closed: whoever keeps it cannot outlive it, nor it whoever keeps it.
+    #[arg(long, hide = true)]
+    until_stdin_closes: bool,
 }
 
 /// What is logged unless FOREBAY_LOG says otherwise. The table format calls each commit that lost a race an error, and each
@@ -64,7 +67,12 @@ fn main() -> ExitCode {
 }
 
 fn run(args: Args) -> anyhow::Result<()> {
-    logging::init(logging::Format::Auto, Some(FILTER))?;
+    // Between a question and its answer nothing is worth a line that is not wrong.
+    let filter = match args.command {
+        Command::Sql(_) => FILTER.replacen("info", "warn", 1),
+        Command::Sink(_) => FILTER.to_owned(),
+    };
+    logging::init(logging::Format::Auto, Some(&filter))?;
     let settings = Settings::load(|name| std::env::var(name).ok())?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let done = runtime.block_on(command(args.command, settings));
@@ -75,21 +83,34 @@ fn run(args: Args) -> anyhow::Result<()> {
 
 async fn command(command: Command, settings: Settings) -> anyhow::Result<()> {
     match command {
-        Command::Sink(args) => Ok(sink::run(settings, args.once, shutdown()?).await?),
+        Command::Sink(args) => Ok(sink::run(settings, args.once, shutdown(args.until_stdin_closes)?).await?),
         // Ctrl-C stops a query of the shell and not the shell, so it is heard there.
         Command::Sql(args) => shell::run(*args, settings).await,
     }
 }
 
-/// A token that is given at the first Ctrl-C or SIGTERM; a second one ends at once.
-fn shutdown() -> anyhow::Result<CancellationToken> {
+/// A token that is given at the first Ctrl-C or SIGTERM; a second one ends at once. Of a process that is kept by another, a Ctrl-C
+/// is the other's: what that still writes should find its table.
+fn shutdown(until_stdin_closes: bool) -> anyhow::Result<CancellationToken> {
     let token = CancellationToken::new();
+    if until_stdin_closes {
+        let given = token.clone();
+        std::thread::Builder::new().name("stdin".to_owned()).spawn(move || {
+            // Nothing is ever written there; an error is as good an end as any.
+            let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+            given.cancel();
+        })?;
+    }
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     let given = token.clone();
     tokio::spawn(async move {
         loop {
             tokio::select! {
-                _ = interrupt.recv() => {}
+                _ = interrupt.recv() => {
+                    if until_stdin_closes {
+                        continue;
+                    }
+                }
                 _ = terminate.recv() => {}
             }
             if given.is_cancelled() {

@@ -52,6 +52,9 @@ pub struct Settings {
     /// How many bytes of rows may wait for all tables together.
     #[serde(default = "flush_bytes")]
     pub flush_bytes: usize,
+    /// How often small files are joined and old days forgotten.
+    #[serde(default = "compact_ms")]
+    pub compact_ms: u64,
 }
 
 fn data() -> PathBuf {
@@ -64,6 +67,10 @@ const fn flush_ms() -> u64 {
 
 const fn flush_bytes() -> usize {
     128 << 20
+}
+
+const fn compact_ms() -> u64 {
+    300_000
 }
 
 /// The properties may hold secrets.
@@ -122,6 +129,7 @@ impl Settings {
                     group: None,
                     flush_ms: flush_ms(),
                     flush_bytes: flush_bytes(),
+                    compact_ms: compact_ms(),
                 }
             }
         };
@@ -129,6 +137,10 @@ impl Settings {
         if !(100..=3_600_000).contains(&settings.flush_ms) {
             let (setting, range) = ("flush_ms", "100 to 3600000");
             return Err(SettingsError::Range { setting, value: settings.flush_ms, range });
+        }
+        if !(1_000..=86_400_000).contains(&settings.compact_ms) {
+            let (setting, range) = ("compact_ms", "1000 to 86400000");
+            return Err(SettingsError::Range { setting, value: settings.compact_ms, range });
         }
         if !((1 << 20)..=(4 << 30)).contains(&settings.flush_bytes) {
             let (setting, range) = ("flush_bytes", "1 MiB to 4 GiB");
@@ -163,6 +175,11 @@ impl Settings {
         format!("{}{name}", self.topic_prefix)
     }
 
+    /// How often the files of tables are looked after.
+    pub const fn compact_every(&self) -> Duration {
+        Duration::from_millis(self.compact_ms)
+    }
+
     /// How long a row may wait for its table.
     pub const fn flush_every(&self) -> Duration {
         Duration::from_millis(self.flush_ms)
@@ -183,6 +200,16 @@ mod tests {
         assert_eq!((settings.flush_ms, settings.flush_bytes), (60_000, 128 << 20));
         assert!(settings.tables_url().unwrap().as_str().ends_with("/.forebay/tables/"));
         assert!(settings.kafka().is_none());
+    }
+
+    /// `forebay` hands over these names; it has a test with them too.
+    #[test]
+    fn what_is_handed_over_is_read() {
+        let settings = handed_down(
+            r#"{"bootstrap_servers": "k:9092", "kafka": {"sasl.password": "canary"}, "topic_prefix": "", "data": ".forebay",
+                "tables": "s3://bucket/log", "admin": null, "otlp_endpoint": null, "flush_ms": 5000, "flush_bytes": 134217728}"#,
+        );
+        assert_eq!(settings.unwrap().flush_ms, 5_000);
     }
 
     #[test]

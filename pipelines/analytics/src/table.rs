@@ -235,7 +235,14 @@ impl Table {
         Arc::clone(&SCHEMAS[self as usize])
     }
 
-    /// What is kept for less than the others: texts of clients.
+    /// The columns that lie in its files: not the day, which their folder says.
+    pub fn schema_of_files(self) -> SchemaRef {
+        let schema = self.schema();
+        let fields = schema.fields().iter().filter(|field| field.name() != DATE).cloned();
+        Arc::new(Schema::new(fields.collect::<Vec<_>>()))
+    }
+
+    /// How many days are kept; texts of clients for fewer.
     pub const fn days_kept(self) -> u32 {
         match self {
             Self::Payloads => 30,

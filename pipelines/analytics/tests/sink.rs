@@ -73,7 +73,8 @@ impl World {
         let sample = Attempt::decode(ATTEMPT).unwrap();
         let first = self.written.len();
         for number in first..first + rows {
-            let started_at = sample.started_at + (number % 3) as i64 * 86_400_000_000 + number as i64;
+            let since = i64::try_from(number).unwrap();
+            let started_at = sample.started_at + since % 3 * 86_400_000_000 + since;
             let attempt_id = format!("{number:08}/0");
             let tenant = format!("tenant-{}", number % 7);
             self.written.push(Attempt { attempt_id, tenant, started_at, ..sample.clone() });
@@ -188,12 +189,18 @@ async fn killed_at_any_moment_while_rows_come_it_loses_and_doubles_none() {
         // Groups of its own every other time: then it need not wait until the one before is missed.
         let mut sink = world.sink(&format!("g{kill}"), &[], None);
         world.write(random.random_range(1..400)).await;
-        let moment = Duration::from_millis(random.random_range(50..1_200));
+        let moment = Duration::from_millis(random.random_range(50..1_500));
         // It does not end by itself: waited for is the moment of its death.
         assert!(timeout(moment, sink.wait()).await.is_err(), "the sink ended by itself");
         sink.start_kill().unwrap();
         assert_eq!(sink.wait().await.unwrap().signal(), Some(SIGKILL));
     }
+    let before = world.table().await.len();
+    assert!(
+        before > world.written.len() / 3,
+        "killed too soon to have written: {before} of {}",
+        world.written.len()
+    );
     assert!(world.to_the_end("last", None).await.success());
     world.check().await;
 }

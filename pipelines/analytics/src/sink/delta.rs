@@ -3,12 +3,10 @@
 //! Invariant: files are created and never overwritten, and none is deleted here. One that no version names is swept by `vacuum`;
 //! one whose commit was not answered may be named by a version that is not seen yet.
 
-use super::{
-    encode::{Encoded, encode},
-    flush::{Commit, Log, Part},
-};
+use super::flush::{Commit, Log, Part};
 use crate::{
     decode::{self, Decoder, Message, Reject},
+    encode::{Encoded, encode},
     table::{DATE, Table},
 };
 use arrow::error::ArrowError;
@@ -73,7 +71,7 @@ pub enum Error {
         table: &'static str,
         /// What happened.
         #[source]
-        source: DeltaTableError,
+        source: Box<DeltaTableError>,
     },
     /// A message that is no row could not be set aside.
     #[error("could not write a dead letter for a message that table {table} cannot take")]
@@ -142,7 +140,12 @@ impl DeltaLog {
         Ok(Self { kind, table, topic, decoder, letters, now_ms, counted: Counted::default() })
     }
 
-    /// The table.
+    /// The table itself, for who looks after its files.
+    pub fn table(&self) -> DeltaTable {
+        self.table.clone()
+    }
+
+    /// Which table.
     pub const fn kind(&self) -> Table {
         self.kind
     }
@@ -154,7 +157,7 @@ impl DeltaLog {
 
     fn fault(&self, doing: &'static str) -> impl FnOnce(DeltaTableError) -> Error + use<> {
         let table = self.kind.name();
-        move |source| Error::Log { doing, table, source }
+        move |source| Error::Log { doing, table, source: Box::new(source) }
     }
 
     /// Decoding, sorting and compressing are work, and nobody else's rows should wait for it.
@@ -243,7 +246,7 @@ impl Log for DeltaLog {
         self.set_aside(partition, &rejects, &messages).await?;
         let store = self.table.object_store();
         let mut files = Vec::with_capacity(encoded.len());
-        for Encoded { date, stats, bytes } in encoded {
+        for Encoded { date, stats, bytes, .. } in encoded {
             let name = uuid::Uuid::now_v7();
             let path = format!("{DATE}={date}/{}-{partition}-{first}-{last}-{name}.parquet", self.topic);
             let size = bytes.len() as u64;
@@ -312,7 +315,7 @@ impl Log for DeltaLog {
 const CLEAN_EVERY: u64 = 500;
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::{lake, sink::flush::flush};
     use arrow::array::AsArray as _;
@@ -332,20 +335,21 @@ mod tests {
         }
     }
 
-    struct Place {
+    /// A folder of tables.
+    pub(crate) struct Place {
         _folder: tempfile::TempDir,
-        root: Url,
+        pub(crate) root: Url,
         kept: Arc<Kept>,
     }
 
     impl Place {
-        fn new() -> Self {
+        pub(crate) fn new() -> Self {
             let folder = tempfile::tempdir().unwrap();
             let root = Url::from_directory_path(folder.path()).unwrap();
             Self { _folder: folder, root, kept: Arc::default() }
         }
 
-        async fn log(&self) -> DeltaLog {
+        pub(crate) async fn log(&self) -> DeltaLog {
             let table = lake::open(&self.root, &lake::Options::new(), Table::Labels).await.unwrap();
             let letters =
                 Letters { sink: self.kept.clone(), topic: "dead-letters".into(), cluster: "c".into() };
@@ -353,7 +357,7 @@ mod tests {
         }
 
         /// How many rows there are, and how many different ones.
-        async fn rows(&self) -> (i64, i64) {
+        pub(crate) async fn rows(&self) -> (i64, i64) {
             let table = lake::open(&self.root, &lake::Options::new(), Table::Labels).await.unwrap();
             let session = SessionContext::new();
             session.register_table("labels", table.table_provider().await.unwrap()).unwrap();
@@ -383,7 +387,8 @@ mod tests {
         Message { offset, timestamp_ms: 0, key: None, value, headers: Headers::new() }
     }
 
-    fn part(partition: i32, offsets: std::ops::Range<i64>) -> Part<Add> {
+    /// Rows of the first three days of 1970, in turn.
+    pub(crate) fn part(partition: i32, offsets: std::ops::Range<i64>) -> Part<Add> {
         let mut part = Part::new(format!("c/t/{partition}"), partition);
         offsets.for_each(|offset| part.push(label(offset)));
         part

@@ -7,8 +7,8 @@ use super::{
     delta::{DeltaLog, Error},
     flush::{Fault, Flushed, Log as _, Part, flush},
 };
-use crate::decode::Message;
-use deltalake_core::kernel::Add;
+use crate::{decode::Message, table::Table};
+use deltalake_core::{DeltaTable, kernel::Add};
 use forebay_runtime::message::Incoming;
 use forebay_telemetry::{TableFlush, TableMeter};
 use std::{
@@ -163,6 +163,11 @@ impl Lane {
         }
     }
 
+    /// The table, where it is ours to look after its files: whoever reads partition 0 does.
+    pub fn kept_here(&self) -> Option<(Table, DeltaTable)> {
+        self.places.contains_key(&0).then(|| (self.log.kind(), self.log.table()))
+    }
+
     /// The partitions that are ours.
     pub fn partitions(&self) -> impl Iterator<Item = i32> + '_ {
         self.places.keys().copied()
@@ -221,7 +226,7 @@ impl Lane {
         let pause = self.pause.map_or(PAUSE_MIN, |(_, pause)| (pause * 2).min(PAUSE_MAX));
         self.pause = Some((Instant::now() + pause, pause));
         let cause = std::error::Error::source(&fault).map(ToString::to_string).unwrap_or_default();
-        error!(table, error = %fault, cause, waiting_bytes = self.bytes, retry_ms = pause.as_millis() as u64,
+        error!(table, error = %fault, cause, waiting_bytes = self.bytes, again_in_s = pause.as_secs_f64(),
             "could not write rows into their table; they are kept and tried again");
         Vec::new()
     }

@@ -5,17 +5,18 @@
 //!
 //! Invariant: where a partition is read from is what its table says. A committed offset of the group is for people who look at lag.
 
-mod delta;
-mod encode;
+pub(crate) mod delta;
 pub mod flush;
 mod lane;
 
 use crate::{
+    compact::{self, Compacted},
     lake,
     settings::{Settings, SettingsError},
     table::Table,
 };
 use delta::{DeltaLog, Letters};
+use deltalake_core::DeltaTable;
 use forebay_runtime::{
     budget::Budget,
     crash::crash_point,
@@ -37,7 +38,7 @@ use std::{
     sync::Arc,
     time::{Duration, Instant},
 };
-use tokio::{net::TcpListener, time::MissedTickBehavior};
+use tokio::{net::TcpListener, task::JoinHandle, time::MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
@@ -55,6 +56,8 @@ const LAST_FLUSH_MAX: Duration = Duration::from_secs(9);
 const KAFKA_WAIT: Duration = Duration::from_secs(10);
 /// How long to wait until looking where a table ends is tried again.
 const FIND_AGAIN: Duration = Duration::from_secs(1);
+/// How often files are swept that no version names: all files of the table are listed for it.
+const SWEEP_EVERY: Duration = Duration::from_secs(24 * 3_600);
 /// With `--once`: how long other members of the group may keep partitions from us, or a topic may be silent before its end.
 const ONCE_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -134,6 +137,10 @@ pub async fn run(settings: Settings, once: bool, shutdown: CancellationToken) ->
     let mut sink = Sink::start(&settings, &telemetry, &health).await?;
     info!(%admin, tables = %settings.tables_url()?, topics = ?sink.lanes.keys().collect::<Vec<_>>(), "the sink is up");
     let done = sink.run(once, &shutdown).await;
+    // It may be cut off anywhere, as by a crash.
+    if let Some(keeping) = sink.keeping.take() {
+        keeping.abort();
+    }
     telemetry.shutdown().await;
     gone.cancel();
     // It ends when its connections do, or a second later.
@@ -152,6 +159,24 @@ fn now_ms() -> i64 {
     chrono::Utc::now().timestamp_millis()
 }
 
+async fn keep(kind: Table, table: &mut DeltaTable, sweeps: bool) -> Result<Compacted, compact::Error> {
+    let mut done = compact::keep(kind, table, now_ms()).await?;
+    if sweeps {
+        done.swept = compact::sweep(kind, table).await?;
+    }
+    if done != Compacted::default() {
+        info!(
+            table = kind.name(),
+            joined = done.joined,
+            into = done.into,
+            forgotten = done.forgotten,
+            swept = done.swept,
+            "looked after the files of a table"
+        );
+    }
+    Ok(done)
+}
+
 struct Sink {
     kafka: Kafka,
     cluster: Arc<str>,
@@ -163,6 +188,11 @@ struct Sink {
     owed: Vec<(Channel, usize)>,
     /// When looking where tables end is tried again.
     find_at: Instant,
+    /// Looks after files, beside the loop.
+    keeping: Option<JoinHandle<()>>,
+    keep_every: Duration,
+    keep_at: Instant,
+    sweep_at: Instant,
     health: Health,
 }
 
@@ -214,6 +244,10 @@ impl Sink {
             flush_bytes: settings.flush_bytes,
             owed: Vec::new(),
             find_at: Instant::now(),
+            keeping: None,
+            keep_every: settings.compact_every(),
+            keep_at: Instant::now() + settings.compact_every(),
+            sweep_at: Instant::now() + SWEEP_EVERY,
             health: health.clone(),
         })
     }
@@ -335,6 +369,31 @@ impl Sink {
         let (now, wait_max, is_full) = (Instant::now(), self.flush_every, self.is_full());
         self.flush(|lane| lane.is_due(wait_max, now) || is_full && lane.may_flush(now)).await;
         self.settle();
+        self.keep();
+    }
+
+    /// Has the files of tables looked after where that is due, beside the loop and one table after the other.
+    fn keep(&mut self) {
+        let now = Instant::now();
+        let is_busy = self.keeping.as_ref().is_some_and(|keeping| !keeping.is_finished());
+        if now < self.keep_at || is_busy {
+            return;
+        }
+        self.keep_at = now + self.keep_every;
+        let sweeps = now >= self.sweep_at;
+        if sweeps {
+            self.sweep_at = now + SWEEP_EVERY;
+        }
+        let tables: Vec<_> = self.lanes.values().filter_map(Lane::kept_here).collect();
+        self.keeping = Some(tokio::spawn(async move {
+            for (kind, mut table) in tables {
+                if let Err(fault) = keep(kind, &mut table, sweeps).await {
+                    let cause =
+                        std::error::Error::source(&fault).map(ToString::to_string).unwrap_or_default();
+                    warn!(table = kind.name(), error = %fault, cause, "could not look after the files of a table");
+                }
+            }
+        }));
     }
 
     /// Sets partitions to where their tables end.

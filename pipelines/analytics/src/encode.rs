@@ -34,6 +34,8 @@ const ROW_GROUP_ROWS: usize = 131_072;
 pub struct Encoded {
     /// The day of all its rows, as 2026-11-24.
     pub date: String,
+    /// Its rows.
+    pub rows: usize,
     /// The bounds and nulls of its columns, as Delta keeps them.
     pub stats: String,
     /// Its bytes.
@@ -83,7 +85,7 @@ fn file(rows: &RecordBatch, date: String) -> Result<Encoded, ArrowError> {
         .build();
     let mut writer = ArrowWriter::try_new(Vec::new(), rows.schema(), Some(properties))?;
     writer.write(&rows)?;
-    Ok(Encoded { date, stats: stats(&rows).to_string(), bytes: writer.into_inner()? })
+    Ok(Encoded { date, rows: rows.num_rows(), stats: stats(&rows).to_string(), bytes: writer.into_inner()? })
 }
 
 fn stats(rows: &RecordBatch) -> Value {
