@@ -1,7 +1,7 @@
 //! What travels: every record, topic name, header, id and unit of Forebay.
 //!
 //! A record is a plain struct that knows its wire form. What people type or read is JSON; the wide rows that
-//! SQL reads (`outcomes`, `attempts`) are Avro in single-object encoding.
+//! we write for SQL (`outcomes`, `attempts`) are Avro in single-object encoding.
 //!
 //! Invariant: nothing here does anything. No crate of this workspace stands below this one, and a field may be
 //! added to a record but never renamed or given another meaning: `golden/` keeps a sample of each released
@@ -9,6 +9,7 @@
 
 mod answer;
 mod attempt;
+mod audit;
 mod cache_entry;
 mod cancel;
 mod chunks;
@@ -21,10 +22,12 @@ mod ending;
 mod envelope;
 mod grounded;
 mod id;
+mod label;
 mod ledger_entry;
 mod money;
 mod outcome;
 mod passage;
+mod payload;
 mod record;
 mod request;
 pub mod retry;
@@ -35,6 +38,7 @@ mod verdict;
 
 pub use answer::{Answer, Status, TimingsUs};
 pub use attempt::Attempt;
+pub use audit::Audit;
 pub use cache_entry::{CacheEntry, Kept};
 pub use cancel::Cancel;
 pub use chunks::{Chunk, Chunks, Split};
@@ -47,10 +51,12 @@ pub use ending::{Ending, Fault};
 pub use envelope::{Envelope, HeaderError, Hop, Lane, Origin, Timings, header};
 pub use grounded::{Grounded, Retrieval};
 pub use id::{CallId, DocumentVersion, JobId, KeyId, RequestId, Tenant, TooLong};
+pub use label::Label;
 pub use ledger_entry::{EntryKind, LedgerEntry};
 pub use money::NanoUsd;
 pub use outcome::Outcome;
 pub use passage::Passage;
+pub use payload::Payload;
 pub use record::{DecodeError, EncodeError, Headers, Identity, Record, from_json, to_json};
 pub use request::{CacheControl, Content, Message, Request, Role, Sampling};
 pub use retry::Retry;

@@ -1,12 +1,12 @@
-//! Rows: flat records that SQL reads, in Avro single-object encoding.
+//! Rows: flat records that SQL reads. Ours are in Avro single-object encoding, those that anyone may write in JSON.
 //!
-//! A row is declared once, with the unit and meaning of each column; its Avro schema and its reference come from
+//! A row is declared once, with the unit and meaning of each column; its schema and its reference come from
 //! there. Types are those that Delta tables know: no unsigned numbers, no enums.
 //!
 //! Invariant: a column is added as the last one, and may be null. So each older form is the present one without some of its
 //! last columns, and its rows are read with null in them.
 
-use crate::{DecodeError, EncodeError};
+use crate::{DecodeError, EncodeError, RequestId, Tenant};
 use apache_avro::{
     Schema,
     headers::{HeaderBuilder, RabinFingerprintHeader},
@@ -46,7 +46,10 @@ pub trait Cell {
 macro_rules! cells {
     ($($rust:ty => $avro:literal),*) => { $(impl Cell for $rust { const AVRO: &'static str = $avro; })* };
 }
-cells!(String => "string", i32 => "int", i64 => "long", f64 => "double", bool => "boolean");
+cells!(
+    String => "string", RequestId => "string", Tenant => "string", i32 => "int", i64 => "long", f64 => "double",
+    bool => "boolean"
+);
 
 impl<C: Cell> Cell for Option<C> {
     const AVRO: &'static str = C::AVRO;
@@ -84,6 +87,21 @@ impl Form {
         let mut forms = std::iter::once(self).chain(&self.older);
         forms.find_map(|form| Some((form, body.strip_prefix(form.header.as_slice())?)))
     }
+}
+
+/// The ten bytes that stand before a row in each of its forms, with that form's schema; the present one first, then each
+/// with one column less. What reads rows by another library than ours needs them.
+pub(crate) fn forms(
+    record: &'static str,
+    doc: &str,
+    columns: &[Column],
+    form: &LazyForm,
+) -> Result<Vec<(Vec<u8>, Value)>, EncodeError> {
+    let form = form.as_ref().map_err(|error| EncodeError::Avro { record, detail: error.to_string() })?;
+    let all = std::iter::once(form).chain(&form.older).enumerate();
+    Ok(all
+        .map(|(less, form)| (form.header.clone(), avro(record, doc, &columns[..columns.len() - less])))
+        .collect())
 }
 
 /// The Avro schema of a row, as it is published.
@@ -181,6 +199,12 @@ macro_rules! row {
             pub fn avro() -> serde_json::Value {
                 crate::row::avro(stringify!($name), concat!($($doc),+).trim_ascii_start(), Self::COLUMNS)
             }
+
+            /// The bytes that stand before a row, with the schema that it then has: the present form, then each older one.
+            pub fn forms() -> Result<Vec<(Vec<u8>, serde_json::Value)>, crate::EncodeError> {
+                let doc = concat!($($doc),+).trim_ascii_start();
+                crate::row::forms(stringify!($name), doc, Self::COLUMNS, &FORM)
+            }
         }
 
         impl crate::Record for $name {
@@ -202,3 +226,50 @@ macro_rules! row {
     };
 }
 pub(crate) use row;
+
+/// Declares a row that anyone may write, as JSON: its struct and its columns with unit and meaning. A column with
+/// `= default` may be left out; columns after `shares:` are fractions, and a row with one that is none is refused.
+macro_rules! json_row {
+    (
+        $(#[doc = $doc:literal])+
+        $name:ident, $key:ident, shares: [$($share:ident),*];
+        $( $(#[doc = $meaning:literal])+ $column:ident: $kind:ty $([$unit:literal])? $(= $default:ident)?, )*
+    ) => {
+        $(#[doc = $doc])+
+        #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
+        pub struct $name { $( $(#[doc = $meaning])+ $(#[serde($default)])? pub $column: $kind, )* }
+
+        impl $name {
+            /// All columns, in the order of the table.
+            pub const COLUMNS: &'static [crate::Column] = &[$(crate::Column {
+                name: stringify!($column),
+                avro: <$kind as crate::row::Cell>::AVRO,
+                nullable: <$kind as crate::row::Cell>::NULLABLE,
+                unit: concat!($($unit)?),
+                meaning: concat!($($meaning),+).trim_ascii_start(),
+            }),*];
+        }
+
+        impl crate::Record for $name {
+            const NAME: &'static str = stringify!($name);
+            fn decode(body: &[u8]) -> Result<Self, crate::DecodeError> {
+                let row: Self = crate::from_json(body)?;
+                $(
+                    // Beyond, no estimate could be made of the table that holds it.
+                    if row.$share.is_some_and(|share| !(0.0..=1.0).contains(&share)) {
+                        let fault = concat!(stringify!($share), " is a fraction from 0 to 1");
+                        return Err(crate::DecodeError::Meaning { record: Self::NAME, fault });
+                    }
+                )*
+                Ok(row)
+            }
+            fn encode(&self) -> Result<Option<Vec<u8>>, crate::EncodeError> {
+                crate::to_json(self)
+            }
+            fn key(&self) -> Option<&str> {
+                Some(self.$key.as_str())
+            }
+        }
+    };
+}
+pub(crate) use json_row;

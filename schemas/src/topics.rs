@@ -3,8 +3,8 @@
 //! Invariant: no other file of this workspace spells a topic's name, but the pipelines and the documentation.
 
 use crate::{
-    Answer, Attempt, CacheEntry, Cancel, Chunks, Completion, DeadLetter, Delta, Document, Ending, Grounded,
-    LedgerEntry, Outcome, Record, Request,
+    Answer, Attempt, Audit, CacheEntry, Cancel, Chunks, Completion, DeadLetter, Delta, Document, Ending,
+    Grounded, Label, LedgerEntry, Outcome, Payload, Record, Request,
 };
 
 /// How Kafka forgets the records of a topic.
@@ -61,6 +61,12 @@ pub const RESULTS: Topic = topic::<Answer>("results", WEEK, false);
 pub const OUTCOMES: Topic = topic::<Outcome>("outcomes", WEEK, false);
 /// One row an upstream call.
 pub const ATTEMPTS: Topic = topic::<Attempt>("attempts", WEEK, false);
+/// What judges said of answers.
+pub const AUDITS: Topic = topic::<Audit>("audits", WEEK, true);
+/// What people said of answers.
+pub const LABELS: Topic = topic::<Label>("labels", WEEK, true);
+/// What was asked and answered, as text.
+pub const PAYLOADS: Topic = topic::<Payload>("payloads", WEEK, true);
 /// Pieces of answers while they are written.
 pub const DELTAS: Topic = topic::<Delta>("deltas", Cleanup::Delete { hours: 1 }, false);
 /// Requests that their clients took back.
@@ -84,6 +90,9 @@ pub const ALL: &[Topic] = &[
     RESULTS,
     OUTCOMES,
     ATTEMPTS,
+    AUDITS,
+    LABELS,
+    PAYLOADS,
     DELTAS,
     CANCELS,
     DOCUMENTS,

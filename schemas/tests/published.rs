@@ -6,8 +6,9 @@
 #![expect(clippy::unwrap_used, reason = "what goes wrong fails the test")]
 
 use forebay_schemas::{
-    Answer, Attempt, CacheEntry, Cancel, Chunks, Column, Completion, DeadLetter, Delta, Document, Ending,
-    Grounded, LedgerEntry, Outcome, Record, Request, claim, dead_letter, header, retry, topics,
+    Answer, Attempt, Audit, CacheEntry, Cancel, Chunks, Column, Completion, DeadLetter, Delta, Document,
+    Ending, Grounded, Label, LedgerEntry, Outcome, Payload, Record, Request, claim, dead_letter, header,
+    retry, topics,
 };
 use schemars::{JsonSchema, generate::SchemaSettings};
 use serde_json::{Map, Value, json};
@@ -39,6 +40,9 @@ fn records() -> Vec<Published> {
         json_schema::<Answer>(For::Readers),
         json_schema::<Delta>(For::Readers),
         json_schema::<Cancel>(For::Writers),
+        json_schema::<Audit>(For::Writers),
+        json_schema::<Label>(For::Writers),
+        json_schema::<Payload>(For::Writers),
         json_schema::<Document>(For::Writers),
         // A message with a value always has the content, which only the writers' view says.
         json_schema::<Chunks>(For::Writers),
@@ -82,12 +86,20 @@ fn topics_of(record: &str) -> String {
 fn rows_page() -> String {
     let mut page = String::from(
         "# Rows\n\n\
-         The records that SQL reads, column by column, as src/outcome.rs and src/attempt.rs declare them. A test fails\n\
-         where this page is stale; `FOREBAY_UPDATE=1 cargo test -p forebay-schemas` writes it anew.\n\n\
-         A row lies on its topic in Avro single-object encoding: the bytes `C3 01`, the CRC-64-AVRO fingerprint of the\n\
-         schema (eight bytes, the lowest first), then the row. `*.avsc` are the schemas.\n",
+         The records that SQL reads, column by column, as they are declared in src/. A test fails where this page is\n\
+         stale; `FOREBAY_UPDATE=1 cargo test -p forebay-schemas` writes it anew.\n\n\
+         Outcomes and attempts lie on their topics in Avro single-object encoding: the bytes `C3 01`, the CRC-64-AVRO\n\
+         fingerprint of the schema (eight bytes, the lowest first), then the row. `*.avsc` are the schemas. Audits, labels\n\
+         and payloads are JSON, which anyone may write; `*.schema.json` say what may be left out.\n",
     );
-    for (record, columns) in [(Outcome::NAME, Outcome::COLUMNS), (Attempt::NAME, Attempt::COLUMNS)] {
+    let rows = [
+        (Outcome::NAME, Outcome::COLUMNS),
+        (Attempt::NAME, Attempt::COLUMNS),
+        (Audit::NAME, Audit::COLUMNS),
+        (Label::NAME, Label::COLUMNS),
+        (Payload::NAME, Payload::COLUMNS),
+    ];
+    for (record, columns) in rows {
         let topics = topics_of(record);
         let _ = write!(
             page,

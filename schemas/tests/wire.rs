@@ -638,3 +638,19 @@ fn a_row_that_was_cut_or_has_more_behind_it_is_refused() {
     }
     assert!(refusal::<Outcome>([OUTCOME, b"xyz"].concat()).ends_with("3 bytes follow the row"));
 }
+
+#[test]
+fn a_share_beyond_one_is_refused_where_it_is_written() {
+    let audit = |inclusion: &str| {
+        format!(
+            r#"{{"request_id": "a", "judge": "j", "judge_version": "1", "flagged": true, "inclusion_probability": {inclusion}}}"#
+        )
+    };
+    assert_eq!(Audit::decode(audit("0.5").as_bytes()).unwrap().inclusion_probability, Some(0.5));
+    assert_eq!(
+        refusal::<Audit>(audit("50")),
+        "could not read a Audit: inclusion_probability is a fraction from 0 to 1"
+    );
+    let label = r#"{"request_id": "a", "wrong": true, "quality": -1}"#;
+    assert!(refusal::<Label>(label).contains("quality is a fraction"));
+}

@@ -32,7 +32,10 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
     ("forebay-telemetry", &["forebay-operator", "forebay-schemas"]),
     ("forebay-runtime", &["forebay-operator", "forebay-plan", "forebay-schemas", "forebay-telemetry"]),
     // Not an operator: whoever edits one never links this again.
-    ("forebay-analytics", &["forebay-estimators", "forebay-runtime", "forebay-schemas", "forebay-telemetry"]),
+    (
+        "forebay-analytics",
+        &["forebay-broker", "forebay-estimators", "forebay-runtime", "forebay-schemas", "forebay-telemetry"],
+    ),
     ("forebay", EVERYTHING),
     ("forebay-tests", EVERYTHING),
 ];

@@ -1,1 +1,25 @@
 //! The output log as tables, and SQL over them.
+//!
+//! [`sink`] moves the rows of `outcomes`, `attempts` and their like from Kafka into Delta tables, each exactly once;
+//! [`table`] says what the tables are and [`lake`] where they lie. [`session`] answers SQL over them, with [`functions`] and [`views`]
+//! of our own and behind [`guards`]; [`shell`] is where a person asks.
+//!
+//! Invariant: nothing here is linked by `forebay`. Whoever edits an operator never waits for DataFusion.
+
+mod compact;
+pub mod decode;
+mod encode;
+pub mod format;
+pub mod functions;
+pub mod guards;
+pub mod kafka_table;
+pub mod lake;
+pub mod live;
+#[cfg(test)]
+mod reference;
+pub mod session;
+pub mod settings;
+pub mod shell;
+pub mod sink;
+pub mod table;
+pub mod views;

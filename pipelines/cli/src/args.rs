@@ -3,6 +3,7 @@
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use forebay_telemetry::logging;
 use std::{
+    ffi::OsString,
     path::PathBuf,
     time::{Duration, SystemTime},
 };
@@ -50,6 +51,9 @@ pub struct Settings {
     /// Where metrics and health are served.
     #[arg(long, global = true, value_name = "HOST:PORT")]
     pub admin: Option<String>,
+    /// Where the tables of the output log lie: a folder or a URL such as s3://bucket/folder.
+    #[arg(long, global = true, value_name = "DIR|URL")]
+    pub tables: Option<String>,
     /// How many partitions the topics of the pipeline have.
     #[arg(long, global = true, value_name = "N")]
     pub partitions: Option<String>,
@@ -118,6 +122,15 @@ pub enum Command {
     /// Calibrates which model of the pool answers what, on what was answered before.
     #[command(subcommand)]
     Tiers(Tiers),
+    /// Asks the output log in SQL: a shell, or one question by `-c`.
+    #[command(disable_help_flag = true)]
+    Sql(Passed),
+    /// Moves the output log from Kafka into its tables, each row exactly once.
+    #[command(disable_help_flag = true)]
+    Sink(Passed),
+    /// Writes a page about cost, latency, the cache and quality.
+    #[command(disable_help_flag = true)]
+    Report(Passed),
     /// Serves a model that needs no GPU: a modelled engine, with faults on demand.
     SimulateModel(SimulateModel),
     /// Shows the settings.
@@ -128,6 +141,14 @@ pub enum Command {
         /// The shell.
         shell: clap_complete::Shell,
     },
+}
+
+/// What is handed on to `forebay-sql` as it is, `--help` included. Settings of ours come before it.
+#[derive(Clone, Debug, ClapArgs)]
+pub struct Passed {
+    /// Its arguments; --help prints them.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGUMENTS")]
+    pub arguments: Vec<OsString>,
 }
 
 /// Which pipeline.

@@ -19,7 +19,7 @@ use forebay_plan::{
 };
 use forebay_runtime::host::kafka::may_be_secret;
 use forebay_telemetry::GenAi;
-use std::{collections::BTreeMap, path::PathBuf};
+use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 /// One setting.
 struct Setting {
@@ -65,6 +65,9 @@ const SETTINGS: &[Setting] = &[
     setting("stores.key_value", "FOREBAY_STORES_KEY_VALUE", ""),
     setting("memory.records", "FOREBAY_MEMORY_RECORDS", "256MiB"),
     setting("claims.over", "FOREBAY_CLAIMS_OVER", "256KiB"),
+    setting("tables", "FOREBAY_TABLES", ""),
+    setting("sink.flush_every", "FOREBAY_SINK_FLUSH_EVERY", "60s"),
+    setting("sink.flush_bytes", "FOREBAY_SINK_FLUSH_BYTES", "128MiB"),
     setting("otlp_endpoint", "FOREBAY_OTLP_ENDPOINT", ""),
     // The variable is OpenTelemetry's own: whoever sets it for all services means this one too.
     setting("otel.semconv_stability_opt_in", "OTEL_SEMCONV_STABILITY_OPT_IN", ""),
@@ -111,6 +114,14 @@ pub struct Config {
     pub memory_bytes: usize,
     /// Bodies of more bytes go to the object store; none where all stay in their messages.
     pub claims_over: Option<usize>,
+    /// Where the tables of the output log lie; in the data folder where nobody says.
+    pub tables: Option<String>,
+    /// How long a row may wait for its table.
+    pub sink_flush: Duration,
+    /// Whether nobody said how long.
+    pub sink_flush_is_default: bool,
+    /// Bytes of rows that may wait for all tables together.
+    pub sink_bytes: usize,
     pub otlp_endpoint: Option<String>,
     /// What calls of models are told under.
     pub gen_ai: GenAi,
@@ -141,6 +152,7 @@ fn flags(settings: &Settings) -> Vec<(&'static str, String)> {
         ("data", path(&settings.data)),
         ("listen", settings.listen.clone()),
         ("admin", settings.admin.clone()),
+        ("tables", settings.tables.clone()),
         ("partitions", settings.partitions.clone()),
         ("model.url", (!settings.model_url.is_empty()).then(|| settings.model_url.join(","))),
         ("model.name", settings.model.clone()),
@@ -249,6 +261,23 @@ impl Config {
                 ))
             })?),
         };
+        let flush = text("sink.flush_every").unwrap_or_default();
+        let flush_range = Duration::from_millis(100)..=Duration::from_secs(3_600);
+        let sink_flush = humantime::parse_duration(&flush).ok().filter(|flush| flush_range.contains(flush));
+        let sink_flush = sink_flush.ok_or_else(|| {
+            wrong(format!(
+                "sink.flush_every is {flush:?} (from {}); write 100ms to 1h, such as 60s",
+                from("sink.flush_every")
+            ))
+        })?;
+        let waiting = text("sink.flush_bytes").unwrap_or_default();
+        let sink_bytes =
+            bytes(&waiting).filter(|bytes| (1 << 20..=4_usize << 30).contains(bytes)).ok_or_else(|| {
+                wrong(format!(
+                    "sink.flush_bytes is {waiting:?} (from {}); write 1MiB to 4GiB, such as 128MiB",
+                    from("sink.flush_bytes")
+                ))
+            })?;
         let served = served::Served::all(&values)?;
         let pool = pool::PoolSettings::of(&values, &served)?;
         let tiers = tiers::TierSettings::of(&values, &served, get("model.name"), pool.as_ref())?;
@@ -280,6 +309,10 @@ impl Config {
             key_value: text("stores.key_value"),
             memory_bytes,
             claims_over,
+            tables: text("tables"),
+            sink_flush,
+            sink_flush_is_default: from("sink.flush_every") == "default",
+            sink_bytes,
             otlp_endpoint: text("otlp_endpoint"),
             gen_ai: GenAi::opted_in(get("otel.semconv_stability_opt_in").unwrap_or_default()),
             kafka: kafka.collect(),
@@ -404,6 +437,8 @@ mod tests {
         assert!(refused("partitions: none").contains("1 to 10000"));
         assert!(refused("memory: {records: 12}").contains("256MiB"));
         assert!(refused("claims: {over: never}").contains("or off"));
+        assert!(refused("sink: {flush_every: 2h}").contains("100ms to 1h"));
+        assert!(refused("sink: {flush_bytes: 1KiB}").contains("1MiB to 4GiB"));
         assert!(refused("model: {url: 'http://h'}").contains("/v1"));
         assert!(refused("model: {url: ['http://a/v1', 'http://b']}").contains("\"http://b\""));
         assert!(

@@ -60,7 +60,7 @@ async fn start(config: &Config, embedded: Embedded) -> anyhow::Result<Broker> {
 }
 
 /// The address of the broker that another process runs on our data folder.
-async fn running(config: &Config) -> anyhow::Result<String> {
+pub async fn running(config: &Config) -> anyhow::Result<String> {
     let file = config.data.join("broker").join("address");
     let none = || {
         wrong(format!(

@@ -45,6 +45,7 @@ pub const GUIDES: &[(&str, &str)] = &[
     ("results.md", include_str!("../../guides/results.md")),
     ("retrieval.md", include_str!("../../guides/retrieval.md")),
     ("simulator.md", include_str!("../../guides/simulator.md")),
+    ("sql.md", include_str!("../../guides/sql.md")),
     ("tiers.md", include_str!("../../guides/tiers.md")),
     ("topics.md", include_str!("../../guides/topics.md")),
 ];

@@ -158,8 +158,16 @@ pub struct PlannedTopic {
 
 impl From<&topics::Topic> for PlannedTopic {
     fn from(topic: &topics::Topic) -> Self {
-        let read_outside =
-            [topics::RESULTS, topics::OUTCOMES, topics::ATTEMPTS, topics::DELTAS, topics::DEAD_LETTERS];
+        let read_outside = [
+            topics::RESULTS,
+            topics::OUTCOMES,
+            topics::ATTEMPTS,
+            topics::AUDITS,
+            topics::LABELS,
+            topics::PAYLOADS,
+            topics::DELTAS,
+            topics::DEAD_LETTERS,
+        ];
         Self {
             name: topic.name.to_owned(),
             record: topic.record.to_owned(),
@@ -170,9 +178,17 @@ impl From<&topics::Topic> for PlannedTopic {
     }
 }
 
-/// What the host of any pipeline reads and writes beside its steps.
-pub(crate) const HOST_TOPICS: [topics::Topic; 5] =
-    [topics::ENDINGS, topics::ATTEMPTS, topics::DELTAS, topics::CANCELS, topics::DEAD_LETTERS];
+/// What the host of any pipeline reads and writes beside its steps, and what anyone may add to its tables.
+pub(crate) const HOST_TOPICS: [topics::Topic; 8] = [
+    topics::ENDINGS,
+    topics::ATTEMPTS,
+    topics::AUDITS,
+    topics::LABELS,
+    topics::PAYLOADS,
+    topics::DELTAS,
+    topics::CANCELS,
+    topics::DEAD_LETTERS,
+];
 
 /// How topics forget on which hosts set records aside.
 const ASIDE: Cleanup = Cleanup::Delete { hours: 7 * 24 };
@@ -218,7 +234,7 @@ impl Plan {
     }
 
     /// The topics that the pipeline names, in the order in which a request meets them, its own ones last: those of
-    /// its steps, and those of the host (`endings`, `attempts`, `deltas`, `cancels`, `dead-letters`).
+    /// its steps, and those of the host (`endings`, `attempts`, `deltas`, `cancels`, `dead-letters`) and of its tables.
     pub fn named_topics(&self) -> Vec<PlannedTopic> {
         let mut touched: BTreeSet<&str> = HOST_TOPICS.iter().map(|topic| topic.name).collect();
         for step in &self.steps {

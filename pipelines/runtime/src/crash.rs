@@ -5,7 +5,7 @@
 /// Ends the process, as a crash does, where `FOREBAY_CRASH_AT=NAME:COUNT` names this place and it is passed for the
 /// COUNTth time.
 #[cfg(debug_assertions)]
-pub(crate) fn crash_point(name: &str) {
+pub fn crash_point(name: &str) {
     use std::sync::{
         LazyLock,
         atomic::{AtomicU64, Ordering},
@@ -23,4 +23,4 @@ pub(crate) fn crash_point(name: &str) {
 
 /// Nothing.
 #[cfg(not(debug_assertions))]
-pub(crate) const fn crash_point(_: &str) {}
+pub const fn crash_point(_: &str) {}

@@ -11,7 +11,7 @@ pub mod budget;
 pub mod cancels;
 pub mod cases;
 pub mod claims;
-mod crash;
+pub mod crash;
 pub mod drive;
 pub mod fence;
 pub mod host;

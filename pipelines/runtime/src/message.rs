@@ -2,7 +2,7 @@
 
 use crate::budget::Held;
 use bytes::Bytes;
-use forebay_plan::Channel;
+pub use forebay_plan::Channel;
 use forebay_schemas::{Headers, Source};
 use std::{fmt, sync::Arc};
 
@@ -28,6 +28,13 @@ pub struct Input {
     pub topic: Arc<str>,
     /// What kind of queue it is.
     pub channel: Channel,
+}
+
+impl Input {
+    /// A topic whose records are read as they come.
+    pub fn live(topic: impl Into<Arc<str>>) -> Self {
+        Self { topic: topic.into(), channel: Channel::Live }
+    }
 }
 
 /// A consumer group and what it reads.

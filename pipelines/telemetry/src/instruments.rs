@@ -83,12 +83,15 @@ const TOKENS: &[f64] = &[
 /// Around the 0.15 ms that it may be; beyond, for what a store of budgets takes.
 const OVERHEAD_SECONDS: &[f64] =
     &[0.000_05, 0.000_1, 0.000_15, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.1, 1.0];
+/// From what somebody who looks on waits for, to an hour in which nothing was written.
+const FRESH_SECONDS: &[f64] = &[0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 900.0, 3600.0];
 const PASSAGES: &[f64] = &[0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0];
 
 const STEP: &[&str] = &["stage", "operator"];
 const STEP_TOPIC: &[&str] = &["stage", "operator", "topic"];
 const STEP_PARTITION: &[&str] = &["stage", "operator", "topic", "partition"];
 const CALL: &[&str] = &["stage", "gen_ai.operation.name", "gen_ai.provider.name", "gen_ai.request.model"];
+const TABLE: &[&str] = &["table"];
 const ENDPOINT: &[&str] = &["endpoint", "name"];
 const ENDPOINT_MODEL: &[&str] = &["endpoint", "name", "model"];
 
@@ -510,6 +513,65 @@ pub(crate) const POOL_LIMIT: Declared = Declared {
     meaning: "Calls at once that a model at an endpoint was seen to bear.",
     ..LINE
 };
+pub(crate) const TABLE_ROWS: Declared = Declared {
+    name: "forebay.table.rows",
+    unit: "{row}",
+    labels: TABLE,
+    meaning: "Messages of a table's topic whose rows are in the table by a commit of this process.",
+    ..LINE
+};
+pub(crate) const TABLE_BYTES: Declared = Declared {
+    name: "forebay.table.written",
+    unit: "By",
+    labels: TABLE,
+    meaning: "Bytes of the Parquet files that were written for a table.",
+    ..LINE
+};
+pub(crate) const TABLE_FILES: Declared =
+    Declared { name: "forebay.table.files", unit: "{file}", labels: TABLE, meaning: "These files.", ..LINE };
+pub(crate) const TABLE_VERSIONS: Declared = Declared {
+    name: "forebay.table.commits",
+    unit: "{commit}",
+    labels: TABLE,
+    meaning: "Versions of a table that this process made.",
+    ..LINE
+};
+pub(crate) const TABLE_CONFLICTS: Declared = Declared {
+    name: "forebay.table.conflicts",
+    unit: "{commit}",
+    labels: TABLE,
+    meaning: "Commits that had to look again, because another writer was first or the store did not answer.",
+    ..LINE
+};
+pub(crate) const TABLE_REPEATED: Declared = Declared {
+    name: "forebay.table.repeated.rows",
+    unit: "{row}",
+    labels: TABLE,
+    meaning: "Messages that were read once more and dropped, since their rows were in the table.",
+    ..LINE
+};
+pub(crate) const TABLE_REJECTED: Declared = Declared {
+    name: "forebay.table.rejected.rows",
+    unit: "{row}",
+    labels: TABLE,
+    meaning: "Messages that are no row of the table; each is among the dead letters.",
+    ..LINE
+};
+pub(crate) const TABLE_LOST: Declared = Declared {
+    name: "forebay.table.lost.rows",
+    unit: "{row}",
+    labels: TABLE,
+    meaning: "Messages that their topic forgot before they came into the table. Anything but 0 is a loss.",
+    ..LINE
+};
+pub(crate) const TABLE_FRESHNESS: Declared = Declared {
+    name: "forebay.table.freshness",
+    kind: Kind::Histogram(FRESH_SECONDS),
+    unit: "s",
+    labels: TABLE,
+    meaning: "From the writing of a message to the commit of its row, for the oldest row of each commit.",
+    ..LINE
+};
 
 /// The table.
 pub(crate) const DECLARED: &[Declared] = &[
@@ -564,6 +626,15 @@ pub(crate) const DECLARED: &[Declared] = &[
     POOL_BREAKER,
     POOL_SHARE,
     POOL_LIMIT,
+    TABLE_ROWS,
+    TABLE_BYTES,
+    TABLE_FILES,
+    TABLE_VERSIONS,
+    TABLE_CONFLICTS,
+    TABLE_REPEATED,
+    TABLE_REJECTED,
+    TABLE_LOST,
+    TABLE_FRESHNESS,
 ];
 
 impl Declared {

@@ -16,6 +16,7 @@ mod meter;
 mod page;
 pub mod pool;
 mod span;
+mod tables;
 mod telemetry;
 mod words;
 
@@ -24,4 +25,5 @@ pub use instruments::GenAi;
 pub use meter::{Outcome, StepMeter};
 pub use page::metrics_reference;
 pub use span::StepSpan;
+pub use tables::{TableFlush, TableMeter};
 pub use telemetry::{Settings, StartError, Telemetry};

@@ -85,6 +85,7 @@ mod tests {
         pool::{Endpoint, EndpointModel},
         words,
     };
+    use crate::TableFlush;
     use forebay_operator::{Called, Event};
     use std::{
         collections::{BTreeMap, BTreeSet},
@@ -217,6 +218,10 @@ mod tests {
         telemetry.observe("infer", &Event::CallWaited { what: "room", duration_us: 300_000 });
         telemetry.observe("infer", &Event::CallExtended { how: "retry" });
         telemetry.observe("infer", &Event::CallOverhead { duration_us: 120 });
+        let table = telemetry.table("outcomes");
+        table.flushed(TableFlush { rows: 12, rejected: 1, ..TableFlush::default() });
+        table.fresh(Duration::from_secs(3));
+        table.lost(0);
         telemetry.watch_pool(|| {
             let at = [
                 ("http://a:1", "m", "closed"),
@@ -293,6 +298,9 @@ mod tests {
             ("forebay_step_lag", &[("topic", "prompts"), ("partition", "3")], 42.0),
             ("forebay_step_committed_offset", &[("stage", "infer"), ("partition", "3")], 90.0),
             ("forebay_step_work_queued_seconds", &[], 1.5),
+            ("forebay_table_rows_total", &[("table", "outcomes")], 12.0),
+            ("forebay_table_rejected_rows_total", &[("table", "outcomes")], 1.0),
+            ("forebay_table_freshness_seconds_sum", &[("table", "outcomes")], 3.0),
             ("forebay_cache_lookups_total", &[("stage", "cache"), ("status", "hit")], 1.0),
             ("forebay_deltas_bytes_total", &[("stage", "infer"), ("outcome", "sent")], 90.0),
             ("forebay_deltas_records_total", &[("stage", "infer"), ("outcome", "lost")], 1.0),

@@ -12,6 +12,7 @@ use crate::{
     meter::Instruments,
     pool::{self, Endpoint},
     span,
+    tables::{self, TableMeter},
 };
 use forebay_operator::Event;
 use opentelemetry::{KeyValue, metrics::MeterProvider, trace::TracerProvider};
@@ -120,6 +121,7 @@ struct Inner {
     tracers: Option<(SdkTracerProvider, SdkTracer)>,
     steps: Arc<Instruments>,
     events: Events,
+    tables: Arc<tables::Instruments>,
 }
 
 impl Telemetry {
@@ -138,6 +140,7 @@ impl Telemetry {
             tracers: tracers.map(|provider| (provider.clone(), provider.tracer(SCOPE))),
             steps: Arc::new(Instruments::new(&meter)),
             events: Events::new(&meter, settings.gen_ai),
+            tables: Arc::new(tables::Instruments::new(&meter)),
             meters,
         })))
     }
@@ -146,6 +149,11 @@ impl Telemetry {
     pub fn step(&self, stage: &str, operator: &'static str) -> StepMeter {
         let tracer = self.0.tracers.as_ref().map(|(_, tracer)| tracer.clone());
         StepMeter::new(&self.0.steps, tracer, stage, operator)
+    }
+
+    /// What the sink of a table counts with.
+    pub fn table(&self, name: &'static str) -> TableMeter {
+        TableMeter::new(Arc::clone(&self.0.tables), name)
     }
 
     /// Counts what an operator reported; of a model call a span is made too, where spans are.

@@ -85,6 +85,16 @@ pub fn samples() -> Vec<Sample> {
         written("attempt-nulls.avro", attempt_of_nothing()),
         older("attempt-19-columns.avro", attempt_of_19_columns()),
         older("attempt-nulls-19-columns.avro", attempt_of_nothing()),
+        written("audit.json", audit()),
+        typed("audit-minimal.json", AUDIT, audit_of_little()),
+        written("label.json", label()),
+        typed("label-minimal.json", "{\"request_id\": \"order-17\", \"wrong\": true}\n", label_of_little()),
+        written("payload.json", payload()),
+        typed(
+            "payload-minimal.json",
+            "{\"request_id\": \"order-17\", \"prompt\": \"Häh?\"}\n",
+            payload_of_little(),
+        ),
         headers("envelope.headers.json", envelope()),
     ]
 }
@@ -481,6 +491,95 @@ fn outcome_of_nothing() -> Outcome {
         prompt_hash: None,
         metadata: None,
         tier: None,
+    }
+}
+
+const AUDIT: &str = r#"{"request_id": "order-17", "judge": "rules", "judge_version": "1", "flagged": false}"#;
+
+fn audit() -> Audit {
+    Audit {
+        request_id: id("order-17"),
+        tenant: tenant("shop"),
+        generation: 1,
+        judge: "gpt-5".into(),
+        judge_version: "2026-11-01".into(),
+        flagged: true,
+        score: Some(0.75),
+        quality: Some(0.25),
+        inclusion_probability: Some(0.125),
+        stratum: Some("gpt-5-mini/miss".into()),
+        detail: Some("no passage says three days".into()),
+        audited_at: Some(1_795_500_000_000_000),
+    }
+}
+
+fn audit_of_little() -> Audit {
+    Audit {
+        tenant: Tenant::default(),
+        generation: 0,
+        judge: "rules".into(),
+        judge_version: "1".into(),
+        flagged: false,
+        score: None,
+        quality: None,
+        inclusion_probability: None,
+        stratum: None,
+        detail: None,
+        audited_at: None,
+        ..audit()
+    }
+}
+
+fn label() -> Label {
+    Label {
+        request_id: id("order-17"),
+        tenant: tenant("shop"),
+        generation: 1,
+        wrong: true,
+        quality: Some(0.5),
+        labeller: Some("ada".into()),
+        inclusion_probability: Some(0.25),
+        note: Some("it is five days".into()),
+        labelled_at: Some(1_795_500_000_000_000),
+    }
+}
+
+fn label_of_little() -> Label {
+    Label {
+        tenant: Tenant::default(),
+        generation: 0,
+        quality: None,
+        labeller: None,
+        inclusion_probability: None,
+        note: None,
+        labelled_at: None,
+        ..label()
+    }
+}
+
+fn payload() -> Payload {
+    Payload {
+        request_id: id("order-17"),
+        tenant: tenant("shop"),
+        generation: 1,
+        prompt: "When may I return it?".into(),
+        answer: Some("Within three days.".into()),
+        passages: Some(r#"["Send it back within three days – unopened."]"#.into()),
+        model: Some("gpt-5-mini".into()),
+        ended_at: Some(1_795_500_000_000_000),
+    }
+}
+
+fn payload_of_little() -> Payload {
+    Payload {
+        tenant: Tenant::default(),
+        generation: 0,
+        prompt: "Häh?".into(),
+        answer: None,
+        passages: None,
+        model: None,
+        ended_at: None,
+        ..payload()
     }
 }
 

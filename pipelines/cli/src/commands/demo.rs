@@ -4,7 +4,7 @@
 //! anybody's would.
 
 use super::{
-    ingest,
+    ingest, tables,
     up::{Up, stopped},
 };
 use crate::{
@@ -54,6 +54,7 @@ pub async fn run(args: Demo, config: Config) -> anyhow::Result<()> {
     if show {
         out(format_args!("Forebay {} is up after {:.1?}.", env!("CARGO_PKG_VERSION"), started.elapsed()));
     }
+    let sink = tables::Sink::start(&up.config, &up.kafka);
     let told = tell(&up, documents, questions, show).await;
     match told {
         Ok(true) if !args.exit => {
@@ -64,7 +65,7 @@ pub async fn run(args: Demo, config: Config) -> anyhow::Result<()> {
         }
         _ => shutdown.cancel(),
     }
-    let ended = up.ended().await;
+    let ended = up.ended(sink).await;
     told?;
     ended
 }

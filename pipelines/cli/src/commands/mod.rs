@@ -10,6 +10,7 @@ mod ingest;
 mod ledger;
 mod pool;
 mod simulate_model;
+mod tables;
 mod tiers;
 mod topics;
 mod up;
@@ -31,6 +32,9 @@ pub async fn run(command: Command, settings: &Settings) -> anyhow::Result<ExitCo
         Command::Explain(explain) => graph::explain(&explain)?,
         Command::Dlq(dlq) => return dlq::run(dlq, config()?).await,
         Command::Topics(topics) => topics::run(topics, config()?).await?,
+        Command::Sink(passed) => tables::run("sink", &passed.arguments, config()?).await?,
+        Command::Sql(passed) => tables::run("sql", &passed.arguments, config()?).await?,
+        Command::Report(passed) => tables::run("report", &passed.arguments, config()?).await?,
         Command::Config(crate::args::ConfigCommand::Print) => config::print(&config()?),
         Command::Ledger(ledger) => return ledger::run(ledger, config()?).await,
         Command::Pool(pool) => return pool::run(pool, config()?).await,

@@ -1,6 +1,6 @@
 //! `forebay up` and `forebay run`: stages at work until they are told to stop.
 
-use super::topics;
+use super::{tables, topics};
 use crate::{
     args::{PipelineArg, Run},
     build,
@@ -34,7 +34,8 @@ pub async fn up(pipeline: &PipelineArg, config: Config) -> anyhow::Result<()> {
     };
     say(format_args!("forebay: pipeline {} is up", up.plan.name));
     up.tell();
-    up.ended().await
+    let sink = tables::Sink::start(&up.config, &up.kafka);
+    up.ended(sink).await
 }
 
 /// One stage of a pipeline.
@@ -48,7 +49,7 @@ pub async fn run(args: &Run, config: Config) -> anyhow::Result<()> {
     let Some(up) = stopped(started)? else { return Ok(()) };
     say(format_args!("forebay: stage {} of pipeline {} is up", args.stage, up.plan.name));
     up.tell();
-    up.ended().await
+    up.ended(None).await
 }
 
 /// Nothing where the process was told to stop before it was up: that is what it did.
@@ -163,8 +164,11 @@ impl Up {
     }
 
     /// Waits for the end of all stages, then ends the rest in order: the log last, since all others speak to it.
-    pub async fn ended(self) -> anyhow::Result<()> {
+    pub async fn ended(self, sink: Option<tables::Sink>) -> anyhow::Result<()> {
         let outcome = self.running.ended().await;
+        if let Some(sink) = sink {
+            sink.end().await;
+        }
         self.telemetry.shutdown().await;
         if let Some(broker) = self.broker {
             broker.shutdown().await;

@@ -8,6 +8,7 @@ mod session;
 mod sink;
 mod source;
 mod table;
+mod topic_ids;
 pub mod topics;
 mod watch;
 
@@ -17,3 +18,4 @@ pub use ledger::KafkaLedger;
 pub use sink::KafkaSink;
 pub use source::{KafkaSource, ReadBounds, Reading, headers};
 pub use table::{TableError, TableReader};
+pub use topic_ids::{TopicIdsError, topic_ids};

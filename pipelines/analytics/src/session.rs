@@ -1,0 +1,479 @@
+//! SQL over the tables of a root: a DataFusion session with our functions, views and guards.
+//!
+//! Each query reads the newest version of each table that it names, and of one table one version only, however often it names it. A
+//! table that nobody has made yet is empty.
+//!
+//! Invariant: nothing is written, registered or set by a query; two queries share only the memory and disk that they may take.
+
+use crate::functions::{self, Prices};
+use crate::guards::{self, Extent, Guarded, Limits, Refused, Scope};
+use crate::kafka_table;
+use crate::lake;
+use crate::live::{self, Live};
+use crate::table::{DATE, Table};
+use crate::views::{VIEWS, View};
+use arrow::array::RecordBatch;
+use arrow::datatypes::SchemaRef;
+use async_trait::async_trait;
+use datafusion::catalog::{
+    CatalogProvider, CatalogProviderList, MemoryCatalogProvider, MemoryCatalogProviderList, SchemaProvider,
+    TableProvider, view::ViewTable,
+};
+use datafusion::common::DataFusionError;
+use datafusion::common::runtime::SpawnedTask;
+use datafusion::datasource::{empty::EmptyTable, provider_as_source};
+use datafusion::execution::SendableRecordBatchStream;
+use datafusion::execution::disk_manager::DiskManagerBuilder;
+use datafusion::execution::memory_pool::{FairSpillPool, TrackConsumersPool};
+use datafusion::execution::runtime_env::RuntimeEnvBuilder;
+use datafusion::execution::session_state::{SessionState, SessionStateBuilder};
+use datafusion::logical_expr::{LogicalPlanBuilder, TableType};
+use datafusion::prelude::{DataFrame, SessionConfig, SessionContext};
+use datafusion::sql::parser::{DFParserBuilder, Statement};
+use datafusion::sql::sqlparser::parser::ParserError;
+use deltalake_core::DeltaTable;
+use deltalake_core::delta_datafusion::{DeltaScanConfig, DeltaScanNext};
+use futures::StreamExt as _;
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::fmt;
+use std::num::NonZeroUsize;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+use tracing::warn;
+use url::Url;
+
+const CATALOG: &str = "forebay";
+const SCHEMA: &str = "public";
+/// How many of those who hold memory an error names.
+const CONSUMERS_NAMED: usize = 3;
+/// How many batches a query may be ahead of who reads them.
+const BATCHES_AHEAD: usize = 2;
+/// The longest text of queries at once.
+const SQL_BYTES_MAX: usize = 1 << 20;
+
+/// Why a query has no answer, or a session could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Something in the query is not as it must be.
+    #[error("{}{message}", place(*.at))]
+    Query {
+        /// What.
+        message: String,
+        /// Line and column, from 1, where they are known.
+        at: Option<(u64, u64)>,
+    },
+    /// It is not answered, and the text says what would be.
+    #[error(transparent)]
+    Refused(#[from] Refused),
+    /// It took too long.
+    #[error("the query ran for {} and was stopped; bound its time, or raise --deadline", humantime::format_duration(*.0))]
+    Deadline(Duration),
+    /// It took too much memory.
+    #[error(
+        "the query needs more memory than its {} MiB, also with what it wrote to disk; select fewer columns or groups, bound its time, or \
+         raise --memory ({detail})",
+        .limit >> 20
+    )]
+    Memory {
+        /// What it may take, in bytes.
+        limit: usize,
+        /// Who wanted more.
+        detail: String,
+    },
+    /// A table could not be read.
+    #[error(transparent)]
+    Lake(#[from] Box<lake::Error>),
+    /// The session could not be made.
+    #[error("could not prepare SQL")]
+    Prepare(#[source] DataFusionError),
+}
+
+fn place(at: Option<(u64, u64)>) -> String {
+    at.map(|(line, column)| format!("line {line}, column {column}: ")).unwrap_or_default()
+}
+
+/// A session over the tables of one root, of one user.
+pub struct Session {
+    lake: Arc<Lake>,
+    /// Functions, limits and settings, without a catalog.
+    base: SessionState,
+    limits: Limits,
+    scope: Scope,
+}
+
+/// Rows as they come. Dropped, it stops the query.
+pub struct Answer {
+    /// Their columns.
+    pub schema: SchemaRef,
+    rows: mpsc::Receiver<Result<RecordBatch, DataFusionError>>,
+    _running: SpawnedTask<()>,
+    limits: Limits,
+    until: Instant,
+}
+
+impl Session {
+    /// Opens a session. Nothing is read before the first query.
+    pub fn open(
+        root: Url,
+        options: lake::Options,
+        limits: Limits,
+        scope: Scope,
+        prices: Option<Arc<Prices>>,
+        live: Option<Live>,
+    ) -> Result<Self, Error> {
+        let mut base = state(&limits, prices).map_err(Error::Prepare)?;
+        let kafka = live.as_ref().map(|live| live.kafka().clone());
+        let topics = kafka_table::Function { kafka, scope: scope.clone(), messages: limits.messages };
+        base.register_udtf("kafka", Arc::new(topics));
+        let lake = Arc::new(Lake { root, options, live, tables: Mutex::default() });
+        Ok(Self { lake, base, limits, scope })
+    }
+
+    /// The queries in a text, which are separated by semicolons.
+    pub fn parse(&self, sql: &str) -> Result<VecDeque<Statement>, Error> {
+        if sql.len() > SQL_BYTES_MAX {
+            let message = format!("the query has {} bytes; it may have {SQL_BYTES_MAX}", sql.len());
+            return Err(Error::Query { message, at: None });
+        }
+        let statements = DFParserBuilder::new(sql).build().and_then(|mut parser| parser.parse_statements());
+        statements.map_err(|error| explained(error, self.limits))
+    }
+
+    /// Answers one query.
+    pub async fn query(&self, statement: Statement) -> Result<Answer, Error> {
+        let until = Instant::now() + self.limits.deadline;
+        let started = tokio::time::timeout_at(until, self.start(statement)).await;
+        let mut rows = started.map_err(|_| Error::Deadline(self.limits.deadline))??;
+        let schema = rows.schema();
+        // A task of its own, since a sort may work for long before it gives way, and the deadline must pass meanwhile.
+        let (to, from) = mpsc::channel(BATCHES_AHEAD);
+        let running = SpawnedTask::spawn(async move {
+            while let Some(batch) = rows.next().await {
+                if to.send(batch).await.is_err() {
+                    break;
+                }
+            }
+        });
+        Ok(Answer { schema, rows: from, _running: running, limits: self.limits, until })
+    }
+
+    /// Answers one query, which must be small enough to hold.
+    pub async fn collect(&self, sql: &str) -> Result<Vec<RecordBatch>, Error> {
+        let mut batches = Vec::new();
+        for statement in self.parse(sql)? {
+            let mut answer = self.query(statement).await?;
+            while let Some(batch) = answer.next().await? {
+                batches.push(batch);
+            }
+        }
+        Ok(batches)
+    }
+
+    /// The columns of a table or view, in order; nothing where there is none of that name.
+    pub async fn columns(&self, name: &str) -> Result<Option<SchemaRef>, Error> {
+        let context = self.context();
+        let schema = context.state().schema_for_ref(name).map_err(|error| explained(error, self.limits))?;
+        let table = schema.table(name).await.map_err(|error| explained(error, self.limits))?;
+        Ok(table.map(|table| table.schema()))
+    }
+
+    /// The names of all functions.
+    pub fn functions(&self) -> Vec<String> {
+        let base = &self.base;
+        let scalar = base.scalar_functions().keys();
+        scalar
+            .chain(base.aggregate_functions().keys())
+            .chain(base.window_functions().keys())
+            .cloned()
+            .collect()
+    }
+
+    async fn start(&self, statement: Statement) -> Result<SendableRecordBatchStream, Error> {
+        let explained = |error| explained(error, self.limits);
+        let context = self.context();
+        let state = context.state();
+        let plan = state.statement_to_plan(statement).await.map_err(explained)?;
+        guards::check(&plan, &self.scope)?;
+        DataFrame::new(state, plan).execute_stream().await.map_err(explained)
+    }
+
+    /// A context of its own for a query, in which no table has been read.
+    fn context(&self) -> SessionContext {
+        let snapshot = Arc::new(Snapshot {
+            lake: Arc::clone(&self.lake),
+            limits: self.limits,
+            scope: self.scope.clone(),
+            pinned: tokio::sync::Mutex::default(),
+            found: Mutex::default(),
+            state: OnceLock::new(),
+        });
+        let catalog = MemoryCatalogProvider::new();
+        let catalogs = MemoryCatalogProviderList::new();
+        // Neither can be taken: both are new.
+        let _ = catalog.register_schema(SCHEMA, Arc::clone(&snapshot) as Arc<dyn SchemaProvider>);
+        catalogs.register_catalog(CATALOG.to_owned(), Arc::new(catalog));
+        let state = SessionStateBuilder::new_from_existing(self.base.clone())
+            .with_catalog_list(Arc::new(catalogs))
+            .build();
+        let context = SessionContext::new_with_state(state);
+        let state = context.state_weak_ref();
+        let _ = snapshot.state.set(Box::new(move || state.upgrade().map(|state| state.read().clone())));
+        context
+    }
+}
+
+impl Answer {
+    /// The next rows; none behind the last.
+    pub async fn next(&mut self) -> Result<Option<RecordBatch>, Error> {
+        match tokio::time::timeout_at(self.until, self.rows.recv()).await {
+            Ok(Some(batch)) => batch.map(Some).map_err(|error| explained(error, self.limits)),
+            Ok(None) => Ok(None),
+            Err(_) => Err(Error::Deadline(self.limits.deadline)),
+        }
+    }
+}
+
+fn state(limits: &Limits, prices: Option<Arc<Prices>>) -> Result<SessionState, DataFusionError> {
+    // Shares memory among those who can write to disk, so that one sort does not starve the next.
+    let pool = FairSpillPool::new(limits.memory_bytes);
+    let named = NonZeroUsize::new(CONSUMERS_NAMED).unwrap_or(NonZeroUsize::MIN);
+    let runtime = RuntimeEnvBuilder::new()
+        .with_memory_pool(Arc::new(TrackConsumersPool::new(pool, named)))
+        .with_disk_manager_builder(
+            DiskManagerBuilder::default().with_max_temp_directory_size(limits.spill_bytes),
+        )
+        .build_arc()?;
+    let config = SessionConfig::new()
+        .with_default_catalog_and_schema(CATALOG, SCHEMA)
+        .with_create_default_catalog_and_schema(false)
+        .with_information_schema(true)
+        .set_bool("datafusion.sql_parser.collect_spans", true);
+    let mut state = SessionStateBuilder::new_with_default_features()
+        .with_config(config)
+        .with_runtime_env(runtime)
+        .build();
+    functions::register(&mut state, prices, || chrono::Utc::now().timestamp_micros())?;
+    Ok(state)
+}
+
+/// The tables as they were last seen, so that the next query reads only what was committed since.
+struct Lake {
+    root: Url,
+    options: lake::Options,
+    live: Option<Live>,
+    tables: Mutex<BTreeMap<Table, DeltaTable>>,
+}
+
+impl Lake {
+    async fn newest(&self, table: Table) -> Result<Option<DeltaTable>, lake::Error> {
+        let seen = self.lock().get(&table).cloned();
+        let newest = match seen {
+            Some(mut seen) => match seen.update_state().await {
+                Ok(()) => Some(seen),
+                // It may have been made anew; then it is opened as if never seen.
+                Err(_) => lake::find(&self.root, &self.options, table).await?,
+            },
+            None => lake::find(&self.root, &self.options, table).await?,
+        };
+        if let Some(newest) = &newest {
+            self.lock().insert(table, newest.clone());
+        }
+        Ok(newest)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<Table, DeltaTable>> {
+        self.tables.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Tables and views as one query sees them.
+struct Snapshot {
+    lake: Arc<Lake>,
+    limits: Limits,
+    scope: Scope,
+    /// The version of each table that the query sees; nothing where there is no table.
+    pinned: tokio::sync::Mutex<HashMap<Table, Option<DeltaTable>>>,
+    found: Mutex<HashMap<String, Arc<dyn TableProvider>>>,
+    /// In which views are planned; it holds the state weakly, as that holds us.
+    state: OnceLock<Box<dyn Fn() -> Option<SessionState> + Send + Sync>>,
+}
+
+impl fmt::Debug for Snapshot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "tables at {}", self.lake.root)
+    }
+}
+
+impl Snapshot {
+    fn state(&self) -> Result<SessionState, DataFusionError> {
+        let state = self.state.get().and_then(|state| state());
+        state.ok_or_else(|| DataFusionError::Plan("the query has ended".to_owned()))
+    }
+
+    /// The version that the query sees: the newest when the table was first named.
+    async fn version(&self, table: Table) -> Result<Option<DeltaTable>, DataFusionError> {
+        let mut pinned = self.pinned.lock().await;
+        if let Some(version) = pinned.get(&table) {
+            return Ok(version.clone());
+        }
+        let newest =
+            self.lake.newest(table).await.map_err(|error| DataFusionError::External(Box::new(error)))?;
+        pinned.insert(table, newest.clone());
+        Ok(newest)
+    }
+
+    async fn of_table(&self, table: Table) -> Result<Arc<dyn TableProvider>, DataFusionError> {
+        let Some(version) = self.version(table).await? else {
+            return Ok(Arc::new(EmptyTable::new(table.schema())));
+        };
+        version.update_datafusion_session(&self.state()?)?;
+        let snapshot = version.snapshot()?;
+        let mut extent = Extent::default();
+        let mut days = BTreeSet::new();
+        for file in snapshot.log_data().iter() {
+            extent.bytes = extent.bytes.saturating_add(u64::try_from(file.size()).unwrap_or(0));
+            days.insert(file.partition_values_map().remove(DATE).flatten());
+        }
+        extent.days = days.len();
+        // The day as a date, and not as a dictionary of dates.
+        let config = DeltaScanConfig::new().with_wrap_partition_values(false);
+        let inner = Arc::new(DeltaScanNext::new(snapshot.snapshot().clone(), config)?);
+        Ok(self.guarded(table, inner, extent))
+    }
+
+    fn guarded(&self, table: Table, inner: Arc<dyn TableProvider>, extent: Extent) -> Arc<dyn TableProvider> {
+        Arc::new(Guarded { table, inner, extent, limits: self.limits, scope: self.scope.clone() })
+    }
+
+    /// The rows of a table, and behind them those that are not in it yet.
+    async fn of_live(&self) -> Result<Arc<dyn TableProvider>, DataFusionError> {
+        let stored = self.of_table(live::TABLE).await?;
+        let Some(live) = &self.lake.live else {
+            warn!("there is no Kafka, so {} is what is in table {} already", live::NAME, live::TABLE.name());
+            return Ok(stored);
+        };
+        let version = self.version(live::TABLE).await?;
+        let tail = Arc::new(live.tail(version.as_ref(), stored.schema()).await?);
+        let tail = self.guarded(live::TABLE, tail, Extent::default());
+        let rows = |rows| LogicalPlanBuilder::scan(live::NAME, provider_as_source(rows), None);
+        let plan = rows(stored)?.union(rows(tail)?.build()?)?.build()?;
+        Ok(Arc::new(ViewTable::new(plan, None)))
+    }
+
+    async fn of_view(&self, view: View) -> Result<Arc<dyn TableProvider>, DataFusionError> {
+        let plan = self.state()?.create_logical_plan(view.sql).await?;
+        Ok(Arc::new(ViewTable::new(plan, Some(view.sql.to_owned()))))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, Arc<dyn TableProvider>>> {
+        self.found.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[async_trait]
+impl SchemaProvider for Snapshot {
+    fn table_names(&self) -> Vec<String> {
+        let tables = Table::ALL.iter().map(|table| table.name());
+        tables.chain(VIEWS.iter().map(|view| view.name)).chain([live::NAME]).map(str::to_owned).collect()
+    }
+
+    async fn table(&self, name: &str) -> Result<Option<Arc<dyn TableProvider>>, DataFusionError> {
+        if let Some(found) = self.lock().get(name) {
+            return Ok(Some(Arc::clone(found)));
+        }
+        let found = match (Table::find(name), View::find(name)) {
+            (Some(table), _) => self.of_table(table).await?,
+            (None, Some(view)) => self.of_view(view).await?,
+            (None, None) if name == live::NAME => self.of_live().await?,
+            (None, None) => return Ok(None),
+        };
+        // Who came first keeps its version, so that all who name the table see one.
+        Ok(Some(Arc::clone(self.lock().entry(name.to_owned()).or_insert(found))))
+    }
+
+    async fn table_type(&self, name: &str) -> Result<Option<TableType>, DataFusionError> {
+        let table = Table::find(name).map(|_| TableType::Base);
+        Ok(table.or_else(|| self.table_exist(name).then_some(TableType::View)))
+    }
+
+    fn table_exist(&self, name: &str) -> bool {
+        Table::find(name).is_some() || View::find(name).is_some() || name == live::NAME
+    }
+}
+
+/// The same error in words for who wrote the query, with its place there.
+fn explained(error: DataFusionError, limits: Limits) -> Error {
+    let error = match unwrapped(error) {
+        Ok(own) => return own,
+        Err(error) => error,
+    };
+    if let DataFusionError::ResourcesExhausted(detail) = error.find_root() {
+        return Error::Memory {
+            limit: limits.memory_bytes,
+            detail: detail.lines().next().unwrap_or_default().to_owned(),
+        };
+    }
+    if let Some(diagnostic) = error.diagnostic() {
+        let mut message = diagnostic.message.clone();
+        for help in diagnostic
+            .notes
+            .iter()
+            .map(|note| &note.message)
+            .chain(diagnostic.helps.iter().map(|help| &help.message))
+        {
+            message = format!("{message}; {help}");
+        }
+        let at =
+            diagnostic.span.map(|span| (span.start.line, span.start.column)).filter(|(line, _)| *line > 0);
+        return Error::Query { message, at };
+    }
+    let message = match error.find_root() {
+        DataFusionError::SQL(error, _) => match error.as_ref() {
+            ParserError::ParserError(text) | ParserError::TokenizerError(text) => text.clone(),
+            other => other.to_string(),
+        },
+        other => other.message().into_owned(),
+    };
+    let (message, at) = split_place(&message);
+    Error::Query { message, at }
+}
+
+/// One of our own errors, which came through DataFusion as a stranger.
+fn unwrapped(error: DataFusionError) -> Result<Error, DataFusionError> {
+    match error {
+        DataFusionError::External(inner) => {
+            let inner = match inner.downcast::<Refused>() {
+                Ok(refused) => return Ok(Error::Refused(*refused)),
+                Err(inner) => inner,
+            };
+            match inner.downcast::<lake::Error>() {
+                Ok(fault) => Ok(Error::Lake(fault)),
+                Err(inner) => Err(DataFusionError::External(inner)),
+            }
+        }
+        DataFusionError::Context(text, inner) => {
+            unwrapped(*inner).map_err(|inner| DataFusionError::Context(text, Box::new(inner)))
+        }
+        DataFusionError::Diagnostic(diagnostic, inner) => {
+            unwrapped(*inner).map_err(|inner| DataFusionError::Diagnostic(diagnostic, Box::new(inner)))
+        }
+        other => Err(other),
+    }
+}
+
+/// The parser says its place at the end of its message: "… at Line: 1, Column: 15".
+fn split_place(message: &str) -> (String, Option<(u64, u64)>) {
+    let place = || {
+        let (text, place) = message.rsplit_once(" at Line: ")?;
+        let (line, rest) = place.split_once(", Column: ")?;
+        let digits = rest.len() - rest.trim_start_matches(|letter: char| letter.is_ascii_digit()).len();
+        let column = rest.get(..digits)?;
+        Some((text.to_owned(), Some((line.parse().ok()?, column.parse().ok()?))))
+    };
+    place().unwrap_or_else(|| (message.to_owned(), None))
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

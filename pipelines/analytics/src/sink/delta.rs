@@ -1,0 +1,485 @@
+//! The protocol's log as a Delta table.
+//!
+//! Invariant: files are created and never overwritten, and none is deleted here. One that no version names is swept by `vacuum`;
+//! one whose commit was not answered may be named by a version that is not seen yet.
+
+use super::flush::{Commit, Log, Part};
+use crate::{
+    decode::{self, Decoder, Message, Reject},
+    encode::{Encoded, encode},
+    table::{DATE, Table},
+};
+use arrow::error::ArrowError;
+use deltalake_core::{
+    DeltaTable, DeltaTableError,
+    kernel::{
+        Action, Add, Transaction,
+        transaction::{CommitBuilder, CommitProperties},
+    },
+    protocol::{DeltaOperation, SaveMode},
+    table::state::DeltaTableState,
+};
+use forebay_runtime::{
+    drive::{SendError, Sink},
+    message::Outgoing,
+};
+use forebay_schemas::{DeadLetter, NanoUsd, RequestId, Tenant};
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+};
+use tables_store::{PutMode, PutOptions, path::Path};
+use tracing::warn;
+
+/// What stands as the step of a dead letter whose record could not become a row.
+pub const STAGE: &str = "sink";
+
+/// What cannot be mended by looking again at once.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Our own declaration of a table.
+    #[error(transparent)]
+    Decode(#[from] decode::Error),
+    /// Rows that could not be written as Parquet.
+    #[error("could not write rows of table {table} as Parquet")]
+    Encode {
+        /// The table.
+        table: &'static str,
+        /// What happened.
+        #[source]
+        source: ArrowError,
+    },
+    /// The store took no file.
+    #[error(
+        "could not write file {path} of table {table}; check that the store can be reached and written to"
+    )]
+    Put {
+        /// The table.
+        table: &'static str,
+        /// The file.
+        path: String,
+        /// What happened.
+        #[source]
+        source: tables_store::Error,
+    },
+    /// The log could not be read or written.
+    #[error("could not {doing} the log of table {table}; check that the store can be reached and written to")]
+    Log {
+        /// What was tried.
+        doing: &'static str,
+        /// The table.
+        table: &'static str,
+        /// What happened.
+        #[source]
+        source: Box<DeltaTableError>,
+    },
+    /// A message that is no row could not be set aside.
+    #[error("could not write a dead letter for a message that table {table} cannot take")]
+    Letter {
+        /// The table.
+        table: &'static str,
+        /// What happened.
+        #[source]
+        source: SendError,
+    },
+    /// The work was cut off.
+    #[error("writing rows of table {table} was cut off")]
+    CutOff {
+        /// The table.
+        table: &'static str,
+        /// What happened.
+        #[source]
+        source: tokio::task::JoinError,
+    },
+}
+
+/// Where messages go that are no rows.
+#[derive(Clone)]
+pub struct Letters {
+    /// Writes them.
+    pub sink: Arc<dyn Sink>,
+    /// The full name of the topic of dead letters.
+    pub topic: Arc<str>,
+    /// The id of the cluster, from which ids of messages are derived that do not say theirs.
+    pub cluster: Arc<str>,
+}
+
+/// What a log counted since it was last asked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counted {
+    /// Files that were written.
+    pub files: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Messages that were set aside.
+    pub rejects: u64,
+}
+
+/// A Delta table, as the protocol sees it.
+pub struct DeltaLog {
+    kind: Table,
+    table: DeltaTable,
+    /// The full name of the topic.
+    topic: Arc<str>,
+    decoder: Arc<Mutex<Decoder>>,
+    letters: Letters,
+    now_ms: fn() -> i64,
+    counted: Counted,
+}
+
+impl DeltaLog {
+    /// The log of a table that is filled from `topic`.
+    pub fn new(
+        kind: Table,
+        table: DeltaTable,
+        topic: Arc<str>,
+        letters: Letters,
+        now_ms: fn() -> i64,
+    ) -> Result<Self, Error> {
+        let decoder = Arc::new(Mutex::new(Decoder::new(kind)?));
+        Ok(Self { kind, table, topic, decoder, letters, now_ms, counted: Counted::default() })
+    }
+
+    /// The table itself, for who looks after its files.
+    pub fn table(&self) -> DeltaTable {
+        self.table.clone()
+    }
+
+    /// Which table.
+    pub const fn kind(&self) -> Table {
+        self.kind
+    }
+
+    /// What was counted since this was last asked.
+    pub fn counted(&mut self) -> Counted {
+        std::mem::take(&mut self.counted)
+    }
+
+    fn fault(&self, doing: &'static str) -> impl FnOnce(DeltaTableError) -> Error + use<> {
+        let table = self.kind.name();
+        move |source| Error::Log { doing, table, source: Box::new(source) }
+    }
+
+    /// Decoding, sorting and compressing are work, and nobody else's rows should wait for it.
+    async fn encode(
+        &self,
+        messages: Vec<Message>,
+    ) -> Result<(Vec<Encoded>, Vec<Reject>, Vec<Message>), Error> {
+        let (kind, decoder) = (self.kind, Arc::clone(&self.decoder));
+        let work = move || {
+            let mut decoder = decoder.lock().unwrap_or_else(PoisonError::into_inner);
+            let rows = decoder.read(&messages)?;
+            let files =
+                encode(kind, &rows.batch).map_err(|source| Error::Encode { table: kind.name(), source })?;
+            Ok((files, rows.rejects, messages))
+        };
+        let done = tokio::task::spawn_blocking(work).await;
+        done.map_err(|source| Error::CutOff { table: kind.name(), source })?
+    }
+
+    /// Sets messages aside that are no rows. Before their offsets are committed, so that a crash repeats a letter rather
+    /// than losing one; letters of one key are one letter.
+    async fn set_aside(
+        &mut self,
+        partition: i32,
+        rejects: &[Reject],
+        messages: &[Message],
+    ) -> Result<(), Error> {
+        let mut letters = Vec::with_capacity(rejects.len());
+        for Reject { index, reason } in rejects {
+            let Some(message) = messages.get(*index) else { continue };
+            warn!(topic = %self.topic, partition, offset = message.offset, reason,
+                "a message is no row of its table; it goes to the dead letters");
+            letters.push(self.letter(partition, message, reason));
+        }
+        self.counted.rejects += letters.len() as u64;
+        if letters.is_empty() {
+            return Ok(());
+        }
+        let sent = self.letters.sink.send(letters).await;
+        sent.map_err(|source| Error::Letter { table: self.kind.name(), source })
+    }
+
+    fn letter(&self, partition: i32, message: &Message, reason: &str) -> Outgoing {
+        let Letters { topic, cluster, .. } = &self.letters;
+        let Message { offset, timestamp_ms, .. } = *message;
+        let letter = DeadLetter {
+            schema: self.kind.name().to_owned(),
+            id: RequestId::derived(cluster, &self.topic, partition, offset, timestamp_ms),
+            tenant: Tenant::default(),
+            generation: 0,
+            stage: STAGE.to_owned(),
+            pipeline: String::new(),
+            topic: self.topic.to_string(),
+            partition,
+            offset,
+            timestamp_ms,
+            class: "undecodable".to_owned(),
+            code: "undecodable".to_owned(),
+            message: reason.to_owned(),
+            attempts: 1,
+            since_ms: timestamp_ms,
+            call_id: String::new(),
+            deadline_at_ms: None,
+            paid_nano_usd: NanoUsd::default(),
+            redrives: 0,
+            body: None,
+        };
+        Outgoing {
+            topic: Arc::clone(topic),
+            key: Some(letter.message_key().into_bytes()),
+            value: message.value.as_ref().map(|value| value.to_vec()),
+            headers: letter.write(message.key.as_ref()),
+        }
+    }
+}
+
+impl Log for DeltaLog {
+    type Version = DeltaTableState;
+    type File = Add;
+    type Error = Error;
+
+    async fn write(&mut self, part: &Part<Add>) -> Result<Vec<Add>, Error> {
+        let (Some(first), Some(last)) = (part.messages.first(), part.last()) else { return Ok(Vec::new()) };
+        let (first, partition) = (first.offset, part.partition);
+        let (encoded, rejects, messages) = self.encode(part.messages.clone()).await?;
+        self.set_aside(partition, &rejects, &messages).await?;
+        let store = self.table.object_store();
+        let mut files = Vec::with_capacity(encoded.len());
+        for Encoded { date, stats, bytes, .. } in encoded {
+            let name = uuid::Uuid::now_v7();
+            let path = format!("{DATE}={date}/{}-{partition}-{first}-{last}-{name}.parquet", self.topic);
+            let size = bytes.len() as u64;
+            let create = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
+            let put = store.put_opts(&Path::from(path.as_str()), bytes.into(), create).await;
+            put.map_err(|source| Error::Put { table: self.kind.name(), path: path.clone(), source })?;
+            self.counted.files += 1;
+            self.counted.bytes += size;
+            files.push(Add {
+                path,
+                partition_values: HashMap::from([(DATE.to_owned(), Some(date))]),
+                size: i64::try_from(size).unwrap_or(i64::MAX),
+                modification_time: (self.now_ms)(),
+                data_change: true,
+                stats: Some(stats),
+                tags: None,
+                deletion_vector: None,
+                base_row_id: None,
+                default_row_commit_version: None,
+                clustering_provider: None,
+            });
+        }
+        Ok(files)
+    }
+
+    async fn newest(&mut self) -> Result<DeltaTableState, Error> {
+        self.table.update_state().await.map_err(self.fault("read"))?;
+        self.table.snapshot().cloned().map_err(self.fault("read"))
+    }
+
+    async fn offset(&self, version: &DeltaTableState, application: &str) -> Result<Option<i64>, Error> {
+        let log = self.table.log_store();
+        version.transaction_version(log.as_ref(), application).await.map_err(self.fault("read"))
+    }
+
+    async fn commit(
+        &mut self,
+        on: DeltaTableState,
+        files: Vec<Add>,
+        offsets: Vec<(String, i64)>,
+    ) -> Commit<Error> {
+        let now = (self.now_ms)();
+        let offsets = offsets.into_iter();
+        let offsets = offsets
+            .map(|(application, offset)| Transaction::new_with_last_update(application, offset, Some(now)));
+        let properties = CommitProperties::default()
+            .with_application_transactions(offsets.collect())
+            // Listing a whole log to forget its oldest versions is not for every commit.
+            .with_cleanup_expired_logs(Some(on.version().is_multiple_of(CLEAN_EVERY)));
+        let operation = DeltaOperation::Write {
+            mode: SaveMode::Append,
+            partition_by: Some(vec![DATE.to_owned()]),
+            predicate: None,
+        };
+        let commit = CommitBuilder::from(properties)
+            .with_actions(files.into_iter().map(Action::Add).collect())
+            .build(Some(&on), self.table.log_store(), operation);
+        match commit.await {
+            Ok(_) => Commit::Done,
+            Err(source) => Commit::LookAgain(self.fault("write")(source)),
+        }
+    }
+}
+
+/// How many versions lie between two looks for versions that are older than the table keeps them.
+const CLEAN_EVERY: u64 = 500;
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::{lake, sink::flush::flush};
+    use arrow::array::AsArray as _;
+    use datafusion::prelude::SessionContext;
+    use forebay_schemas::{Headers, Label, Record as _};
+    use futures::future::BoxFuture;
+    use url::Url;
+
+    /// Keeps what would be written.
+    #[derive(Default)]
+    struct Kept(Mutex<Vec<Outgoing>>);
+
+    impl Sink for Kept {
+        fn send(&self, messages: Vec<Outgoing>) -> BoxFuture<'_, Result<(), SendError>> {
+            self.0.lock().unwrap().extend(messages);
+            Box::pin(async { Ok(()) })
+        }
+    }
+
+    /// A folder of tables.
+    pub(crate) struct Place {
+        _folder: tempfile::TempDir,
+        pub(crate) root: Url,
+        kept: Arc<Kept>,
+    }
+
+    impl Place {
+        pub(crate) fn new() -> Self {
+            let folder = tempfile::tempdir().unwrap();
+            let root = Url::from_directory_path(folder.path()).unwrap();
+            Self { _folder: folder, root, kept: Arc::default() }
+        }
+
+        pub(crate) async fn log(&self) -> DeltaLog {
+            let table = lake::open(&self.root, &lake::Options::new(), Table::Labels).await.unwrap();
+            let letters =
+                Letters { sink: self.kept.clone(), topic: "dead-letters".into(), cluster: "c".into() };
+            DeltaLog::new(Table::Labels, table, "x-labels".into(), letters, || 5).unwrap()
+        }
+
+        /// How many rows there are, and how many different ones.
+        pub(crate) async fn rows(&self) -> (i64, i64) {
+            let table = lake::open(&self.root, &lake::Options::new(), Table::Labels).await.unwrap();
+            let session = SessionContext::new();
+            session.register_table("labels", table.table_provider().await.unwrap()).unwrap();
+            let sql = "select count(*), count(distinct request_id) from labels";
+            let batches = session.sql(sql).await.unwrap().collect().await.unwrap();
+            let count = |column: usize| {
+                batches[0].column(column).as_primitive::<arrow::datatypes::Int64Type>().value(0)
+            };
+            (count(0), count(1))
+        }
+    }
+
+    fn label(offset: i64) -> Message {
+        let label = Label {
+            request_id: RequestId::try_from(format!("order-{offset}")).unwrap(),
+            tenant: Tenant::default(),
+            generation: 0,
+            wrong: false,
+            quality: None,
+            labeller: None,
+            inclusion_probability: None,
+            note: None,
+            // Three days in turn.
+            labelled_at: Some(offset % 3 * 86_400_000_000),
+        };
+        let value = label.encode().unwrap().map(Into::into);
+        Message { offset, timestamp_ms: 0, key: None, value, headers: Headers::new() }
+    }
+
+    /// Rows of the first three days of 1970, in turn.
+    pub(crate) fn part(partition: i32, offsets: std::ops::Range<i64>) -> Part<Add> {
+        let mut part = Part::new(format!("c/t/{partition}"), partition);
+        offsets.for_each(|offset| part.push(label(offset)));
+        part
+    }
+
+    #[tokio::test]
+    async fn of_two_writers_on_one_version_one_wins_and_the_other_finds_its_rows_known() {
+        let place = Place::new();
+        let (mut first, mut second) = (place.log().await, place.log().await);
+        let (one, other) = (part(0, 0..50), part(0, 0..50));
+        let (files, twice) = (first.write(&one).await.unwrap(), second.write(&other).await.unwrap());
+        let (version, same) = (first.newest().await.unwrap(), second.newest().await.unwrap());
+        assert_eq!(version.version(), same.version());
+        let offsets = vec![("c/t/0".to_owned(), 49)];
+        assert!(matches!(first.commit(version, files, offsets.clone()).await, Commit::Done));
+        // Delta's checker looks at the application, though both only append.
+        let Commit::LookAgain(fault) = second.commit(same, twice, offsets).await else {
+            panic!("both were accepted")
+        };
+        assert!(format!("{fault:?}").contains("ConcurrentTransaction"), "{fault:?}");
+        assert_eq!(place.rows().await, (50, 50));
+        let flushed = flush(&mut second, &mut [other]).await.unwrap();
+        assert_eq!((flushed.committed, flushed.dropped), (0, 50));
+        assert_eq!(place.rows().await, (50, 50));
+    }
+
+    #[tokio::test]
+    async fn writers_of_other_partitions_do_not_get_in_each_others_way() {
+        let place = Place::new();
+        let (mut first, mut second) = (place.log().await, place.log().await);
+        let stale = second.newest().await.unwrap();
+        let flushed = flush(&mut first, &mut [part(0, 0..10), part(1, 0..10)]).await.unwrap();
+        assert_eq!((flushed.committed, flushed.versions), (20, 1));
+        let other = part(2, 10..20);
+        let files = second.write(&other).await.unwrap();
+        assert_eq!(files.len(), 3, "a file a day");
+        assert!(matches!(second.commit(stale, files, vec![("c/t/2".to_owned(), 19)]).await, Commit::Done));
+        assert_eq!(place.rows().await, (30, 20));
+    }
+
+    #[tokio::test]
+    async fn rows_that_are_known_in_part_are_written_anew_without_them() {
+        let place = Place::new();
+        let (mut first, mut second) = (place.log().await, place.log().await);
+        flush(&mut first, &mut [part(0, 0..30)]).await.unwrap();
+        let flushed = flush(&mut second, &mut [part(0, 10..50)]).await.unwrap();
+        assert_eq!((flushed.committed, flushed.dropped), (20, 20));
+        assert_eq!(place.rows().await, (50, 50));
+        let version = first.newest().await.unwrap();
+        assert_eq!(Log::offset(&first, &version, "c/t/0").await.unwrap(), Some(49));
+    }
+
+    #[tokio::test]
+    async fn a_message_that_is_no_row_is_a_letter_and_stops_nobody() {
+        let place = Place::new();
+        let mut log = place.log().await;
+        let mut bad = part(0, 0..3);
+        bad.messages[1].value = Some("{".into());
+        flush(&mut log, &mut [bad]).await.unwrap();
+        assert_eq!(place.rows().await, (2, 2));
+        assert_eq!(log.counted().rejects, 1);
+        let letters = std::mem::take(&mut *place.kept.0.lock().unwrap());
+        let letter = DeadLetter::read(&letters[0].headers).unwrap();
+        assert_eq!((letter.topic.as_str(), letter.partition, letter.offset), ("x-labels", 0, 1));
+        assert!(letter.message.contains("line 1 column 1"), "{}", letter.message);
+        assert_eq!(letters[0].value.as_deref(), Some(&b"{"[..]));
+    }
+
+    #[tokio::test]
+    async fn offsets_outlive_checkpoints_and_pruning_reads_what_it_must() {
+        let place = Place::new();
+        let mut log = place.log().await;
+        flush(&mut log, &mut [part(7, 0..2)]).await.unwrap();
+        for round in 0..45 {
+            flush(&mut log, &mut [part(0, round * 3..round * 3 + 3)]).await.unwrap();
+        }
+        let mut fresh = place.log().await;
+        let version = fresh.newest().await.unwrap();
+        assert_eq!(Log::offset(&fresh, &version, "c/t/7").await.unwrap(), Some(1));
+        assert_eq!(Log::offset(&fresh, &version, "c/t/0").await.unwrap(), Some(134));
+        assert_eq!(Log::offset(&fresh, &version, "c/t/1").await.unwrap(), None);
+        assert_eq!(place.rows().await, (137, 135));
+    }
+
+    #[tokio::test]
+    async fn two_who_make_a_table_at_once_make_one() {
+        let place = Place::new();
+        let (one, other) = tokio::join!(place.log(), place.log());
+        let (mut one, mut other) = (one, other);
+        flush(&mut one, &mut [part(0, 0..5)]).await.unwrap();
+        flush(&mut other, &mut [part(0, 0..8)]).await.unwrap();
+        assert_eq!(place.rows().await, (8, 8));
+    }
+}

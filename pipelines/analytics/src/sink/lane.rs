@@ -1,0 +1,251 @@
+//! What waits for one table: of each of its topic's partitions, what was read and is not in the table yet.
+//!
+//! Invariant: a message goes into its part only while the partition is ours and read from where the table ends; what comes before
+//! the partition was set there is dropped, since it comes again.
+
+use super::{
+    delta::{DeltaLog, Error},
+    flush::{Fault, Flushed, Log as _, Part, flush},
+};
+use crate::{decode::Message, table::Table};
+use deltalake_core::{DeltaTable, kernel::Add};
+use forebay_runtime::message::Incoming;
+use forebay_telemetry::{TableFlush, TableMeter};
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
+use tracing::{debug, error, info};
+
+/// How long to wait after a flush that failed, doubled with each that follows.
+const PAUSE_MIN: Duration = Duration::from_millis(500);
+const PAUSE_MAX: Duration = Duration::from_secs(30);
+
+/// What a message takes beside its bytes.
+const OVERHEAD: usize = 160;
+
+/// Where a partition of ours stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    /// It is not known yet where the table ends.
+    Unknown,
+    /// It is being set to where the table ends.
+    Seeking { next: i64, began: bool },
+    /// It is read; the first message may show that some are missing before it.
+    Reading { next: i64, first: bool },
+}
+
+/// Messages that a topic forgot before they were read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Gap {
+    /// The partition.
+    pub partition: i32,
+    /// What should have come next.
+    pub expected: i64,
+    /// What came.
+    pub found: i64,
+}
+
+/// What waits for one table.
+pub struct Lane {
+    log: DeltaLog,
+    meter: TableMeter,
+    parts: Vec<Part<Add>>,
+    places: BTreeMap<i32, Place>,
+    /// Bytes that wait.
+    bytes: usize,
+    /// Since when the oldest waits here, and when it was written to its topic.
+    oldest: Option<(Instant, i64)>,
+    /// After a flush that failed: when to try again, and how long to wait after the next.
+    pause: Option<(Instant, Duration)>,
+}
+
+impl Lane {
+    pub fn new(log: DeltaLog, meter: TableMeter) -> Self {
+        let (parts, places) = (Vec::new(), BTreeMap::new());
+        Self { log, meter, parts, places, bytes: 0, oldest: None, pause: None }
+    }
+
+    /// These partitions are ours; nothing of them is taken before [`Self::find`] has said where they begin.
+    pub fn take_on(&mut self, partitions: impl Iterator<Item = i32>) {
+        self.places.extend(partitions.map(|partition| (partition, Place::Unknown)));
+    }
+
+    /// These partitions are no longer ours, nor is what waits of them.
+    pub fn give_up(&mut self, partition: i32) {
+        self.places.remove(&partition);
+        self.parts.retain(|part| part.partition != partition);
+        self.count();
+    }
+
+    /// The partitions of which it is not known yet where the table ends.
+    pub fn has_unknown(&self) -> bool {
+        self.places.values().any(|place| *place == Place::Unknown)
+    }
+
+    /// Looks up where the table ends, of all partitions where that is not known; gives where each is to be read from.
+    pub async fn find(&mut self, application: impl Fn(i32) -> String) -> Result<Vec<(i32, i64)>, Error> {
+        let version = self.log.newest().await?;
+        let unknown = self.places.iter().filter(|(_, place)| **place == Place::Unknown);
+        let unknown: Vec<i32> = unknown.map(|(partition, _)| *partition).collect();
+        let mut starts = Vec::with_capacity(unknown.len());
+        for partition in unknown {
+            let application = application(partition);
+            let offset = self.log.offset(&version, &application).await?;
+            let next = offset.map_or(0, |offset| offset.saturating_add(1));
+            self.parts.retain(|part| part.partition != partition);
+            self.parts.push(Part::new(application, partition));
+            self.places.insert(partition, Place::Seeking { next, began: offset.is_some() });
+            starts.push((partition, next));
+        }
+        Ok(starts)
+    }
+
+    /// A partition is read from where the table ends, from now on.
+    pub fn found(&mut self, partition: i32) {
+        if let Some(place) = self.places.get_mut(&partition)
+            && let Place::Seeking { next, began } = *place
+        {
+            *place = Place::Reading { next, first: began };
+        }
+    }
+
+    /// Takes a message; tells where some are missing before it.
+    pub fn take(&mut self, incoming: Incoming) -> Option<Gap> {
+        let partition = incoming.partition.number;
+        let place = self.places.get_mut(&partition)?;
+        let Place::Reading { next, first } = *place else { return None };
+        let Incoming { offset, timestamp_ms, key, value, headers, .. } = incoming;
+        if offset < next {
+            debug!(partition, offset, next, "a message comes once more; its row is known");
+            return None;
+        }
+        *place = Place::Reading { next: offset.saturating_add(1), first: false };
+        let part = self.parts.iter_mut().find(|part| part.partition == partition)?;
+        let headers_bytes: usize = headers
+            .iter()
+            .map(|(name, value)| name.len() + value.as_ref().map_or(0, bytes::Bytes::len))
+            .sum();
+        self.bytes += size(key.as_ref(), value.as_ref()) + headers_bytes;
+        part.push(Message { offset, timestamp_ms, key, value, headers });
+        let (since, written) = self.oldest.unwrap_or_else(|| (Instant::now(), timestamp_ms));
+        self.oldest = Some((since, written.min(timestamp_ms)));
+        (first && offset > next).then_some(Gap { partition, expected: next, found: offset })
+    }
+
+    /// Bytes that wait.
+    pub const fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Whether what waits should be written by now.
+    pub fn is_due(&self, wait_max: Duration, now: Instant) -> bool {
+        let paused = self.pause.is_some_and(|(until, _)| now < until);
+        !paused && self.oldest.is_some_and(|(since, _)| now.duration_since(since) >= wait_max)
+    }
+
+    /// Whether anything waits.
+    pub const fn is_empty(&self) -> bool {
+        self.oldest.is_none()
+    }
+
+    /// Whether a flush may be tried, or one that failed is to be waited after.
+    pub fn may_flush(&self, now: Instant) -> bool {
+        !self.is_empty() && self.pause.is_none_or(|(until, _)| now >= until)
+    }
+
+    /// Whether a partition is read up to `end`, or is not ours; `low` is where its topic begins.
+    pub fn has_read(&self, partition: i32, low: i64, end: i64) -> bool {
+        match self.places.get(&partition) {
+            Some(Place::Reading { next, .. } | Place::Seeking { next, .. }) => (*next).max(low) >= end,
+            Some(Place::Unknown) => false,
+            None => true,
+        }
+    }
+
+    /// The table, where it is ours to look after its files: whoever reads partition 0 does.
+    pub fn kept_here(&self) -> Option<(Table, DeltaTable)> {
+        self.places.contains_key(&0).then(|| (self.log.kind(), self.log.table()))
+    }
+
+    /// The partitions that are ours.
+    pub fn partitions(&self) -> impl Iterator<Item = i32> + '_ {
+        self.places.keys().copied()
+    }
+
+    /// Counts messages that their topic forgot.
+    pub fn lost(&self, messages: u64) {
+        self.meter.lost(messages);
+    }
+
+    /// Writes what waits; gives how far each partition has come, as its next offset.
+    pub async fn flush(&mut self, now_ms: fn() -> i64) -> Vec<(i32, i64)> {
+        let ends: Vec<(i32, i64)> = self
+            .parts
+            .iter()
+            .filter_map(|part| Some((part.partition, part.last()?.saturating_add(1))))
+            .collect();
+        let written = self.oldest.map(|(_, written)| written);
+        let table = self.log.kind().name();
+        let done = flush(&mut self.log, &mut self.parts).await;
+        let counted = self.log.counted();
+        let Flushed { committed, dropped, conflicts, versions } =
+            done.as_ref().ok().copied().unwrap_or_default();
+        self.meter.flushed(TableFlush {
+            rows: committed as u64,
+            repeated: dropped as u64,
+            conflicts: conflicts as u64,
+            versions: versions as u64,
+            files: counted.files,
+            bytes: counted.bytes,
+            rejected: counted.rejects,
+        });
+        let fault = match done {
+            Ok(_) => {
+                self.count();
+                self.pause = None;
+                if let (true, Some(written)) = (committed > 0, written) {
+                    let age = u64::try_from(now_ms().saturating_sub(written)).unwrap_or_default();
+                    self.meter.fresh(Duration::from_millis(age));
+                }
+                debug!(
+                    table,
+                    rows = committed,
+                    repeated = dropped,
+                    conflicts,
+                    files = counted.files,
+                    "rows are in their table"
+                );
+                let waits = |partition| {
+                    self.parts.iter().any(|part| part.partition == partition && part.last().is_some())
+                };
+                return ends.into_iter().filter(|(partition, _)| !waits(*partition)).collect();
+            }
+            Err(Fault::Store(fault) | Fault::Tries(fault)) => fault,
+        };
+        let pause = self.pause.map_or(PAUSE_MIN, |(_, pause)| (pause * 2).min(PAUSE_MAX));
+        self.pause = Some((Instant::now() + pause, pause));
+        let cause = std::error::Error::source(&fault).map(ToString::to_string).unwrap_or_default();
+        error!(table, error = %fault, cause, waiting_bytes = self.bytes, again_in_s = pause.as_secs_f64(),
+            "could not write rows into their table; they are kept and tried again");
+        Vec::new()
+    }
+
+    /// Counts anew what waits.
+    fn count(&mut self) {
+        let messages = || self.parts.iter().flat_map(|part| &part.messages);
+        self.bytes = messages().map(|message| size(message.key.as_ref(), message.value.as_ref())).sum();
+        let written = messages().map(|message| message.timestamp_ms).min();
+        let since = self.oldest.map(|(since, _)| since);
+        self.oldest = since.zip(written);
+    }
+
+    /// Says what is owned, for who looks at the log.
+    pub fn tell(&self) {
+        info!(table = self.log.kind().name(), partitions = ?self.places.keys().collect::<Vec<_>>(), "reads for its table");
+    }
+}
+
+fn size(key: Option<&bytes::Bytes>, value: Option<&bytes::Bytes>) -> usize {
+    OVERHEAD + key.map_or(0, bytes::Bytes::len) + value.map_or(0, bytes::Bytes::len)
+}

@@ -1,0 +1,526 @@
+//! Moves rows from their topics into their tables, each exactly once.
+//!
+//! One loop reads all topics as a member of one consumer group and gathers what comes for each table; [`flush`] brings it in,
+//! when it is old enough or too much. The group says who reads what, and nothing else is believed of it.
+//!
+//! Invariant: where a partition is read from is what its table says. A committed offset of the group is for people who look at lag.
+
+pub(crate) mod delta;
+pub mod flush;
+mod lane;
+
+use crate::{
+    compact::{self, Compacted},
+    lake,
+    settings::{Settings, SettingsError},
+    table::Table,
+};
+use delta::{DeltaLog, Letters};
+use deltalake_core::DeltaTable;
+use forebay_runtime::{
+    budget::Budget,
+    crash::crash_point,
+    drive::{Event, Progress, Source as _},
+    host::kafka::{
+        Kafka, KafkaSink, KafkaSource, LogContext, ReadBounds, Reading, SettingsError as KafkaError,
+        TopicIdsError, UnreachableError, topic_ids,
+        topics::{TopicsError, existing},
+    },
+    message::{Channel, Group, Incoming, Input, Partition},
+};
+use forebay_schemas::topics;
+use forebay_telemetry::{Health, StartError, Telemetry, admin};
+use futures::future::join_all;
+use lane::{Gap, Lane};
+use rdkafka::consumer::{BaseConsumer, Consumer as _};
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+use tokio::{net::TcpListener, task::JoinHandle, time::MissedTickBehavior};
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+
+/// How often the loop looks what is due; also how often its life is told.
+const TICK: Duration = Duration::from_millis(100);
+/// Records that may wait between the reading thread and the loop, and what they are estimated to take.
+const READ: ReadBounds = ReadBounds { records: 32_768, bytes: 96 << 20 };
+/// The estimates of all that is read and not gathered yet.
+const READ_BYTES_MAX: usize = 256 << 20;
+/// How long leaving may take: shorter than what init systems allow before they kill.
+const DRAIN_MAX: Duration = Duration::from_secs(12);
+/// The last flush has so much of it; what it does not manage is read again.
+const LAST_FLUSH_MAX: Duration = Duration::from_secs(9);
+/// How long to wait for the cluster.
+const KAFKA_WAIT: Duration = Duration::from_secs(10);
+/// How long to wait until looking where a table ends is tried again.
+const FIND_AGAIN: Duration = Duration::from_secs(1);
+/// How often files are swept that no version names: all files of the table are listed for it.
+const SWEEP_EVERY: Duration = Duration::from_secs(24 * 3_600);
+/// With `--once`: how long other members of the group may keep partitions from us, or a topic may be silent before its end.
+const ONCE_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Why the sink could not start or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// What it was told makes no sense.
+    #[error(transparent)]
+    Settings(#[from] SettingsError),
+    /// There is no Kafka.
+    #[error(
+        "the sink needs a Kafka: start `forebay up` on the same data folder, or name yours by --bootstrap-servers"
+    )]
+    NoKafka,
+    /// How Kafka is to be spoken to makes no sense.
+    #[error(transparent)]
+    Kafka(#[from] KafkaError),
+    /// Nobody answers.
+    #[error(transparent)]
+    Unreachable(#[from] UnreachableError),
+    /// The cluster does not say what it has.
+    #[error(transparent)]
+    Topics(#[from] TopicsError),
+    /// The cluster does not say the ids of topics.
+    #[error(transparent)]
+    TopicIds(#[from] TopicIdsError),
+    /// A table could not be opened.
+    #[error(transparent)]
+    Lake(#[from] lake::Error),
+    /// A table could not be prepared, read or written.
+    #[error(transparent)]
+    Log(#[from] delta::Error),
+    /// Nothing could be told of it.
+    #[error(transparent)]
+    Telemetry(#[from] StartError),
+    /// The admin port could not be had.
+    #[error(
+        "could not serve metrics and health on {address}; choose another address by --admin, 127.0.0.1:0 for a free port"
+    )]
+    Admin {
+        /// The address.
+        address: String,
+        /// What happened.
+        #[source]
+        source: std::io::Error,
+    },
+    /// Work of ours was cut off.
+    #[error("asking Kafka was cut off")]
+    CutOff(#[from] tokio::task::JoinError),
+    /// The ends of topics could not be read.
+    #[error("could not read where topic {topic} ends")]
+    Ends {
+        /// The topic.
+        topic: String,
+        /// What happened.
+        #[source]
+        source: rdkafka::error::KafkaError,
+    },
+    /// The consumer died.
+    #[error("the sink cannot read on: {0}; start it again, it goes on where its tables end")]
+    Source(String),
+}
+
+/// Runs the sink until `shutdown`, or with `once` until all is written that the topics hold now.
+pub async fn run(settings: Settings, once: bool, shutdown: CancellationToken) -> Result<(), Error> {
+    let health = Health::new();
+    let telemetry = telemetry(&settings)?;
+    let address = settings.admin.clone().unwrap_or_else(|| "127.0.0.1:0".to_owned());
+    let listener = TcpListener::bind(&address).await;
+    let listener = listener.map_err(|source| Error::Admin { address: address.clone(), source })?;
+    let admin = listener.local_addr().map_or(address, |address| address.to_string());
+    let gone = CancellationToken::new();
+    let no_pool = Arc::new(|| "[]".to_owned());
+    let served =
+        admin::serve(listener, telemetry.clone(), health.clone(), no_pool, gone.clone().cancelled_owned());
+    let serving = tokio::spawn(served);
+    let mut sink = Sink::start(&settings, &telemetry, &health).await?;
+    info!(%admin, tables = %settings.tables_url()?, topics = ?sink.lanes.keys().collect::<Vec<_>>(), "the sink is up");
+    let done = sink.run(once, &shutdown).await;
+    // It may be cut off anywhere, as by a crash.
+    if let Some(keeping) = sink.keeping.take() {
+        keeping.abort();
+    }
+    telemetry.shutdown().await;
+    gone.cancel();
+    // It ends when its connections do, or a second later.
+    let _ = serving.await;
+    done
+}
+
+fn telemetry(settings: &Settings) -> Result<Telemetry, StartError> {
+    let mut told = forebay_telemetry::Settings::new("forebay.sink", env!("CARGO_PKG_VERSION"));
+    told.otlp_endpoint = settings.otlp_endpoint.clone();
+    Telemetry::start(told)
+}
+
+/// The one place here that reads the clock: milliseconds since 1970.
+fn now_ms() -> i64 {
+    chrono::Utc::now().timestamp_millis()
+}
+
+async fn keep(kind: Table, table: &mut DeltaTable, sweeps: bool) -> Result<Compacted, compact::Error> {
+    let mut done = compact::keep(kind, table, now_ms()).await?;
+    if sweeps {
+        done.swept = compact::sweep(kind, table).await?;
+    }
+    if done != Compacted::default() {
+        info!(
+            table = kind.name(),
+            joined = done.joined,
+            into = done.into,
+            forgotten = done.forgotten,
+            swept = done.swept,
+            "looked after the files of a table"
+        );
+    }
+    Ok(done)
+}
+
+struct Sink {
+    kafka: Kafka,
+    cluster: Arc<str>,
+    source: KafkaSource,
+    lanes: BTreeMap<Arc<str>, Lane>,
+    flush_every: Duration,
+    flush_bytes: usize,
+    /// What was read beyond the bound: the reading thread rests until it is told that this has gone on.
+    owed: Vec<(Channel, usize)>,
+    /// When looking where tables end is tried again.
+    find_at: Instant,
+    /// Looks after files, beside the loop.
+    keeping: Option<JoinHandle<()>>,
+    keep_every: Duration,
+    keep_at: Instant,
+    sweep_at: Instant,
+    health: Health,
+}
+
+/// Where the topics end, for a sink that leaves there: topic and partition → its first offset and its end.
+type Ends = BTreeMap<(Arc<str>, i32), (i64, i64)>;
+
+impl Sink {
+    async fn start(settings: &Settings, telemetry: &Telemetry, health: &Health) -> Result<Self, Error> {
+        let kafka = Kafka::new(&settings.kafka().ok_or(Error::NoKafka)?)?;
+        let asked = kafka.clone();
+        let (cluster, there) = tokio::task::spawn_blocking(move || {
+            Ok::<_, Error>((asked.cluster_id(KAFKA_WAIT)?, existing(&asked, KAFKA_WAIT)?))
+        })
+        .await??;
+        let cluster: Arc<str> = cluster.into();
+        let root = settings.tables_url()?;
+        let options = settings.tables_options.clone().into_iter().collect();
+        let letters = Letters {
+            sink: Arc::new(KafkaSink::new(&kafka, CancellationToken::new())?),
+            topic: settings.topic(topics::DEAD_LETTERS.name).into(),
+            cluster: Arc::clone(&cluster),
+        };
+        let mut lanes = BTreeMap::new();
+        for table in Table::ALL {
+            let topic: Arc<str> = settings.topic(table.topic()).into();
+            if !there.contains_key(&*topic) {
+                warn!(topic = %topic, table = table.name(), "a topic is missing, and its table stays as it is; make it by `forebay topics apply`");
+            }
+            let opened = lake::open(&root, &options, *table).await?;
+            let log = DeltaLog::new(*table, opened, Arc::clone(&topic), letters.clone(), now_ms)?;
+            lanes.insert(topic, Lane::new(log, telemetry.table(table.name())));
+        }
+        let inputs = lanes.keys().map(|topic| Input::live(Arc::clone(topic))).collect();
+        let reading = Reading {
+            bounds: READ,
+            budget: Budget::new(READ_BYTES_MAX),
+            meter: telemetry.step("sink", "sink"),
+            health: health.clone(),
+            once: None,
+        };
+        let name = settings.group.clone().unwrap_or_else(|| settings.topic("sink"));
+        let source = KafkaSource::join(&kafka, &[Group { name, inputs }], reading)?;
+        Ok(Self {
+            kafka,
+            cluster,
+            source,
+            lanes,
+            flush_every: settings.flush_every(),
+            flush_bytes: settings.flush_bytes,
+            owed: Vec::new(),
+            find_at: Instant::now(),
+            keeping: None,
+            keep_every: settings.compact_every(),
+            keep_at: Instant::now() + settings.compact_every(),
+            sweep_at: Instant::now() + SWEEP_EVERY,
+            health: health.clone(),
+        })
+    }
+
+    async fn run(&mut self, once: bool, shutdown: &CancellationToken) -> Result<(), Error> {
+        let ends = if once { Some(self.ends().await?) } else { None };
+        let mut ticks = tokio::time::interval(TICK);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut heard = Instant::now();
+        let mut leaving = None;
+        loop {
+            let is_leaving = leaving.is_some();
+            tokio::select! {
+                event = self.source.next() => {
+                    if matches!(event, Event::Records(_) | Event::Assigned(_) | Event::Rewound(_)) {
+                        heard = Instant::now();
+                    }
+                    if self.follow(event).await? {
+                        return Ok(());
+                    }
+                }
+                _ = ticks.tick() => self.look().await,
+                () = shutdown.cancelled(), if !is_leaving => {
+                    info!("the sink writes what waits, and leaves");
+                    self.health.stopping();
+                    self.source.close();
+                    leaving = Some(Instant::now());
+                }
+            }
+            if let (Some(ends), false) = (&ends, is_leaving)
+                && self.has_reached(ends, heard).await
+            {
+                self.source.close();
+                leaving = Some(Instant::now());
+            }
+            if leaving.is_some_and(|since| since.elapsed() > DRAIN_MAX) {
+                warn!("the sink leaves before the group has answered; what waits is read again");
+                return Ok(());
+            }
+        }
+    }
+
+    /// Follows an event; true where nothing more will come.
+    async fn follow(&mut self, event: Event) -> Result<bool, Error> {
+        match event {
+            Event::Assigned(partitions) => {
+                for (topic, lane) in &mut self.lanes {
+                    lane.take_on(partitions.iter().filter(|one| one.topic == *topic).map(|one| one.number));
+                    lane.tell();
+                }
+                self.find_at = Instant::now();
+                self.find().await;
+            }
+            Event::Revoked { partitions, lost } => {
+                // Lost ones may be another's already; the tables would not take a row twice, but time is short.
+                if !lost
+                    && tokio::time::timeout(LAST_FLUSH_MAX, self.flush(|lane| !lane.is_empty()))
+                        .await
+                        .is_err()
+                {
+                    warn!(
+                        "what waits could not be written in time; who reads its partitions next reads it again"
+                    );
+                }
+                for Partition { topic, number } in partitions {
+                    if let Some(lane) = self.lanes.get_mut(&topic) {
+                        lane.give_up(number);
+                    }
+                }
+                self.settle();
+                self.source.release();
+            }
+            Event::Records(records) => self.take(records).await,
+            Event::Rewound(Partition { topic, number }) => {
+                if let Some(lane) = self.lanes.get_mut(&topic) {
+                    lane.found(number);
+                }
+            }
+            Event::Ended => return Ok(true),
+            Event::Failed(reason) => return Err(Error::Source(reason)),
+        }
+        Ok(false)
+    }
+
+    async fn take(&mut self, records: Vec<Incoming>) {
+        for incoming in records {
+            let bytes = Incoming::bytes(incoming.key.as_deref(), incoming.value.as_deref());
+            self.owed.push((incoming.channel, bytes));
+            let topic = Arc::clone(&incoming.partition.topic);
+            let gap = self.lanes.get_mut(&topic).and_then(|lane| lane.take(incoming));
+            if let Some(gap) = gap {
+                self.tell_gap(&topic, gap).await;
+            }
+        }
+        if self.is_full() {
+            let now = Instant::now();
+            self.flush(|lane| lane.may_flush(now)).await;
+        }
+        self.settle();
+    }
+
+    fn is_full(&self) -> bool {
+        self.lanes.values().map(Lane::bytes).sum::<usize>() >= self.flush_bytes
+    }
+
+    /// Lets the reading thread go on, unless as much waits as may: then it stops by its own bounds.
+    fn settle(&mut self) {
+        if !self.is_full() {
+            for (channel, bytes) in self.owed.drain(..) {
+                self.source.dispatched(channel, bytes);
+            }
+        }
+    }
+
+    /// What is due, and what could not be done before.
+    async fn look(&mut self) {
+        self.source.commit();
+        self.find().await;
+        let (now, wait_max, is_full) = (Instant::now(), self.flush_every, self.is_full());
+        self.flush(|lane| lane.is_due(wait_max, now) || is_full && lane.may_flush(now)).await;
+        self.settle();
+        self.keep();
+    }
+
+    /// Has the files of tables looked after where that is due, beside the loop and one table after the other.
+    fn keep(&mut self) {
+        let now = Instant::now();
+        let is_busy = self.keeping.as_ref().is_some_and(|keeping| !keeping.is_finished());
+        if now < self.keep_at || is_busy {
+            return;
+        }
+        self.keep_at = now + self.keep_every;
+        let sweeps = now >= self.sweep_at;
+        if sweeps {
+            self.sweep_at = now + SWEEP_EVERY;
+        }
+        let tables: Vec<_> = self.lanes.values().filter_map(Lane::kept_here).collect();
+        self.keeping = Some(tokio::spawn(async move {
+            for (kind, mut table) in tables {
+                if let Err(fault) = keep(kind, &mut table, sweeps).await {
+                    let cause =
+                        std::error::Error::source(&fault).map(ToString::to_string).unwrap_or_default();
+                    warn!(table = kind.name(), error = %fault, cause, "could not look after the files of a table");
+                }
+            }
+        }));
+    }
+
+    /// Sets partitions to where their tables end.
+    async fn find(&mut self) {
+        if Instant::now() < self.find_at || !self.lanes.values().any(Lane::has_unknown) {
+            return;
+        }
+        if let Err(fault) = self.try_find().await {
+            let cause = std::error::Error::source(&fault).map(ToString::to_string).unwrap_or_default();
+            error!(error = %fault, cause, "could not look where the tables end; will try again");
+            self.health.set_ready("tables", Err("could not look where the tables end"));
+            self.find_at = Instant::now() + FIND_AGAIN;
+        } else {
+            self.health.set_ready("tables", true);
+        }
+    }
+
+    async fn try_find(&mut self) -> Result<(), Error> {
+        // Asked anew each time: a topic that was made anew has another id, and begins anew.
+        let (kafka, names) =
+            (self.kafka.clone(), self.lanes.keys().map(ToString::to_string).collect::<Vec<_>>());
+        let ids = tokio::task::spawn_blocking(move || topic_ids(&kafka, &names, KAFKA_WAIT)).await??;
+        let cluster = Arc::clone(&self.cluster);
+        for (topic, lane) in self.lanes.iter_mut().filter(|(_, lane)| lane.has_unknown()) {
+            let Some(id) = ids.get(&**topic) else { continue };
+            for (number, next) in lane.find(|partition| format!("{cluster}/{id}/{partition}")).await? {
+                self.source.rewind(&Partition { topic: Arc::clone(topic), number }, next);
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes what waits for some tables, side by side; meanwhile the group is told that we live.
+    async fn flush(&mut self, which: impl Fn(&Lane) -> bool) {
+        let due = self.lanes.iter_mut().filter(|(_, lane)| which(lane));
+        let due = due.map(|(topic, lane)| async { (Arc::clone(topic), lane.flush(now_ms).await) });
+        let flushing = join_all(due);
+        tokio::pin!(flushing);
+        let mut ticks = tokio::time::interval(TICK);
+        let flushed = loop {
+            tokio::select! {
+                flushed = &mut flushing => break flushed,
+                _ = ticks.tick() => self.source.commit(),
+            }
+        };
+        for (topic, ends) in flushed {
+            let progress = |(number, offset): (i32, i64)| Progress {
+                partition: Partition { topic: Arc::clone(&topic), number },
+                offset,
+                metadata: String::new(),
+            };
+            let progress: Vec<_> = ends.into_iter().map(progress).collect();
+            self.source.store(&progress);
+            crash_point("sink.stored");
+        }
+    }
+
+    /// Messages are missing where a partition begins: forgotten by its topic, or never there.
+    async fn tell_gap(&self, topic: &Arc<str>, gap: Gap) {
+        let (kafka, name) = (self.kafka.clone(), topic.to_string());
+        let low = tokio::task::spawn_blocking(move || {
+            let reader: BaseConsumer<LogContext> = kafka.reader_config().create_with_context(LogContext)?;
+            reader.fetch_watermarks(&name, gap.partition, KAFKA_WAIT)
+        });
+        let low = match low.await {
+            Ok(Ok((low, _))) => low,
+            // Not known: said as the worst that it may be.
+            _ => gap.found,
+        };
+        if low > gap.expected {
+            let lost = low.min(gap.found) - gap.expected;
+            error!(topic = %topic, partition = gap.partition, table_ends = gap.expected, topic_begins = low, lost,
+                "messages were deleted before they came into their table; raise retention.ms of the topic, or run the sink more often");
+            if let Some(lane) = self.lanes.get(topic) {
+                lane.lost(u64::try_from(lost).unwrap_or_default());
+            }
+        }
+    }
+
+    /// Where the topics end now.
+    async fn ends(&self) -> Result<Ends, Error> {
+        let (kafka, names) = (self.kafka.clone(), self.lanes.keys().cloned().collect::<Vec<_>>());
+        tokio::task::spawn_blocking(move || {
+            let there = existing(&kafka, KAFKA_WAIT)?;
+            let fault = |topic: &str| {
+                let topic = topic.to_owned();
+                move |source| Error::Ends { topic, source }
+            };
+            let reader: BaseConsumer<LogContext> =
+                kafka.reader_config().create_with_context(LogContext).map_err(fault("of any name"))?;
+            let mut ends = Ends::new();
+            for topic in names {
+                for partition in 0..there.get(&*topic).copied().unwrap_or_default() {
+                    let marks =
+                        reader.fetch_watermarks(&topic, partition, KAFKA_WAIT).map_err(fault(&topic))?;
+                    ends.insert((Arc::clone(&topic), partition), marks);
+                }
+            }
+            Ok(ends)
+        })
+        .await?
+    }
+
+    /// Whether all is written that was there at the start, as far as it is ours to write.
+    async fn has_reached(&mut self, ends: &Ends, heard: Instant) -> bool {
+        let owned: usize = self.lanes.values().map(|lane| lane.partitions().count()).sum();
+        let is_silent = heard.elapsed() > ONCE_PATIENCE;
+        // Others of the group may have the rest, but not while it is still being shared out.
+        if owned < ends.len() && !is_silent {
+            return false;
+        }
+        let behind = ends.iter().filter(|((topic, partition), (low, end))| {
+            self.lanes.get(topic).is_some_and(|lane| !lane.has_read(*partition, *low, *end))
+        });
+        let behind = behind.count();
+        if behind > 0 && !is_silent {
+            return false;
+        }
+        if behind > 0 {
+            warn!(
+                partitions = behind,
+                "nothing came before the end of these partitions for long; leaving without"
+            );
+        }
+        // Nothing more is to come: no need to wait until what is here is old. What fails is tried again with the next look.
+        let now = Instant::now();
+        self.flush(|lane| lane.may_flush(now)).await;
+        self.lanes.values().all(Lane::is_empty)
+    }
+}

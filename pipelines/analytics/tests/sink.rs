@@ -1,0 +1,249 @@
+//! The sink as a process: killed at each of its crash points and at any other moment, raced by another, given and taken partitions
+//! while it writes. Afterwards the table is the topic, row by row.
+//!
+//! `FOREBAY_KILLS` says how often it is killed at any moment; 20 times when absent.
+
+#![expect(clippy::unwrap_used, clippy::expect_used, reason = "what goes wrong fails the test")]
+
+use arrow::util::display::{ArrayFormatter, FormatOptions};
+use datafusion::prelude::SessionContext;
+use forebay_analytics::{
+    decode::{Decoder, Message},
+    lake,
+    table::Table,
+};
+use forebay_broker::{Broker, Config};
+use forebay_schemas::{Attempt, Headers, Record as _};
+use rand::{RngExt as _, SeedableRng as _, rngs::SmallRng};
+use rdkafka::{
+    ClientConfig,
+    admin::{AdminClient, AdminOptions, NewTopic, TopicReplication},
+    client::DefaultClientContext,
+    producer::{FutureProducer, FutureRecord},
+};
+use serde_json::json;
+use std::{
+    collections::BTreeSet,
+    os::unix::process::ExitStatusExt as _,
+    process::{ExitStatus, Stdio},
+    time::Duration,
+};
+use tokio::{
+    process::{Child, Command},
+    time::timeout,
+};
+use url::Url;
+
+const LIMIT: Duration = Duration::from_secs(60);
+const PARTITIONS: i32 = 4;
+const SIGABRT: i32 = 6;
+const SIGKILL: i32 = 9;
+const ATTEMPT: &[u8] = include_bytes!("../../../schemas/golden/v0.1/attempt.avro");
+
+/// A broker, a folder of tables, and what was written to `attempts` so far.
+struct World {
+    folder: tempfile::TempDir,
+    broker: Broker,
+    producer: FutureProducer,
+    written: Vec<Attempt>,
+}
+
+impl World {
+    async fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let broker =
+            Broker::start(Config::new(folder.path().join("broker"), ([127, 0, 0, 1], 0))).await.unwrap();
+        let mut client = ClientConfig::new();
+        client.set("bootstrap.servers", broker.address().to_string());
+        let admin: AdminClient<DefaultClientContext> = client.create().unwrap();
+        let topics: Vec<_> = Table::ALL
+            .iter()
+            .map(|table| {
+                let partitions = if *table == Table::Attempts { PARTITIONS } else { 1 };
+                NewTopic::new(table.topic(), partitions, TopicReplication::Fixed(1))
+            })
+            .collect();
+        admin.create_topics(&topics, &AdminOptions::new()).await.unwrap();
+        let producer = client.create().unwrap();
+        Self { folder, broker, producer, written: Vec::new() }
+    }
+
+    /// Writes so many more rows, over three days, and waits until they are there.
+    async fn write(&mut self, rows: usize) {
+        let sample = Attempt::decode(ATTEMPT).unwrap();
+        let first = self.written.len();
+        for number in first..first + rows {
+            let since = i64::try_from(number).unwrap();
+            let started_at = sample.started_at + since % 3 * 86_400_000_000 + since;
+            let attempt_id = format!("{number:08}/0");
+            let tenant = format!("tenant-{}", number % 7);
+            self.written.push(Attempt { attempt_id, tenant, started_at, ..sample.clone() });
+        }
+        let sending = self.written[first..].iter().map(|row| async {
+            let value = row.encode().unwrap().unwrap();
+            let record = FutureRecord::to(Table::Attempts.topic()).key(&row.attempt_id).payload(&value);
+            self.producer.send(record, LIMIT).await.map(drop).map_err(|(fault, _)| fault)
+        });
+        futures::future::try_join_all(sending).await.unwrap();
+    }
+
+    /// Starts a sink that writes every 100 ms, as a member of this group.
+    fn sink(&self, group: &str, arguments: &[&str], crash_at: Option<&str>) -> Child {
+        let settings = json!({
+            "bootstrap_servers": self.broker.address().to_string(),
+            "data": self.folder.path(),
+            "group": group,
+            "flush_ms": 100,
+            // A member that was killed is missed sooner than after the usual ten seconds.
+            "kafka": {"session.timeout.ms": "6000"},
+        });
+        let mut command = Command::new(env!("CARGO_BIN_EXE_forebay-sql"));
+        command.arg("sink").args(arguments).env("FOREBAY_SQL_SETTINGS", settings.to_string());
+        command.env("FOREBAY_LOG", "warn").kill_on_drop(true);
+        if let Some(point) = crash_at {
+            command.env("FOREBAY_CRASH_AT", point).stderr(Stdio::null());
+        }
+        command.spawn().expect("the sink starts")
+    }
+
+    /// Runs a sink to the end of the topics, under a group of its own, so that it waits for nobody.
+    async fn to_the_end(&self, group: &str, crash_at: Option<&str>) -> ExitStatus {
+        let mut sink = self.sink(group, &["--once"], crash_at);
+        timeout(LIMIT, sink.wait()).await.expect("the sink ends").unwrap()
+    }
+
+    /// The rows of the table, as lines in order.
+    async fn table(&self) -> Vec<String> {
+        let root = Url::from_directory_path(self.folder.path().join("tables")).unwrap();
+        let table = lake::open(&root, &lake::Options::new(), Table::Attempts).await.unwrap();
+        let session = SessionContext::new();
+        session.register_table("attempts", table.table_provider().await.unwrap()).unwrap();
+        let columns: Vec<_> = Table::Attempts.columns().iter().map(|column| column.name).collect();
+        let sql = format!("select {} from attempts", columns.join(", "));
+        lines(&session.sql(&sql).await.unwrap().collect().await.unwrap())
+    }
+
+    /// The rows of the topic, in the same form.
+    fn topic(&self) -> Vec<String> {
+        let message = |(offset, row): (i64, &Attempt)| Message {
+            offset,
+            timestamp_ms: 0,
+            key: None,
+            value: row.encode().unwrap().map(Into::into),
+            headers: Headers::new(),
+        };
+        let messages: Vec<Message> = (0..).zip(&self.written).map(message).collect();
+        lines(&[Decoder::new(Table::Attempts).unwrap().read(&messages).unwrap().batch])
+    }
+
+    /// The table is the topic: as many rows, and the same ones.
+    async fn check(&self) {
+        let (table, topic) = (self.table().await, self.topic());
+        let different: BTreeSet<&String> = table.iter().collect();
+        assert_eq!(table.len(), different.len(), "rows are in the table twice");
+        assert_eq!(table.len(), topic.len(), "rows are missing");
+        let hash = |lines: &[String]| blake3::hash(lines.join("\n").as_bytes());
+        assert_eq!(hash(&table), hash(&topic), "rows differ");
+    }
+}
+
+fn lines(batches: &[arrow::array::RecordBatch]) -> Vec<String> {
+    let options = FormatOptions::new().with_null("NULL");
+    let mut lines = Vec::new();
+    for batch in batches {
+        let columns = batch.columns().iter().map(|column| ArrayFormatter::try_new(column, &options).unwrap());
+        let columns: Vec<_> = columns.collect();
+        lines.extend((0..batch.num_rows()).map(|row| {
+            columns.iter().map(|column| column.value(row).to_string()).collect::<Vec<_>>().join("|")
+        }));
+    }
+    lines.sort_unstable();
+    lines
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_between_any_two_steps_it_goes_on_without_a_row_too_many_or_too_few() {
+    let mut world = World::new().await;
+    for (number, point) in
+        ["sink.written", "sink.checked", "sink.committed", "sink.stored"].into_iter().enumerate()
+    {
+        for pass in [1, 2, 5] {
+            world.write(60).await;
+            let ended =
+                world.to_the_end(&format!("g{number}-{pass}"), Some(&format!("{point}:{pass}"))).await;
+            // A later pass may never come where all is written together; the first always does.
+            assert!(ended.signal() == Some(SIGABRT) || pass > 1, "{point}:{pass} {ended}");
+        }
+    }
+    assert!(world.to_the_end("last", None).await.success());
+    world.check().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_at_any_moment_while_rows_come_it_loses_and_doubles_none() {
+    let kills =
+        std::env::var("FOREBAY_KILLS").map_or(20, |kills| kills.parse().expect("FOREBAY_KILLS is a number"));
+    let mut world = World::new().await;
+    let mut random = SmallRng::seed_from_u64(7);
+    for kill in 0..kills {
+        // Groups of its own every other time: then it need not wait until the one before is missed.
+        let mut sink = world.sink(&format!("g{kill}"), &[], None);
+        world.write(random.random_range(1..400)).await;
+        let moment = Duration::from_millis(random.random_range(50..1_500));
+        // It does not end by itself: waited for is the moment of its death.
+        assert!(timeout(moment, sink.wait()).await.is_err(), "the sink ended by itself");
+        sink.start_kill().unwrap();
+        assert_eq!(sink.wait().await.unwrap().signal(), Some(SIGKILL));
+    }
+    let before = world.table().await.len();
+    assert!(
+        before > world.written.len() / 3,
+        "killed too soon to have written: {before} of {}",
+        world.written.len()
+    );
+    assert!(world.to_the_end("last", None).await.success());
+    world.check().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_that_read_the_same_partitions_write_each_row_once() {
+    let mut world = World::new().await;
+    world.write(500).await;
+    let mut sinks = [world.sink("one", &["--once"], None), world.sink("other", &["--once"], None)];
+    world.write(2_000).await;
+    for sink in &mut sinks {
+        assert!(timeout(LIMIT, sink.wait()).await.expect("the sink ends").unwrap().success());
+    }
+    assert!(world.to_the_end("last", None).await.success());
+    world.check().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn partitions_that_move_while_rows_are_written_are_read_on_where_the_table_ends() {
+    let mut world = World::new().await;
+    let mut first = world.sink("group", &[], None);
+    world.write(400).await;
+    for _ in 0..4 {
+        // It joins while the first writes, takes partitions from it, and gives them back.
+        let mut second = world.sink("group", &[], None);
+        for _ in 0..15 {
+            world.write(40).await;
+            assert!(
+                timeout(Duration::from_millis(100), second.wait()).await.is_err(),
+                "the sink ended by itself"
+            );
+        }
+        terminate(&second);
+        world.write(100).await;
+        assert!(timeout(LIMIT, second.wait()).await.expect("the sink leaves").unwrap().success());
+    }
+    terminate(&first);
+    assert!(timeout(LIMIT, first.wait()).await.expect("the sink leaves").unwrap().success());
+    assert!(world.to_the_end("last", None).await.success());
+    world.check().await;
+}
+
+fn terminate(sink: &Child) {
+    let id = sink.id().expect("it runs").to_string();
+    assert!(std::process::Command::new("kill").args(["-TERM", &id]).status().unwrap().success());
+}

@@ -1,0 +1,199 @@
+//! `forebay sink|sql|report`: hands over to `forebay-sql`, the program that knows tables; `up` and `demo` keep its sink at work.
+//!
+//! Tables and SQL are half an hour of build, which nobody should need who does not want them. So they are a program of their own,
+//! beside this one or on the PATH, and where it is missing the one command is named that builds it.
+//!
+//! Invariant: settings are read here and nowhere else. They go over in the environment, since others see a process's arguments and
+//! settings may hold secrets.
+
+use crate::{
+    config::Config,
+    console::{say, wrong},
+    embedded,
+};
+use forebay_runtime::host::kafka::Kafka;
+use serde_json::json;
+use std::{
+    ffi::OsString,
+    os::unix::process::CommandExt as _,
+    path::PathBuf,
+    process::{Child, Command, ExitStatus, Stdio},
+    time::{Duration, Instant},
+};
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+
+/// The program.
+const PROGRAM: &str = "forebay-sql";
+/// What builds it.
+const BUILD: &str = "cargo build --release -p forebay-analytics";
+/// Where it reads its settings.
+const VARIABLE: &str = "FOREBAY_SQL_SETTINGS";
+/// How fresh the tables of a process are that keeps its own sink, unless somebody says otherwise: who looks at a demo waits.
+const FRESH: Duration = Duration::from_secs(2);
+/// How often to look whether it still runs.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+/// How long a sink that ended is left alone, doubled each time; one that ran for longer begins anew.
+const PAUSE_MIN: Duration = Duration::from_secs(1);
+const PAUSE_MAX: Duration = Duration::from_secs(60);
+/// How long it may take to write what waits, at the end: longer than it gives itself.
+const END_MAX: Duration = Duration::from_secs(13);
+
+/// The program beside this one, or on the PATH.
+fn program() -> Option<PathBuf> {
+    let beside = std::env::current_exe().ok().and_then(|this| Some(this.parent()?.join(PROGRAM)));
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let mut places =
+        beside.into_iter().chain(std::env::split_paths(&path).map(|folder| folder.join(PROGRAM)));
+    places.find(|place| place.is_file())
+}
+
+/// The settings, as they are handed over.
+fn settings(config: &Config, servers: Option<&str>, admin: Option<&str>, flush: Duration) -> String {
+    json!({
+        "bootstrap_servers": servers,
+        "kafka": config.kafka,
+        "topic_prefix": config.topic_prefix,
+        "data": config.data,
+        "tables": config.tables,
+        "admin": admin,
+        "otlp_endpoint": config.otlp_endpoint,
+        "flush_ms": u64::try_from(flush.as_millis()).unwrap_or(u64::MAX),
+        "flush_bytes": config.sink_bytes,
+    })
+    .to_string()
+}
+
+/// Becomes the program, with these arguments. Does not come back where that works.
+pub async fn run(command: &str, arguments: &[OsString], config: Config) -> anyhow::Result<()> {
+    let program = program().ok_or_else(|| {
+        wrong(format!("{PROGRAM} is not beside this program, nor on the PATH; build it by `{BUILD}`"))
+    })?;
+    // SQL over tables needs no broker; the sink says itself that it does.
+    let servers = match &config.bootstrap_servers {
+        Some(servers) => Some(servers.clone()),
+        None => embedded::running(&config).await.ok(),
+    };
+    let settings = settings(&config, servers.as_deref(), config.admin.as_deref(), config.sink_flush);
+    let fault = Command::new(&program).arg(command).args(arguments).env(VARIABLE, settings).exec();
+    Err(anyhow::anyhow!(fault).context(format!("could not start {}", program.display())))
+}
+
+/// A sink beside this process, for as long as that runs.
+pub struct Sink {
+    stop: CancellationToken,
+    kept: tokio::task::JoinHandle<()>,
+}
+
+impl Sink {
+    /// Starts it; says what to do where it is not built.
+    pub fn start(config: &Config, kafka: &Kafka) -> Option<Self> {
+        let Some(program) = program() else {
+            say(format_args!("  tables   none: {PROGRAM} is not built; `{BUILD}` does it"));
+            return None;
+        };
+        let flush = if config.sink_flush_is_default { FRESH } else { config.sink_flush };
+        let settings = settings(config, Some(kafka.bootstrap_servers()), None, flush);
+        let tables =
+            config.tables.clone().unwrap_or_else(|| config.data.join("tables").display().to_string());
+        say(format_args!("  tables   {tables}  (forebay sql)"));
+        let stop = CancellationToken::new();
+        let kept = tokio::spawn(keep(program, settings, stop.clone()));
+        Some(Self { stop, kept })
+    }
+
+    /// Lets it write what waits, for a bounded time.
+    pub async fn end(self) {
+        self.stop.cancel();
+        if let Err(fault) = self.kept.await {
+            warn!(error = %fault, "could not end the sink");
+        }
+    }
+}
+
+/// Keeps a sink at work until told to stop: one that ends by itself is started again, later each time.
+async fn keep(program: PathBuf, settings: String, stop: CancellationToken) {
+    let mut pause = PAUSE_MIN;
+    while !stop.is_cancelled() {
+        let started = Instant::now();
+        match spawn(&program, &settings) {
+            Ok(child) => {
+                let Some(status) = watch(child, &stop).await else { return };
+                if started.elapsed() > PAUSE_MAX {
+                    pause = PAUSE_MIN;
+                }
+                error!(%status, again_in_s = pause.as_secs(), "the sink of the tables ended by itself; rows wait on their topics");
+            }
+            Err(fault) => {
+                error!(program = %program.display(), error = %fault, "could not start the sink of the tables")
+            }
+        }
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            () = stop.cancelled() => return,
+        }
+        pause = (pause * 2).min(PAUSE_MAX);
+    }
+}
+
+/// Its standard input is ours to close, which is how it is told to leave: also by the death of this process.
+fn spawn(program: &PathBuf, settings: &str) -> std::io::Result<Child> {
+    let mut command = Command::new(program);
+    command.args(["sink", "--until-stdin-closes"]).env(VARIABLE, settings);
+    command.stdin(Stdio::piped()).stdout(Stdio::null()).spawn()
+}
+
+/// How it ended by itself; nothing where it was told to.
+async fn watch(mut child: Child, stop: &CancellationToken) -> Option<ExitStatus> {
+    loop {
+        match child.try_wait() {
+            Ok(Some(status)) => return Some(status),
+            Ok(None) => {}
+            Err(fault) => warn!(error = %fault, "could not look whether the sink runs"),
+        }
+        tokio::select! {
+            () = tokio::time::sleep(LOOK_EVERY) => {}
+            () = stop.cancelled() => break,
+        }
+    }
+    drop(child.stdin.take());
+    let until = Instant::now() + END_MAX;
+    while Instant::now() < until {
+        match child.try_wait() {
+            Ok(Some(status)) => {
+                info!(%status, "the sink of the tables has left");
+                return None;
+            }
+            Ok(None) => tokio::time::sleep(LOOK_EVERY).await,
+            Err(fault) => {
+                warn!(error = %fault, "could not look whether the sink runs");
+                break;
+            }
+        }
+    }
+    warn!("the sink of the tables did not leave in time; what it had not written is read again");
+    if let Err(fault) = child.kill().and_then(|()| child.wait()) {
+        warn!(error = %fault, "could not end the sink");
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::merge;
+
+    /// The other side refuses what it does not know, and has a test with these names too.
+    #[test]
+    fn what_is_handed_over_is_what_the_other_side_reads() {
+        let file = "kafka: {sasl.password: canary}\ntables: s3://bucket/log\nsink: {flush_every: 5s}\n";
+        let config = merge(Some(("f.yaml", file)), |_| None, &[]).unwrap();
+        let handed: serde_json::Value =
+            serde_json::from_str(&settings(&config, Some("k:9092"), None, config.sink_flush)).unwrap();
+        let expected = json!({
+            "bootstrap_servers": "k:9092", "kafka": {"sasl.password": "canary"}, "topic_prefix": "", "data": ".forebay",
+            "tables": "s3://bucket/log", "admin": null, "otlp_endpoint": null, "flush_ms": 5000, "flush_bytes": 134_217_728,
+        });
+        assert_eq!(handed, expected);
+    }
+}
