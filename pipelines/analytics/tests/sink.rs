@@ -29,6 +29,7 @@ use std::{
     time::Duration,
 };
 use tokio::{
+    io::{AsyncBufReadExt as _, BufReader},
     process::{Child, Command},
     time::timeout,
 };
@@ -101,15 +102,19 @@ impl World {
         command.arg("sink").args(arguments).env("FOREBAY_SQL_SETTINGS", settings.to_string());
         command.env("FOREBAY_LOG", "warn").kill_on_drop(true);
         if let Some(point) = crash_at {
-            command.env("FOREBAY_CRASH_AT", point).stderr(Stdio::null());
+            // What it says is for who reads along, and its last words are those of a crash that is meant.
+            command
+                .env("FOREBAY_CRASH_AT", point)
+                .env("FOREBAY_LOG", "forebay_analytics=debug")
+                .stderr(Stdio::piped());
         }
         command.spawn().expect("the sink starts")
     }
 
     /// Runs a sink to the end of the topics, under a group of its own, so that it waits for nobody.
     async fn to_the_end(&self, group: &str, crash_at: Option<&str>) -> ExitStatus {
-        let mut sink = self.sink(group, &["--once"], crash_at);
-        timeout(LIMIT, sink.wait()).await.expect("the sink ends").unwrap()
+        let sink = self.sink(group, &["--once"], crash_at);
+        timeout(LIMIT, sink.wait_with_output()).await.expect("the sink ends").unwrap().status
     }
 
     /// The rows of the table, as lines in order.
@@ -186,14 +191,25 @@ async fn killed_at_any_moment_while_rows_come_it_loses_and_doubles_none() {
     let mut world = World::new().await;
     let mut random = SmallRng::seed_from_u64(7);
     for kill in 0..kills {
-        // Groups of its own every other time: then it need not wait until the one before is missed.
-        let mut sink = world.sink(&format!("g{kill}"), &[], None);
-        world.write(random.random_range(1..400)).await;
-        let moment = Duration::from_millis(random.random_range(50..1_500));
-        // It does not end by itself: waited for is the moment of its death.
-        assert!(timeout(moment, sink.wait()).await.is_err(), "the sink ended by itself");
-        sink.start_kill().unwrap();
-        assert_eq!(sink.wait().await.unwrap().signal(), Some(SIGKILL));
+        // A group of its own each time, so that it need not wait until the one before is missed.
+        let mut sink = world.sink(&format!("g{kill}"), &[], Some("nowhere:1"));
+        let mut told = BufReader::new(sink.stderr.take().unwrap()).lines();
+        let is_late = random.random_bool(0.7);
+        let moment = Duration::from_millis(random.random_range(0..if is_late { 250 } else { 1_500 }));
+        let killed = async {
+            while is_late {
+                let line = timeout(LIMIT, told.next_line()).await.expect("it writes rows").unwrap();
+                if line.expect("it runs until it is killed").contains("rows are in their table") {
+                    break;
+                }
+            }
+            // It does not end by itself: waited for is the moment of its death.
+            assert!(timeout(moment, sink.wait()).await.is_err(), "the sink ended by itself");
+            sink.start_kill().unwrap();
+            sink.wait().await.unwrap()
+        };
+        let (ended, ()) = tokio::join!(killed, world.write(random.random_range(100..600)));
+        assert_eq!(ended.signal(), Some(SIGKILL));
     }
     let before = world.table().await.len();
     assert!(

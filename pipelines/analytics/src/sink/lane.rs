@@ -15,7 +15,7 @@ use std::{
     collections::BTreeMap,
     time::{Duration, Instant},
 };
-use tracing::{debug, error, info};
+use tracing::{debug, error};
 
 /// How long to wait after a flush that failed, doubled with each that follows.
 const PAUSE_MIN: Duration = Duration::from_millis(500);
@@ -238,11 +238,6 @@ impl Lane {
         let written = messages().map(|message| message.timestamp_ms).min();
         let since = self.oldest.map(|(since, _)| since);
         self.oldest = since.zip(written);
-    }
-
-    /// Says what is owned, for who looks at the log.
-    pub fn tell(&self) {
-        info!(table = self.log.kind().name(), partitions = ?self.places.keys().collect::<Vec<_>>(), "reads for its table");
     }
 }
 
