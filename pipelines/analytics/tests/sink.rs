@@ -1,7 +1,8 @@
 //! The sink as a process: killed at each of its crash points and at any other moment, raced by another, given and taken partitions
 //! while it writes. Afterwards the table is the topic, row by row.
 //!
-//! `FOREBAY_KILLS` says how often it is killed at any moment; 20 times when absent.
+//! `FOREBAY_KILLS` says how often it is killed at any moment; 20 times when absent. Where `FOREBAY_TEST_KAFKA` names an Apache
+//! Kafka, what depends on the broker runs there too.
 
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "what goes wrong fails the test")]
 
@@ -41,32 +42,53 @@ const SIGABRT: i32 = 6;
 const SIGKILL: i32 = 9;
 const ATTEMPT: &[u8] = include_bytes!("../../../schemas/golden/v0.1/attempt.avro");
 
-/// A broker, a folder of tables, and what was written to `attempts` so far.
+/// A cluster, a folder of tables, and what was written to `attempts` so far.
 struct World {
     folder: tempfile::TempDir,
-    broker: Broker,
+    _broker: Option<Broker>,
+    servers: String,
+    prefix: String,
     producer: FutureProducer,
     written: Vec<Attempt>,
 }
 
 impl World {
+    /// On a broker of its own.
     async fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let broker =
-            Broker::start(Config::new(folder.path().join("broker"), ([127, 0, 0, 1], 0))).await.unwrap();
+        let config = Config::new(folder.path().join("broker"), ([127, 0, 0, 1], 0));
+        let broker = Broker::start(config).await.unwrap();
+        let servers = broker.address().to_string();
+        Self::on(folder, servers, Some(broker)).await
+    }
+
+    /// On a broker of its own, and on Apache Kafka where there is one.
+    async fn everywhere() -> Vec<Self> {
+        let mut all = vec![Self::new().await];
+        match std::env::var("FOREBAY_TEST_KAFKA") {
+            Ok(servers) => all.push(Self::on(tempfile::tempdir().unwrap(), servers, None).await),
+            Err(_) => println!("not on Apache Kafka: FOREBAY_TEST_KAFKA is not set"),
+        }
+        all
+    }
+
+    async fn on(folder: tempfile::TempDir, servers: String, broker: Option<Broker>) -> Self {
+        let prefix = format!("{}-", uuid::Uuid::now_v7());
         let mut client = ClientConfig::new();
-        client.set("bootstrap.servers", broker.address().to_string());
+        client.set("bootstrap.servers", &servers);
         let admin: AdminClient<DefaultClientContext> = client.create().unwrap();
-        let topics: Vec<_> = Table::ALL
-            .iter()
-            .map(|table| {
-                let partitions = if *table == Table::Attempts { PARTITIONS } else { 1 };
-                NewTopic::new(table.topic(), partitions, TopicReplication::Fixed(1))
-            })
-            .collect();
-        admin.create_topics(&topics, &AdminOptions::new()).await.unwrap();
+        let names: Vec<_> = Table::ALL.iter().map(|table| format!("{prefix}{}", table.topic())).collect();
+        let new = |(table, name)| {
+            let partitions = if table == Table::Attempts { PARTITIONS } else { 1 };
+            NewTopic::new(name, partitions, TopicReplication::Fixed(1))
+        };
+        let topics: Vec<_> =
+            Table::ALL.iter().copied().zip(names.iter().map(String::as_str)).map(new).collect();
+        for made in admin.create_topics(&topics, &AdminOptions::new()).await.unwrap() {
+            made.unwrap();
+        }
         let producer = client.create().unwrap();
-        Self { folder, broker, producer, written: Vec::new() }
+        Self { folder, _broker: broker, servers, prefix, producer, written: Vec::new() }
     }
 
     /// Writes so many more rows, over three days, and waits until they are there.
@@ -82,7 +104,8 @@ impl World {
         }
         let sending = self.written[first..].iter().map(|row| async {
             let value = row.encode().unwrap().unwrap();
-            let record = FutureRecord::to(Table::Attempts.topic()).key(&row.attempt_id).payload(&value);
+            let topic = format!("{}{}", self.prefix, Table::Attempts.topic());
+            let record = FutureRecord::to(&topic).key(&row.attempt_id).payload(&value);
             self.producer.send(record, LIMIT).await.map(drop).map_err(|(fault, _)| fault)
         });
         futures::future::try_join_all(sending).await.unwrap();
@@ -91,9 +114,10 @@ impl World {
     /// Starts a sink that writes every 100 ms, as a member of this group.
     fn sink(&self, group: &str, arguments: &[&str], crash_at: Option<&str>) -> Child {
         let settings = json!({
-            "bootstrap_servers": self.broker.address().to_string(),
+            "bootstrap_servers": self.servers,
+            "topic_prefix": self.prefix,
             "data": self.folder.path(),
-            "group": group,
+            "group": format!("{}{group}", self.prefix),
             "flush_ms": 100,
             // A member that was killed is missed sooner than after the usual ten seconds.
             "kafka": {"session.timeout.ms": "6000"},
@@ -223,7 +247,12 @@ async fn killed_at_any_moment_while_rows_come_it_loses_and_doubles_none() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn two_that_read_the_same_partitions_write_each_row_once() {
-    let mut world = World::new().await;
+    for world in World::everywhere().await {
+        race(world).await;
+    }
+}
+
+async fn race(mut world: World) {
     world.write(500).await;
     let mut sinks = [world.sink("one", &["--once"], None), world.sink("other", &["--once"], None)];
     world.write(2_000).await;
@@ -236,7 +265,12 @@ async fn two_that_read_the_same_partitions_write_each_row_once() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn partitions_that_move_while_rows_are_written_are_read_on_where_the_table_ends() {
-    let mut world = World::new().await;
+    for world in World::everywhere().await {
+        move_partitions(world).await;
+    }
+}
+
+async fn move_partitions(mut world: World) {
     let mut first = world.sink("group", &[], None);
     world.write(400).await;
     for _ in 0..4 {
