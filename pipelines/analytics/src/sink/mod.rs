@@ -296,8 +296,8 @@ impl Sink {
             Event::Assigned(partitions) => {
                 for (topic, lane) in &mut self.lanes {
                     lane.take_on(partitions.iter().filter(|one| one.topic == *topic).map(|one| one.number));
-                    lane.tell();
                 }
+                info!(partitions = partitions.len(), "partitions came");
                 self.find_at = Instant::now();
                 self.find().await;
             }
