@@ -130,7 +130,11 @@ impl Listener for StandingIn<'_> {
         call: BoxFuture<'a, Result<Reply, CallError>>,
     ) -> BoxFuture<'a, Result<Reply, CallError>> {
         self.is_paid.store(true, Ordering::Relaxed);
-        self.of.paid(to, Box::pin(async { call.await.map(|reply| self.mark(reply)) }))
+        let marked = async {
+            let result = call.await;
+            result.map(|reply| self.mark(reply)).map_err(|error| error.with_partial(|read| self.mark(read)))
+        };
+        self.of.paid(to, Box::pin(marked))
     }
 
     fn beside(&self) -> Option<Box<dyn Listener + '_>> {
@@ -235,6 +239,15 @@ mod tests {
         let fallback = Fallback::new(Arc::new(down), vec![Told::of("two", [])], Arc::default());
         let reply = fallback.complete(&call("why"), &ledger).await.unwrap();
         assert_eq!((reply.text.as_str(), reply.fallback), ("one", None));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_was_read_of_a_stand_in_that_broke_off_is_a_stand_in_s() {
+        let down = Down(Told::of("one", []));
+        let cut = || Next::err(1, CallError::cut("it broke off", crate::testing::reply("two")));
+        let fallback = Fallback::new(Arc::new(down), vec![Told::of("two", [cut()])], Arc::default());
+        let error = fallback.complete(&call("why"), &Heard::default()).await.unwrap_err();
+        assert_eq!(error.partial.unwrap().fallback.as_deref(), Some("told"));
     }
 
     #[tokio::test(start_paused = true)]

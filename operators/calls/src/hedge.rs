@@ -174,7 +174,7 @@ impl Hedge {
         &self,
         call: &Call<'_>,
         contender: &Contender<'_>,
-        answer: oneshot::Sender<Reply>,
+        answer: oneshot::Sender<Result<Reply, CallError>>,
     ) -> Result<Reply, CallError> {
         *lock(&contender.answer) = Some(answer);
         let result = self.pool.complete(call, contender).await;
