@@ -174,7 +174,7 @@ async fn stragglers(hedged: bool, after: Option<Duration>, stuck: f64) -> (Durat
 
 #[tokio::test(start_paused = true)]
 async fn stragglers_are_cut_off_for_few_calls_more() {
-    for (after, stuck) in [(Some(ms(1_600)), 0.05), (None, 0.04)] {
+    for (after, stuck) in [(Some(ms(1_600)), 0.05), (None, 0.05), (None, 0.04), (None, 0.02)] {
         let ((plain, _), (hedged, more)) =
             (stragglers(false, None, stuck).await, stragglers(true, after, stuck).await);
         println!(
