@@ -64,7 +64,7 @@ pub struct Answer {
     pub tenant: Tenant,
     /// How it ended.
     pub status: Status,
-    /// The answer.
+    /// The answer; where it broke off while somebody read it (`model_cut`), what was read.
     pub text: Option<String>,
     /// The quotations that it rests on; half-open byte offsets into the stored version.
     pub citations: Vec<Citation>,

@@ -32,7 +32,7 @@ pub struct Ending {
     pub chunks: Vec<String>,
     /// Whether the answer came from the cache.
     pub cache: CacheStatus,
-    /// The answer; present also where it was blocked.
+    /// The answer; present also where it was blocked, and, as far as it was read, where it broke off.
     pub answer: Option<Generated>,
     /// What validation found; absent where it did not run.
     pub verdict: Option<Verdict>,

@@ -28,7 +28,11 @@ fn simulator(data: &Path, more: &[&str]) -> (Running, String) {
 }
 
 fn up(data: &Path, url: &str) -> Up {
-    let up = Up::start(data, &["--model-url", url, "--model", "simulated"]);
+    up_with(data, &["--model-url", url, "--model", "simulated"])
+}
+
+fn up_with(data: &Path, args: &[&str]) -> Up {
+    let up = Up::start(data, args);
     let document = data.join("möwen.md");
     std::fs::write(&document, DOCUMENT).unwrap();
     let ingested = finish(&mut command(data, &["ingest", document.to_str().unwrap()]), LIMIT);
@@ -115,16 +119,73 @@ fn an_answer_that_is_begun_anew_has_a_higher_attempt() {
 }
 
 #[test]
-fn what_came_before_a_stream_was_cut_is_there_before_the_failure() {
+fn what_was_read_of_a_stream_that_was_cut_is_in_its_result_and_a_redrive_asks_again() {
     let data = tempfile::tempdir().unwrap();
-    let (_simulator, url) = simulator(data.path(), &["--set", "faults.cut=100%"]);
-    let up = up(data.path(), &url);
+    let prices = data.path().join("prices.json");
+    let price = json!({"input_cost_per_token": 1e-9, "output_cost_per_token": 1e-8});
+    std::fs::write(&prices, json!({"simulated": price}).to_string()).unwrap();
+    let config = data.path().join("forebay.yaml");
+    std::fs::write(&config, format!("prices: {}\n", prices.display())).unwrap();
+    let log = data.path().join("calls.jsonl");
+    let cuts = ["--call-log", log.to_str().unwrap(), "--set", "faults.cut=100%"];
+    let (_cuts, url) = simulator(data.path(), &cuts);
+    let at = |url: &str| {
+        let config = config.to_str().unwrap();
+        up_with(data.path(), &["--config", config, "--model-url", url, "--model", "simulated"])
+    };
+    let up = at(&url);
     let mut deltas = up.client().read("deltas");
     ask(&up.client(), "r");
-    let result = up.client().read("results").of_key("r", LIMIT);
-    assert_eq!(result.json()["error"]["code"], "model_cut", "{}", result.json());
-    let (attempt, pieces) = pieces(&mut deltas).remove("r").unwrap();
-    assert!(attempt == 0 && !text(&pieces).is_empty());
-    assert!(pieces.iter().all(|piece| piece.timestamp_ms <= result.timestamp_ms), "before the result");
+    let record = up.client().read("results").of_key("r", LIMIT);
+    let (result, (attempt, read)) = (record.json(), pieces(&mut deltas).remove("r").unwrap());
+    assert_eq!(
+        (&result["status"], &result["error"]["code"]),
+        (&json!("failed"), &json!("model_cut")),
+        "{result}"
+    );
+    assert_eq!((attempt, result["text"].as_str().unwrap()), (0, text(&read).as_str()), "{result}");
+    assert!(!text(&read).is_empty() && result["cost_nano_usd"].as_i64() > Some(0), "{result}");
+    assert!(read.iter().all(|piece| piece.timestamp_ms <= record.timestamp_ms), "before the result");
+    let calls = std::fs::read_to_string(&log).unwrap();
+    assert_eq!(calls.lines().count(), 1, "nobody else was asked: {calls}");
+    // Killed, so that what was cut may be delivered again; what the ledger keeps of it is its end.
+    up.kill();
+    let (_whole, url) = simulator(data.path(), &[]);
+    let up = at(&url);
+    let redriven = finish(
+        command(data.path(), &["dlq", "redrive", "--all"]).args(["--bootstrap-servers", &up.servers]),
+        LIMIT,
+    );
+    assert_eq!(redriven.code, 0, "{redriven:?}");
+    let answered = wait_for("the answer of the redrive", LIMIT, || {
+        let mut results = up.client().read("results");
+        let results = results.to_the_end(LIMIT);
+        results.iter().map(Record::json).find(|result| result["generation"] == 1)
+    });
+    assert_eq!(answered["status"], "answered", "{answered}");
     up.drain();
+}
+
+#[test]
+fn a_process_that_crashes_after_a_stream_was_cut_asks_nobody_again() {
+    let data = tempfile::tempdir().unwrap();
+    let (_cuts, cutting) = simulator(data.path(), &["--set", "faults.cut=100%"]);
+    let log = data.path().join("calls.jsonl");
+    let (_whole, whole) = simulator(data.path(), &["--call-log", log.to_str().unwrap()]);
+    up(data.path(), &cutting).drain();
+    // The third message is the ending of `infer`: before it is sent, and before its offset is stored.
+    for (id, point) in [("r0", "output:3"), ("r1", "written:3")] {
+        let mut begun = command(data.path(), &["up", "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"]);
+        begun.args(["--model-url", &cutting, "--model", "simulated"]).env("FOREBAY_CRASH_AT", point);
+        let mut crashes = Up::wait("forebay up", &mut begun);
+        ask(&crashes.client(), id);
+        crashes.process.ended(LIMIT);
+        let up = Up::start(data.path(), &["--model-url", &whole, "--model", "simulated"]);
+        let result = up.client().read("results").of_key(id, LIMIT).json();
+        assert_eq!(result["error"]["code"], "model_cut", "{point}: {result}");
+        let (_, read) = pieces(&mut up.client().read("deltas")).remove(id).unwrap();
+        assert_eq!(result["text"].as_str().unwrap(), text(&read), "{point}: {result}");
+        up.drain();
+    }
+    assert_eq!(std::fs::read_to_string(&log).unwrap(), "", "the other server was asked");
 }

@@ -4,7 +4,7 @@
 //! share, a table of prices. Here stands only when it is asked.
 //!
 //! Invariant: nobody is asked before it is reserved, once for a call with all its tries; and it is settled once, by what the
-//! answer took. A call without an answer settles nothing, and whoever gave the allowance hears of that too. A call whose answer
+//! answer took, or what was read of one that was cut. A call without either settles nothing, and whoever gave the allowance hears of that too. A call whose answer
 //! a ledger remembers asks nobody, and so needs no room: it was paid for when it came.
 
 use crate::{
@@ -65,9 +65,14 @@ impl Model for Allowed {
             match paying.reserved.into_inner() {
                 None => result,
                 Some(Ok(reserved)) => {
-                    let reply = result?;
-                    reserved.settle(&reply).await;
-                    Ok(reply)
+                    let read = match &result {
+                        Ok(reply) => Some(reply),
+                        Err(error) => error.partial.as_deref(),
+                    };
+                    if let Some(read) = read {
+                        reserved.settle(read).await;
+                    }
+                    result
                 }
                 // As it was given, unless something else went wrong after it.
                 Some(Err(refused)) => {

@@ -1,5 +1,6 @@
 //! Why a model did not answer, in classes that a layer can act on.
 
+use crate::Reply;
 use forebay_operator::{BoxError, Failure};
 use std::time::Duration;
 
@@ -95,6 +96,8 @@ pub struct CallError {
     pub http_status: Option<u16>,
     /// How long the provider asks us to wait.
     pub retry_after: Option<Duration>,
+    /// What was written of the answer before it broke off, as somebody read it; only where the class is [`Class::Cut`].
+    pub partial: Option<Box<Reply>>,
     /// The cause.
     #[source]
     pub source: Option<BoxError>,
@@ -103,7 +106,8 @@ pub struct CallError {
 impl CallError {
     /// An error without a status or a cause.
     pub fn new(class: Class, code: &'static str, message: impl Into<String>) -> Self {
-        Self { class, code, message: message.into(), http_status: None, retry_after: None, source: None }
+        let (http_status, retry_after, partial, source) = Default::default();
+        Self { class, code, message: message.into(), http_status, retry_after, partial, source }
     }
 
     /// The same with its cause.
@@ -118,10 +122,21 @@ impl CallError {
         self
     }
 
+    /// An answer that broke off after this had been read of it.
+    pub fn cut(message: impl Into<String>, partial: Reply) -> Self {
+        Self { partial: Some(Box::new(partial)), ..Self::new(Class::Cut, "model_cut", message) }
+    }
+
+    /// The same, with what was read of the answer changed so.
+    pub(crate) fn with_partial(mut self, change: impl FnOnce(Reply) -> Reply) -> Self {
+        self.partial = self.partial.map(|partial| Box::new(change(*partial)));
+        self
+    }
+
     /// The same for another who waited for it. Of its cause the words are left.
     pub(crate) fn copy(&self) -> Self {
         let source = self.source.as_ref().map(|source| source.to_string().into());
-        Self { message: self.message.clone(), source, ..*self }
+        Self { message: self.message.clone(), partial: self.partial.clone(), source, ..*self }
     }
 
     /// Whether another try may succeed. `elsewhere` where it would go to another endpoint or by another key.

@@ -1,7 +1,9 @@
 //! Asks the next model where one cannot answer: a smaller one, another provider, in the end the passages themselves.
 //!
 //! A worse answer now is worth more than a better one after the outage, for who chose so. What the request itself is at
-//! fault for is not asked elsewhere, and no other answer is spliced onto one that somebody has begun to read.
+//! fault for is not asked elsewhere, and no other answer is spliced onto one that somebody has begun to read. What a stand-in
+//! says is wrong with a request is said of the stand-in alone, whose context may be shorter: the next one is asked, and where
+//! none answers, the first one's error stands, so that its outage is waited for.
 //!
 //! Invariant: an answer says which provider it comes from where that is not the first, also when a ledger gives it again: what
 //! the ledger keeps says so, as first and stand-in are one call to it. A model that was called, and failed, is
@@ -76,7 +78,7 @@ impl Model for Fallback {
         listener: &'a dyn Listener,
     ) -> BoxFuture<'a, Result<Reply, CallError>> {
         Box::pin(async move {
-            let mut error = match self.first.complete(call, listener).await {
+            let error = match self.first.complete(call, listener).await {
                 Ok(reply) => return Ok(reply),
                 Err(error) => error,
             };
@@ -92,14 +94,15 @@ impl Model for Fallback {
                     provider: model.provider(),
                     of: Around::Call(listener),
                     is_paid: Arc::default(),
+                    is_asked: Arc::default(),
                 };
                 match model.complete(&call, &standing_in).await {
                     // A ledger may have kept the first one's answer, which is no stand-in's for being read now.
                     Ok(reply) if standing_in.is_paid.load(Ordering::Relaxed) => return Ok(reply),
                     Ok(reply) => return Ok(standing_in.mark(reply)),
                     // The first one's error says more than that its stand-in failed too.
-                    Err(other) if other.may_fall_back() => {}
-                    Err(other) => error = other,
+                    Err(other) if other.may_fall_back() || standing_in.has_rejected(&other) => {}
+                    Err(other) => return Err(other),
                 }
             }
             Err(error)
@@ -113,9 +116,17 @@ struct StandingIn<'l> {
     of: Around<'l>,
     /// Whether a ledger was asked; of what costs nothing it is not. Shared with the hedge beside it.
     is_paid: Arc<AtomicBool>,
+    /// Whether ledger and budget let it be asked then; shared so too.
+    is_asked: Arc<AtomicBool>,
 }
 
 impl StandingIn<'_> {
+    /// Whether this is what the stand-in says of the request, and not what a ledger or a budget does that let nobody be asked.
+    fn has_rejected(&self, error: &CallError) -> bool {
+        let [is_paid, is_asked] = [&self.is_paid, &self.is_asked].map(|flag| flag.load(Ordering::Relaxed));
+        error.class == Class::Rejected && is_paid == is_asked
+    }
+
     fn mark(&self, reply: Reply) -> Reply {
         Reply { fallback: Some(self.provider.to_owned()), ..reply }
     }
@@ -130,12 +141,18 @@ impl Listener for StandingIn<'_> {
         call: BoxFuture<'a, Result<Reply, CallError>>,
     ) -> BoxFuture<'a, Result<Reply, CallError>> {
         self.is_paid.store(true, Ordering::Relaxed);
-        self.of.paid(to, Box::pin(async { call.await.map(|reply| self.mark(reply)) }))
+        let marked = async {
+            self.is_asked.store(true, Ordering::Relaxed);
+            let result = call.await;
+            result.map(|reply| self.mark(reply)).map_err(|error| error.with_partial(|read| self.mark(read)))
+        };
+        self.of.paid(to, Box::pin(marked))
     }
 
     fn beside(&self) -> Option<Box<dyn Listener + '_>> {
         let of = Around::Hedge(self.of.beside()?);
-        Some(Box::new(StandingIn { provider: self.provider, of, is_paid: self.is_paid.clone() }))
+        let (is_paid, is_asked) = (self.is_paid.clone(), self.is_asked.clone());
+        Some(Box::new(StandingIn { provider: self.provider, of, is_paid, is_asked }))
     }
 }
 
@@ -171,8 +188,42 @@ mod tests {
         check(Class::Outage, None, expected).await;
         let expected = "to one, limited, closed, to two, transient, closed => Limited";
         check(Class::Limited, Some(Class::Transient), expected).await;
-        let expected = "to one, account, closed, to two, rejected, closed => Rejected";
-        check(Class::Account, Some(Class::Rejected), expected).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_a_stand_in_rejects_may_still_be_answered_by_the_next_or_by_the_first_when_it_is_back() {
+        let expected = "to one, outage, closed, to two, rejected, closed => Outage";
+        check(Class::Outage, Some(Class::Rejected), expected).await;
+        let fails = |name, class| Told::by(name, move |_| Next::err(0, error(class)));
+        let then: Vec<Arc<dyn Model>> = vec![fails("two", Class::Rejected), Told::of("three", [])];
+        let fallback = Fallback::new(fails("one", Class::Unreachable), then, Arc::default());
+        let reply = fallback.complete(&call("why"), &Heard::default()).await.unwrap();
+        assert_eq!(reply.text, "three");
+    }
+
+    /// Lets nobody be asked.
+    struct Refuses;
+
+    impl Listener for Refuses {
+        fn started(&self, _: Upstream<'_>) {}
+        fn token(&self, _: &str) {}
+        fn ended(&self, _: &Tried<'_>) {}
+        fn paid<'a>(
+            &'a self,
+            _: Upstream<'a>,
+            _: BoxFuture<'a, Result<Reply, CallError>>,
+        ) -> BoxFuture<'a, Result<Reply, CallError>> {
+            Box::pin(async { Err(CallError::new(Class::Rejected, "budget_exceeded", "nothing is left")) })
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_refusal_before_anybody_is_asked_is_no_stand_in_s_and_ends_it() {
+        let down = Down(Told::of("one", []));
+        let then: Vec<Arc<dyn Model>> = vec![Told::of("two", []), Told::of("three", [])];
+        let fallback = Fallback::new(Arc::new(down), then, Arc::default());
+        let error = fallback.complete(&call("why"), &Refuses).await.unwrap_err();
+        assert_eq!((error.class, error.code), (Class::Rejected, "budget_exceeded"));
     }
 
     #[tokio::test(start_paused = true)]
@@ -238,9 +289,19 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn what_was_read_of_a_stand_in_that_broke_off_is_a_stand_in_s() {
+        let down = Down(Told::of("one", []));
+        let cut = || Next::err(1, CallError::cut("it broke off", crate::testing::reply("two")));
+        let fallback = Fallback::new(Arc::new(down), vec![Told::of("two", [cut()])], Arc::default());
+        let error = fallback.complete(&call("why"), &Heard::default()).await.unwrap_err();
+        assert_eq!(error.partial.unwrap().fallback.as_deref(), Some("told"));
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn whoever_listens_hears_of_a_stand_in_all_that_it_tells() {
         let heard = Heard::default();
-        let standing_in = StandingIn { provider: "two", of: Around::Call(&heard), is_paid: Arc::default() };
+        let (is_paid, is_asked) = Default::default();
+        let standing_in = StandingIn { provider: "two", of: Around::Call(&heard), is_paid, is_asked };
         let told =
             Told::of("two", [Next { first_token: Some(std::time::Duration::from_millis(1)), ..Next::ok(5) }]);
         told.complete(&call("why"), &standing_in).await.unwrap();

@@ -91,7 +91,7 @@ struct Bill<'a> {
     listener: &'a dyn Listener,
     prompt_tokens: u64,
     open: Mutex<Option<Open>>,
-    /// What the answer cost.
+    /// What the answer cost, or what was read of it.
     cost: Mutex<Option<NanoUsd>>,
 }
 
@@ -168,6 +168,7 @@ impl Listener for Bill<'_> {
                 self.listener.ended(&Tried { result: Ok(&reply), ..*tried });
             }
             Err(_) => {
+                *lock(&self.cost) = cost;
                 if let Some(cost) = cost {
                     self.listener.cost(cost);
                 }
@@ -186,7 +187,9 @@ impl Listener for Bill<'_> {
             let given_up = GivenUp(self);
             let result = call.await;
             drop(given_up);
-            result.map(|reply| Reply { cost_nano_usd: lock(&self.cost).take(), ..reply })
+            let cost_nano_usd = lock(&self.cost).take();
+            let costing = |reply| Reply { cost_nano_usd, ..reply };
+            result.map(costing).map_err(|error| error.with_partial(costing))
         };
         self.listener.paid(to, Box::pin(billed))
     }
@@ -226,7 +229,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{Heard, Next, Told, call, error};
+    use crate::testing::{Heard, Next, Told, call, error, reply};
     use forebay_operator::Clock;
     use futures::future::join_all;
 
@@ -250,18 +253,20 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_try_without_an_answer_costs_what_was_sent_and_heard() {
-        let cut = Next { first_token: Some(Duration::from_millis(1)), ..Next::err(9, error(Class::Cut)) };
+        let read = CallError::cut("it broke off", reply("one"));
+        let cut = Next { first_token: Some(Duration::from_millis(1)), ..Next::err(9, read) };
         let refused = Next::err(1, error(Class::Outage).with_status(503));
         let gone = Next::err(1, error(Class::Unreachable));
         let (heard, asked) = (Heard::default(), call(&"x".repeat(400)));
         let priced = priced(Told::of("one", [cut, refused, gone]));
-        for expected in [
-            "to one, one, cost 110, cut, closed",
-            "to one, cost 0, outage, closed",
-            "to one, cost 0, unreachable, closed",
+        for (expected, of_what_was_read) in [
+            ("to one, one, cost 110, cut, kept what was read of one", Some(NanoUsd(110))),
+            ("to one, cost 0, outage, closed", None),
+            ("to one, cost 0, unreachable, closed", None),
         ] {
-            priced.complete(&asked, &heard).await.unwrap_err();
+            let error = priced.complete(&asked, &heard).await.unwrap_err();
             assert_eq!(heard.take(), expected);
+            assert_eq!(error.partial.and_then(|read| read.cost_nano_usd), of_what_was_read, "{expected}");
         }
         let given_up = tokio::time::timeout(Duration::from_millis(50), priced.complete(&asked, &heard)).await;
         assert!(given_up.is_err());

@@ -65,6 +65,7 @@ impl Listener for Heard {
             let result = call.await;
             self.add(match &result {
                 Ok(reply) => format!("kept {}", reply.text),
+                Err(CallError { partial: Some(read), .. }) => format!("kept what was read of {}", read.text),
                 Err(_) => "closed".to_owned(),
             });
             result

@@ -1,5 +1,6 @@
 //! Why a record could not be processed, in the words that a host acts on.
 
+use forebay_schemas::Generated;
 use std::time::Duration;
 
 /// Any error, as the cause of a failure.
@@ -31,6 +32,8 @@ pub enum Failure {
         code: &'static str,
         /// What is wrong with the record, for a person.
         message: String,
+        /// What was made of an answer before it broke off, where somebody has read it: it goes into the result.
+        partial: Option<Box<Generated>>,
     },
     /// The deadline passed.
     #[error("the deadline passed")]
@@ -43,7 +46,7 @@ pub enum Failure {
 impl Failure {
     /// The record is at fault.
     pub fn rejected(code: &'static str, message: impl Into<String>) -> Self {
-        Self::Rejected { code, message: message.into() }
+        Self::Rejected { code, message: message.into(), partial: None }
     }
 
     /// The world failed.
@@ -60,6 +63,14 @@ impl Failure {
     pub fn retry_after(mut self, asked: Option<Duration>) -> Self {
         if let Self::Unavailable { retry_after, .. } = &mut self {
             *retry_after = asked;
+        }
+        self
+    }
+
+    /// The same, where this was read of an answer before it broke off.
+    pub fn with_partial(mut self, read: Option<Generated>) -> Self {
+        if let Self::Rejected { partial, .. } = &mut self {
+            *partial = read.map(Box::new);
         }
         self
     }

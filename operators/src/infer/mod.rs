@@ -102,8 +102,10 @@ impl Infer {
             replied = self.model.complete(&call, &rows) => replied,
         };
         rows.over();
-        let reply = replied.map_err(|error| error.into_failure(format!("model {}", self.model.name())))?;
-        Ok(self.generated(reply, grounded))
+        replied.map(|reply| self.generated(reply, grounded)).map_err(|mut error| {
+            let read = error.partial.take().map(|read| self.generated(*read, grounded));
+            error.into_failure(format!("model {}", self.model.name())).with_partial(read)
+        })
     }
 
     fn call<'a>(&self, Grounded { request, passages, .. }: &'a Grounded, cx: &Context) -> Call<'a> {

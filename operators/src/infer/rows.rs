@@ -13,6 +13,7 @@ use forebay_calls::{CallError, Class, Happening, Listener, Reply, Tried, TryId, 
 use forebay_operator::{Called, Context, Event, Failure, Stop};
 use forebay_schemas::{Attempt, NanoUsd};
 use futures::future::BoxFuture;
+use serde::{Deserialize, Serialize};
 use std::{
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -47,6 +48,34 @@ struct Tier {
     place: u32,
     /// Absent where there are no tiers.
     name: Option<String>,
+}
+
+/// What a ledger keeps of a call. One that was cut after somebody had read its beginning is over as one that was answered
+/// is: made again after a crash, it would cost more and be spliced onto what was read.
+///
+/// Invariant: an answer is written as itself, as it always was, and what was cut can be read as no answer.
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum Kept {
+    Cut { cut: Reply, message: String },
+    Answered(Reply),
+}
+
+impl Kept {
+    fn of(result: Result<Reply, CallError>) -> Result<Self, CallError> {
+        match result {
+            Ok(reply) => Ok(Self::Answered(reply)),
+            Err(CallError { partial: Some(read), message, .. }) => Ok(Self::Cut { cut: *read, message }),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn into_result(self) -> Result<Reply, CallError> {
+        match self {
+            Self::Answered(reply) => Ok(reply),
+            Self::Cut { cut, message } => Err(CallError::cut(message, cut)),
+        }
+    }
 }
 
 struct Open {
@@ -222,9 +251,9 @@ impl Listener for Rows<'_> {
                 let sent = Instant::now();
                 let result = call.await;
                 *away.lock().unwrap_or_else(PoisonError::into_inner) = sent.elapsed();
-                result
+                Kept::of(result)
             };
-            let result = self.cx.paid(self.index(), row, timed).await;
+            let result = self.cx.paid(self.index(), row, timed).await.and_then(Kept::into_result);
             let away = away.into_inner().unwrap_or_else(PoisonError::into_inner);
             self.waited("ledger", began.elapsed().saturating_sub(away));
             result

@@ -11,7 +11,7 @@ use forebay_calls::{
 use forebay_operator::{
     Called, Clock, Delivery, Event, Found, Host, Known, Ledger, StopSignal, Turn, compliance,
 };
-use forebay_schemas::{Attempt, CallId, Delta, Record as _, Retrieval, Usage};
+use forebay_schemas::{Attempt, CallId, Delta, NanoUsd, Record as _, Retrieval, Usage};
 use futures::future::BoxFuture;
 use std::{sync::Mutex, time::Duration};
 
@@ -70,6 +70,13 @@ impl Told {
                 usage: Some(USAGE),
                 ..Reply::default()
             }),
+            Some(Err(Class::Cut)) => {
+                let text = "so far".to_owned();
+                Err(CallError::cut(
+                    "it broke off",
+                    Reply { text, cost_nano_usd: Some(NanoUsd(7)), ..Reply::default() },
+                ))
+            }
             Some(Err(class)) => Err(CallError::new(class, "model_unavailable", "it failed").with_status(500)),
         }
     }
@@ -289,6 +296,32 @@ async fn an_answer_that_was_paid_for_is_not_asked_for_again() {
     assert_eq!(ask(Told(Some(Err(Class::Outage)))).await, (paid, Vec::new()));
     let told = ledger.told.lock().unwrap().join(", ");
     assert_eq!(told, "start 1 ambiguous, failed Some(1), start 1 ambiguous, done Some(1)");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_read_of_an_answer_that_was_cut_is_kept_and_nobody_is_asked_again() {
+    let ledger = Arc::new(Remembers::default());
+    let ask = async |model: Told| {
+        let envelope = forebay_schemas::Envelope { stream: true, ..compliance::envelope() };
+        let delivery = Delivery { ledger: Some(ledger.clone()), ..delivery(envelope) };
+        let clock = Clock::starting_at(compliance::NOW_MS);
+        let cx = Context::new(delivery, clock, Arc::new(Reader::default()), StopSignal::new().1);
+        match infer(model).process(grounded(), &cx).await {
+            Err(Failure::Rejected { code: "model_cut", partial: Some(read), .. }) => {
+                (read.text, read.provider, read.cost_nano_usd)
+            }
+            other => panic!("{other:?}"),
+        }
+    };
+    let expected = ("so far".to_owned(), "told".to_owned(), Some(NanoUsd(7)));
+    // The second time as after a crash, when the model could answer.
+    for model in [Told(Some(Err(Class::Cut))), Told(Some(Ok("another answer")))] {
+        assert_eq!(ask(model).await, expected);
+    }
+    assert_eq!(ledger.told.lock().unwrap().join(", "), "start 1 ambiguous, done Some(1)");
+    let kept = ledger.answer.lock().unwrap().clone().unwrap();
+    let as_before = serde_json::from_slice::<Reply>(&kept);
+    assert!(as_before.is_err(), "a version that knows nothing of this takes it for no answer");
 }
 
 /// Has room for nobody.

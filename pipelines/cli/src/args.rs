@@ -326,8 +326,9 @@ pub struct DlqShow {
 #[derive(Debug, ClapArgs)]
 #[command(after_help = "\
 A redriven request ends in a second result, of the next generation, under its old id. A call that was paid for is not
-made again where its answer is recorded; --again makes it. Each dead letter is redriven once, also by two runs at
-once or after one that was killed: what was sent twice has one result.
+made again where its answer is recorded; --again makes it, and an answer that was cut (model_cut) is always asked for
+again. Each dead letter is redriven once, also by two runs at once or after one that was killed: what was sent twice has
+one result.
 
 Examples:
   forebay dlq redrive --stage infer --error unavailable --dry-run      what would be sent, and where

@@ -25,8 +25,8 @@ use forebay_operator::{
 };
 use forebay_plan::Channel;
 use forebay_schemas::{
-    Attempt, CallId, DeadLetter, Ending, Envelope, Fault, Headers, Lane, NanoUsd, Origin, Record, Request,
-    RequestId, Retry, Source, Status, Tenant, dead_letter::header as dead, header,
+    Attempt, CallId, DeadLetter, Ending, Envelope, Fault, Generated, Headers, Lane, NanoUsd, Origin, Record,
+    Request, RequestId, Retry, Source, Status, Tenant, dead_letter::header as dead, header,
 };
 use forebay_telemetry::{Outcome, StepMeter};
 use futures::FutureExt;
@@ -159,6 +159,8 @@ struct Death<'a> {
     attempts: u32,
     /// When the first of them failed, in milliseconds since 1970; just now where it does not say.
     since_ms: Option<i64>,
+    /// What was read of its answer.
+    partial: Option<&'a Generated>,
 }
 
 impl Stage {
@@ -470,8 +472,14 @@ impl Stage {
                     let message = panic_message(&*panic);
                     error!(stage = %self.parts.key, place = %incoming.place(), panic = message, "an operator panicked");
                     if std::mem::replace(&mut panicked, true) {
-                        let death =
-                            Death { class: "panicked", code: "panicked", message, attempts: tries, since_ms };
+                        let death = Death {
+                            class: "panicked",
+                            code: "panicked",
+                            message,
+                            attempts: tries,
+                            since_ms,
+                            partial: None,
+                        };
                         rows.extend(self.give_up(incoming, &envelope, &death));
                         return (rows, Outcome::Panicked);
                     }
@@ -566,19 +574,20 @@ impl Stage {
         tries: u32,
         since_ms: Option<i64>,
     ) -> (Vec<Outgoing>, Outcome) {
-        let (class, outcome) = match failure {
+        let (class, outcome, partial) = match failure {
             Failure::Expired => {
                 let fault = Fault { code: "deadline".to_owned(), message: self.lateness(envelope) };
-                return (self.ended(incoming, envelope, Status::Expired, fault), Outcome::Expired);
+                return (self.ended(incoming, envelope, Status::Expired, fault, None), Outcome::Expired);
             }
             Failure::Cancelled => {
                 let fault = Fault { code: "cancelled".to_owned(), message: failure.to_string() };
-                return (self.ended(incoming, envelope, Status::Cancelled, fault), Outcome::Cancelled);
+                return (self.ended(incoming, envelope, Status::Cancelled, fault, None), Outcome::Cancelled);
             }
-            Failure::Rejected { .. } => ("rejected", Outcome::Rejected),
-            Failure::Unavailable { .. } => ("unavailable", Outcome::Unavailable),
+            Failure::Rejected { partial, .. } => ("rejected", Outcome::Rejected, partial.as_deref()),
+            Failure::Unavailable { .. } => ("unavailable", Outcome::Unavailable, None),
         };
-        let death = Death { class, code: failure.code(), message: chain(failure), attempts: tries, since_ms };
+        let (code, message) = (failure.code(), chain(failure));
+        let death = Death { class, code, message, attempts: tries, since_ms, partial };
         (self.give_up(incoming, envelope, &death), outcome)
     }
 
@@ -591,8 +600,14 @@ impl Stage {
             incoming.place()
         );
         error!(stage = %self.parts.key, place = %incoming.place(), topic, "a record grew larger than its topic takes");
-        let death =
-            Death { class: "rejected", code: "output_too_large", message, attempts: 1, since_ms: None };
+        let death = Death {
+            class: "rejected",
+            code: "output_too_large",
+            message,
+            attempts: 1,
+            since_ms: None,
+            partial: None,
+        };
         let mut envelope = match self.open(incoming).and_then(|opened| self.envelope(incoming, &*opened)) {
             Ok(envelope) => envelope,
             Err(_) => self.derived_envelope_of_job(incoming),
@@ -616,7 +631,7 @@ impl Stage {
                 let omitted = DeadLetter::omitted(incoming.len(), &incoming.source());
                 message.headers.push((dead::BODY.to_owned(), Some(Bytes::from(omitted))));
             } else {
-                *message = self.ending(&envelope, Status::Failed, None, fault_of(&death));
+                *message = self.ending(&envelope, Status::Failed, None, fault_of(&death), None);
             }
         }
         messages
@@ -753,6 +768,7 @@ impl Stage {
                 message,
                 attempts: 1,
                 since_ms: None,
+                partial: None,
             });
         }
         let mut new = Vec::with_capacity(outputs.len());
@@ -821,6 +837,7 @@ impl Stage {
             message: chain(fault),
             attempts: 1,
             since_ms: None,
+            partial: None,
         };
         self.give_up(incoming, &self.derived_envelope_of_job(incoming), &death)
     }
@@ -837,7 +854,7 @@ impl Stage {
     fn give_up(&self, incoming: &Incoming, envelope: &Envelope, death: &Death<'_>) -> Vec<Outgoing> {
         self.parts.meter.dead_lettered(death.class);
         let mut messages = vec![self.dead_letter(incoming, envelope, death)];
-        messages.extend(self.ended(incoming, envelope, Status::Failed, fault_of(death)));
+        messages.extend(self.ended(incoming, envelope, Status::Failed, fault_of(death), death.partial));
         messages
     }
 
@@ -891,13 +908,20 @@ impl Stage {
         }
     }
 
-    /// The ending of a request that goes no further; nothing for a record that is no request.
-    fn ended(&self, incoming: &Incoming, envelope: &Envelope, status: Status, fault: Fault) -> Vec<Outgoing> {
+    /// The ending of a request that goes no further, with what was read of its answer; nothing for a record that is no request.
+    fn ended(
+        &self,
+        incoming: &Incoming,
+        envelope: &Envelope,
+        status: Status,
+        fault: Fault,
+        partial: Option<&Generated>,
+    ) -> Vec<Outgoing> {
         if !self.parts.step.is_job() {
             return Vec::new();
         }
         let request = self.open(incoming).ok().and_then(|opened| opened.request().cloned());
-        vec![self.ending(envelope, status, request, fault)]
+        vec![self.ending(envelope, status, request, fault, partial)]
     }
 
     fn ending(
@@ -906,8 +930,10 @@ impl Stage {
         status: Status,
         request: Option<Request>,
         fault: Fault,
+        partial: Option<&Generated>,
     ) -> Outgoing {
         let ending = Ending::without_answer(status, &*self.parts.key, request, fault);
+        let ending = Ending { answer: partial.cloned(), ..ending };
         let value = ending.encode().unwrap_or_else(|fault| {
             error!(error = %fault, "could not write an ending");
             None

@@ -26,7 +26,7 @@ pub(super) struct Race {
     /// The first was sent.
     pub(super) sent: Notify,
     /// What the second answers, where there is one.
-    another: Mutex<Option<oneshot::Receiver<Reply>>>,
+    another: Mutex<Option<oneshot::Receiver<Result<Reply, CallError>>>>,
     /// Whether the first is closed, with whatever answer.
     is_closed: watch::Sender<bool>,
     /// How long each took to its first token, or to its loss.
@@ -53,7 +53,7 @@ impl Race {
         let _ = self.winner.subscribe().wait_for(|winner| winner.is_some_and(|winner| winner != side)).await;
     }
 
-    pub(super) fn expect_another(&self) -> oneshot::Sender<Reply> {
+    pub(super) fn expect_another(&self) -> oneshot::Sender<Result<Reply, CallError>> {
         let (sender, receiver) = oneshot::channel();
         *lock(&self.another) = Some(receiver);
         sender
@@ -67,7 +67,7 @@ pub(super) struct Contender<'a> {
     listener: &'a dyn Listener,
     sent: Mutex<Option<Instant>>,
     /// Where the second puts its answer.
-    pub(super) answer: Mutex<Option<oneshot::Sender<Reply>>>,
+    pub(super) answer: Mutex<Option<oneshot::Sender<Result<Reply, CallError>>>>,
 }
 
 impl<'a> Contender<'a> {
@@ -120,7 +120,7 @@ impl<'a> Contender<'a> {
         }
         let another = lock(&self.race.another).take();
         match another {
-            Some(another) => another.await.or(result),
+            Some(another) => another.await.unwrap_or(result),
             None => result,
         }
     }
@@ -132,8 +132,13 @@ impl<'a> Contender<'a> {
     ) -> Result<Reply, CallError> {
         let result = self.contend(to, call).await;
         let answer = lock(&self.answer).take();
-        if let (Ok(reply), Some(answer)) = (&result, answer)
-            && answer.send(reply.clone()).is_ok()
+        // What somebody read of an answer that was cut is the call's end too.
+        let end = match &result {
+            Ok(reply) => Some(Ok(reply.clone())),
+            Err(error) => error.partial.is_some().then(|| Err(error.copy())),
+        };
+        if let (Some(end), Some(answer)) = (end, answer)
+            && answer.send(end).is_ok()
         {
             let _ = self.race.is_closed.subscribe().wait_for(|is_closed| *is_closed).await;
         }

@@ -3,7 +3,7 @@
 use super::*;
 use crate::{
     pool::Endpoint,
-    testing::{Heard, Next, Random, Told, call, error, limited},
+    testing::{Heard, Next, Random, Told, call, error, limited, reply},
     throttle::Caps,
 };
 use futures::{StreamExt as _, stream};
@@ -102,8 +102,9 @@ async fn the_first_token_wins_and_only_its_try_is_read() {
     check(asked(), || streamed(3_000, 2_000), || streamed(9_000, 100), (expected, 9_500)).await;
     let expected = "to a, a, ok, kept a => answered";
     check(asked(), || streamed(3_000, 400), || Next::ok(1), (expected, 3_000)).await;
-    let expected = "to a, hedge to b, hedge b, lost, hedge cut, hedge closed, closed => cut";
-    let cut = || Next { result: Err(error(Class::Cut)), ..streamed(9_000, 100) };
+    let expected = "to a, hedge to b, hedge b, lost, hedge cut, kept what was read of yes, \
+                    hedge kept what was read of yes => cut";
+    let cut = || Next { result: Err(CallError::cut("it broke off", reply("yes"))), ..streamed(9_000, 100) };
     check(asked(), || streamed(30_000, 20_000), cut, (expected, 9_500)).await;
 }
 
@@ -173,7 +174,7 @@ async fn stragglers(hedged: bool, after: Option<Duration>, stuck: f64) -> (Durat
 
 #[tokio::test(start_paused = true)]
 async fn stragglers_are_cut_off_for_few_calls_more() {
-    for (after, stuck) in [(Some(ms(1_600)), 0.05), (None, 0.04)] {
+    for (after, stuck) in [(Some(ms(1_600)), 0.05), (None, 0.05), (None, 0.04), (None, 0.02)] {
         let ((plain, _), (hedged, more)) =
             (stragglers(false, None, stuck).await, stragglers(true, after, stuck).await);
         println!(

@@ -188,10 +188,15 @@ impl Written {
     }
 
     pub(super) fn into_reply(self, asked: &str, ttft: Option<Duration>) -> Result<Reply, CallError> {
-        if self.text.trim().is_empty() && self.vectors.is_empty() {
-            return Err(self.silence());
+        match self.text.trim().is_empty() && self.vectors.is_empty() {
+            true => Err(self.silence()),
+            false => Ok(self.reply(asked, ttft)),
         }
-        Ok(Reply {
+    }
+
+    /// What is there, whether or not it is an answer.
+    pub(super) fn reply(self, asked: &str, ttft: Option<Duration>) -> Reply {
+        Reply {
             text: self.text,
             vectors: self.vectors,
             citations: None,
@@ -203,7 +208,7 @@ impl Written {
             fallback: None,
             logprob: self.logprob.mean(),
             ..Reply::default()
-        })
+        }
     }
 
     /// Why a 200 has no text.

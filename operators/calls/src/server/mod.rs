@@ -3,7 +3,8 @@
 //! Whoever reads along gets the answer as server-sent events; otherwise it comes in one piece, which is cheaper.
 //!
 //! Invariant: an answer is whole or an error. A stream that ends without saying so, an empty 200 and a 200 that is
-//! no answer of its API are errors; and an error after the first token that somebody read is [`Class::Cut`].
+//! no answer of its API are errors; and an error after the first token that somebody read is [`Class::Cut`], with all that
+//! was read.
 
 mod api;
 mod chat;
@@ -159,7 +160,9 @@ impl Server {
             // Whatever it was: somebody has read the beginning.
             Err(error) if pieces.ttft.is_some() => {
                 let message = format!("the answer was cut after its first token: {}", error.message);
-                Err(CallError { message, class: Class::Cut, code: "model_cut", ..error })
+                let read = std::mem::take(&mut pieces.written).reply(model, pieces.ttft);
+                let CallError { http_status, retry_after, source, .. } = error;
+                Err(CallError { http_status, retry_after, source, ..CallError::cut(message, read) })
             }
             result => result,
         }
@@ -207,15 +210,15 @@ impl Server {
         pieces: &mut Pieces<'_>,
     ) -> Result<Reply, CallError> {
         let (mut body, mut bytes) = (response.bytes_stream(), 0);
-        let (mut events, mut written) = (sse::Events::default(), Written::default());
+        let mut events = sse::Events::default();
         let mut heard = Instant::now();
-        while !written.is_over {
+        while !pieces.written.is_over {
             if let Some(data) = events.next() {
                 heard = Instant::now();
                 if data.trim() == "[DONE]" {
                     break;
                 }
-                if let Some(text) = self.api.take(&data, &mut written)? {
+                if let Some(text) = self.api.take(&data, &mut pieces.written)? {
                     pieces.give(&text);
                 }
                 continue;
@@ -233,11 +236,11 @@ impl Server {
                     events.feed(&part)?;
                 }
                 Some(Err(error)) => return Err(broken("the stream broke").because(error.without_url())),
-                None if written.is_whole() => break,
+                None if pieces.written.is_whole() => break,
                 None => return Err(broken("the stream ended before the answer did")),
             }
         }
-        written.into_reply(model, pieces.ttft)
+        std::mem::take(&mut pieces.written).into_reply(model, pieces.ttft)
     }
 }
 
@@ -267,7 +270,8 @@ impl Model for Server {
         let to = Upstream { provider: self.provider(), endpoint: Some(&self.endpoint), model };
         let sent = async move {
             listener.started(to);
-            let mut pieces = Pieces { sent: Instant::now(), ttft: None, listener };
+            let written = Written::default();
+            let mut pieces = Pieces { sent: Instant::now(), ttft: None, written, listener };
             let result = self.attempt(call, model, &mut pieces).await;
             let Pieces { sent, ttft, .. } = pieces;
             listener.ended(&Tried { to, duration: sent.elapsed(), ttft, result: result.as_ref() });
@@ -278,10 +282,11 @@ impl Model for Server {
     }
 }
 
-/// Hands pieces on, and notes when the first came.
+/// Hands pieces on, and notes when the first came and what they make up. It outlives the reading, which may be given up.
 struct Pieces<'a> {
     sent: Instant,
     ttft: Option<Duration>,
+    written: Written,
     listener: &'a dyn Listener,
 }
 

@@ -83,7 +83,10 @@ async fn check_api(api: Api, stream: bool, status: u16, body: &'static str, expe
     let result = server.complete(&call(stream), &heard).await;
     let end = match &result {
         Ok(reply) => format!("{:?} by {} {:?}", reply.text, reply.model, reply.finish_reason),
-        Err(error) => format!("{:?}", error.class),
+        Err(error) => {
+            let read = error.partial.as_ref().map(|read| format!(" of {:?}", read.text));
+            format!("{:?}{}", error.class, read.unwrap_or_default())
+        }
     };
     let heard = heard.0.into_inner().unwrap();
     assert_eq!(format!("{} => {end}", heard.join(", ")), expected, "{body}");
@@ -129,7 +132,7 @@ async fn a_stream_is_handed_on_piece_by_piece() {
 #[tokio::test]
 async fn what_is_no_whole_answer_is_an_error_of_its_class() {
     let piece = "data: {\"choices\":[{\"delta\":{\"content\":\"be\"}}]}\n\n";
-    check(true, 200, piece, "started small, be, model_cut => Cut").await;
+    check(true, 200, piece, r#"started small, be, model_cut => Cut of "be""#).await;
     check(true, 200, "", "started small, model_unavailable => Transient").await;
     check(true, 200, "data: {nonsense\n\n", "started small, model_malformed => Transient").await;
     check(true, 200, "data: {\"error\": {}}\n\n", "started small, model_unavailable => Transient").await;
@@ -166,8 +169,8 @@ async fn a_slow_first_token_and_a_slow_answer_run_out_of_time() {
     let begun = "data: {\"choices\":[{\"delta\":{\"content\":\"be\"}}]}\n\n";
     for (piece, first_ms, silence_ms, total_ms, expected) in [
         (": waiting\n\n", 50, 60_000, 60_000, "Transient model_timeout"),
-        (begun, 60_000, 60_000, 50, "Cut model_cut"),
-        (begun, 60_000, 50, 60_000, "Cut model_cut"),
+        (begun, 60_000, 60_000, 50, "Cut model_cut of be"),
+        (begun, 60_000, 50, 60_000, "Cut model_cut of be"),
     ] {
         let url =
             serve(move |_, _| async move { stalled(piece, oneshot::channel().0).into_response() }).await;
@@ -178,7 +181,8 @@ async fn a_slow_first_token_and_a_slow_answer_run_out_of_time() {
             ..Timeouts::default()
         };
         let error = client(&url, timeouts).complete(&call(true), &Heard::default()).await.unwrap_err();
-        assert_eq!(format!("{:?} {}", error.class, error.code), expected);
+        let read = error.partial.map(|read| format!(" of {}", read.text)).unwrap_or_default();
+        assert_eq!(format!("{:?} {}{read}", error.class, error.code), expected);
     }
 }
 
@@ -319,7 +323,8 @@ async fn a_stream_says_the_same_wherever_its_bytes_are_cut() {
             let parts = stream.as_bytes().chunks(size).map(|part| Ok::<_, Infallible>(part.to_vec()));
             let body = reqwest::Body::wrap_stream(stream::iter(parts.collect::<Vec<_>>()));
             let heard = Heard::default();
-            let mut pieces = Pieces { sent: Instant::now(), ttft: None, listener: &heard };
+            let mut pieces =
+                Pieces { sent: Instant::now(), ttft: None, written: Written::default(), listener: &heard };
             let response = Response::from(axum::http::Response::new(body));
             let first = Instant::now() + Duration::from_secs(60);
             let reply = server.read_stream(response, "m", first, &mut pieces).await.unwrap();
@@ -350,7 +355,8 @@ async fn a_stream_that_stops_short_is_no_answer_in_any_api() {
         let ends_with_its_text = stream.find("✓😀").unwrap();
         let cut = &stream[..stream[..ends_with_its_text].rfind("\n\n").unwrap() + 2];
         let heard = Heard::default();
-        let mut pieces = Pieces { sent: Instant::now(), ttft: None, listener: &heard };
+        let mut pieces =
+            Pieces { sent: Instant::now(), ttft: None, written: Written::default(), listener: &heard };
         let response = Response::from(axum::http::Response::new(reqwest::Body::from(cut)));
         let first = Instant::now() + Duration::from_secs(60);
         let error = server.read_stream(response, "m", first, &mut pieces).await.unwrap_err();
@@ -389,7 +395,7 @@ async fn each_end_of_a_message_has_its_class() {
     }
     let begun = "data: {\"type\":\"content_block_delta\",\"delta\":{\"type\":\"text_delta\",\"text\":\"be\"}}\n\n\
                  data: {\"type\":\"error\",\"error\":{\"type\":\"overloaded_error\"}}\n\n";
-    check_api(Messages, true, 200, begun, "started small, be, model_cut => Cut").await;
+    check_api(Messages, true, 200, begun, r#"started small, be, model_cut => Cut of "be""#).await;
     let overloaded = r#"{"type":"error","error":{"type":"overloaded_error","message":"Overloaded"}}"#;
     check_api(Messages, false, 529, overloaded, "started small, model_unavailable => Outage").await;
 }

@@ -223,11 +223,13 @@ impl Tiers {
                     }
                 }
             };
-            match replied {
+            let answered = || Answered { tier: tier.name.clone(), provider: model.provider() };
+            let named = |reply: Reply| {
+                let answered = reply.fallback.is_none().then(answered);
+                Reply { answered, ..reply }
+            };
+            match replied.map(named).map_err(|error| error.with_partial(named)) {
                 Ok(reply) => {
-                    let answered = Answered { tier: tier.name.clone(), provider: model.provider() };
-                    let reply =
-                        Reply { answered: Some(answered).filter(|_| reply.fallback.is_none()), ..reply };
                     let Some(cause) = self.fault(call, &reply) else { return Ok(reply) };
                     debug!(tier = tier.name, ?cause, is_last, "an answer of a tier is not good enough");
                     if !cause.is_hard() {
@@ -269,7 +271,9 @@ async fn instead_of(
 ) -> Result<Reply, CallError> {
     let Some(stand_ins) = &tier.stand_ins else { return Err(why) };
     let asked = Call { route: Route::default(), ..call.clone() };
-    stand_ins.complete(&asked, listener).await.map_err(|_| why)
+    let replied = stand_ins.complete(&asked, listener).await;
+    // What somebody has begun to read is the end, whoever wrote it.
+    replied.map_err(|error| if error.class == Class::Cut { error } else { why })
 }
 
 /// Until when a better tier may take, where an answer stands, and when it is given up with all that is written of it; nothing

@@ -106,18 +106,17 @@ fn print(answer: &Answer, raw: &str, json: bool, shown: &Shown) {
     if json {
         return out(raw);
     }
-    match (&answer.text, &answer.error) {
-        (Some(text), _) => {
-            show(shown.rest(text));
-            out("");
-        }
-        (None, Some(error)) => {
-            if !shown.text.is_empty() {
-                out("");
-            }
-            say(format_args!("{}: {} ({})", answer.status.as_str(), error.message, error.code))
-        }
-        (None, None) => say(answer.status.as_str()),
+    if let Some(text) = &answer.text {
+        show(shown.rest(text));
+    }
+    if answer.text.is_some() || !shown.text.is_empty() {
+        out("");
+    }
+    match &answer.error {
+        // Also below what was read of an answer that broke off.
+        Some(error) => say(format_args!("{}: {} ({})", answer.status.as_str(), error.message, error.code)),
+        None if answer.text.is_none() => say(answer.status.as_str()),
+        None => {}
     }
     for citation in &answer.citations {
         out(format_args!("  — {} bytes {}..{}", citation.document, citation.start, citation.end));

@@ -1,9 +1,9 @@
 //! Whoever reads along has all of an answer before its result, however its call ended.
 
-use crate::support::{Spec, World, on_text, pass, script};
+use crate::support::{Spec, World, ending, on_text, pass, script};
 use forebay_operator::{Addressed, Context, Event, Failure, Host, Opened, Port, Step};
 use forebay_runtime::host::memory::MemoryLog;
-use forebay_schemas::{DecodeError, Delta, Hop, Identity, Request, RequestId};
+use forebay_schemas::{DecodeError, Delta, Generated, Hop, Identity, Request, RequestId};
 use futures::future::BoxFuture;
 use std::{
     future::pending,
@@ -53,7 +53,7 @@ impl Opened for Told {
             ["so ", "far ", "so good"].into_iter().for_each(|token| cx.delta(0, token));
             match self.0.as_str() {
                 "good" => Ok(vec![on_text("good")]),
-                "cut" => Err(Failure::rejected("model_cut", "the answer was cut")),
+                "cut" => Err(Failure::rejected("model_cut", "the answer was cut").with_partial(Some(read()))),
                 "bug" => panic!("a bug"),
                 _ => tokio::select! {
                     stop = cx.cancelled() => Err(stop.into()),
@@ -61,6 +61,21 @@ impl Opened for Told {
                 },
             }
         })
+    }
+}
+
+fn read() -> Generated {
+    Generated {
+        text: "so far so good".to_owned(),
+        citations: Vec::new(),
+        model: "m".to_owned(),
+        provider: "told".to_owned(),
+        usage: None,
+        cost_nano_usd: None,
+        finish_reason: None,
+        ttft_us: Some(1),
+        is_fallback: false,
+        tier: None,
     }
 }
 
@@ -87,6 +102,13 @@ async fn check(body: &str, times: usize, expected: &str) {
     world.settled().await;
     member.stop().await.unwrap();
     assert_eq!(world.told(), expected);
+    let answers: Vec<_> =
+        world.log.read("endings").iter().filter_map(|message| ending(message).answer).collect();
+    assert_eq!(
+        answers,
+        if body == "cut" { vec![read()] } else { Vec::new() },
+        "what was read is in the ending"
+    );
     let pieces = ["0.0 so , [0, 0] written", "0.1 far so good, [0, 0] written"];
     assert_eq!(*reader.1.lock().unwrap(), pieces.repeat(times), "{body}");
 }

@@ -50,6 +50,9 @@ const WAITING_MAX: usize = 4;
 /// How many keys of a partition of an ordered topic are looked through at most.
 const KEYS_MAX: usize = 1_000_000;
 
+/// The code of a record whose answer broke off after somebody had read its beginning.
+const CUT: &str = "model_cut";
+
 /// How long a copy may take to be acknowledged.
 const SENT_WITHIN_MS: &str = "30000";
 
@@ -213,7 +216,9 @@ impl Judge {
             (original, envelope.client) = (read, client);
         }
         envelope.generation = envelope.generation.saturating_add(1);
-        envelope.again = envelope.again.saturating_add(u32::from(self.again));
+        // Of an answer that was cut the ledger keeps what was read, which is not what anybody redrives it for.
+        let again = self.again || said.code == CUT;
+        envelope.again = envelope.again.saturating_add(u32::from(again));
         let claim = match Claim::read(&headers) {
             Ok(None) => None,
             Ok(Some(said)) => {
