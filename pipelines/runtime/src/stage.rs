@@ -221,12 +221,28 @@ impl Stage {
 
     /// Whether calls that this record made may have been paid for, so that it must be finished where it is.
     fn may_have_paid(&self, incoming: &Incoming) -> bool {
-        self.ledgers.as_ref().is_some_and(|ledgers| ledgers.may_have_paid(incoming))
+        let first = || self.first_call_of(incoming);
+        self.ledgers.as_ref().is_some_and(|ledgers| ledgers.may_have_paid(incoming, first().as_ref()))
     }
 
     /// Where the paid calls of a record are remembered.
     pub fn ledger_of(&self, incoming: &Incoming) -> Option<Arc<RecordLedger>> {
-        self.ledgers.as_ref().map(|ledgers| ledgers.of(incoming))
+        self.ledgers.as_ref().map(|ledgers| ledgers.of(incoming, self.first_call_of(incoming)))
+    }
+
+    /// The first call that a record makes, by which its copies know each other: whoever wrote it may have crashed before it noted so,
+    /// and written it again. Nothing where clients write, as the record itself says whose it is there; nothing of a dead letter
+    /// that was sent once more, as its calls were given up where they went.
+    fn first_call_of(&self, incoming: &Incoming) -> Option<CallId> {
+        let envelope = Envelope::read(&incoming.headers).ok()?.filter(|_| !self.enters(incoming))?;
+        let is_redriven =
+            || Retry::read(&incoming.headers).ok().flatten().is_some_and(|retry| retry.redrives > 0);
+        (!is_redriven()).then(|| self.first_call(&envelope))
+    }
+
+    fn first_call(&self, envelope: &Envelope) -> CallId {
+        let Envelope { tenant, id, again, visit, .. } = envelope;
+        CallId::new(&self.parts.cluster, tenant, id, *again, &self.parts.key, *visit, 0)
     }
 
     /// The same stage, leaving bodies that are too large to travel on these topics at an object store.
@@ -861,7 +877,7 @@ impl Stage {
     /// The record as a dead letter: its bytes, its envelope, and all that is known of its end. Of a record that was set
     /// aside meanwhile, what its step read first counts, or each copy would be a letter of its own.
     fn dead_letter(&self, incoming: &Incoming, envelope: &Envelope, death: &Death<'_>) -> Outgoing {
-        let Envelope { tenant, id, again, visit, .. } = envelope;
+        let Envelope { tenant, id, .. } = envelope;
         let stage = &*self.parts.key;
         let retry = self.set_aside_before(incoming);
         let (first, key) = self.first(incoming);
@@ -885,9 +901,7 @@ impl Stage {
                 .map(|retry| retry.since_ms)
                 .or(death.since_ms)
                 .unwrap_or_else(|| self.now_ms()),
-            call_id: CallId::new(&self.parts.cluster, tenant, id, *again, stage, *visit, 0)
-                .as_str()
-                .to_owned(),
+            call_id: self.first_call(envelope).as_str().to_owned(),
             deadline_at_ms: envelope.deadline_at_ms,
             paid_nano_usd: envelope.spend,
             redrives: retry.as_ref().map_or(0, |retry| retry.redrives),

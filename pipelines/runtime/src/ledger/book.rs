@@ -174,6 +174,10 @@ pub struct Book {
     committed: i64,
     /// Records that went to another topic: by their offset, the entry that says so, and the topic.
     moved: BTreeMap<i64, (i64, String)>,
+    /// Where the last calls went that are made on another topic since: the entry that says so, and the topic. As many as are
+    /// finished are remembered, for the same reason.
+    gone: HashMap<CallId, (i64, String)>,
+    gone_order: VecDeque<CallId>,
     released: bool,
 }
 
@@ -199,6 +203,8 @@ impl Book {
             finished_max,
             committed: 0,
             moved: BTreeMap::new(),
+            gone: HashMap::new(),
+            gone_order: VecDeque::new(),
             released: false,
         }
     }
@@ -420,6 +426,19 @@ impl Book {
         self.moved.get(&source_offset).map(|(_, to)| to.clone())
     }
 
+    /// The topic on which a call is made since a record that makes it went there.
+    pub fn went_to(&self, id: &CallId) -> Option<String> {
+        self.gone.get(id).map(|(_, to)| to.clone())
+    }
+
+    /// Whether a call was made here, or is made elsewhere since: of whichever copy of its record.
+    pub fn knows(&self, id: &CallId) -> bool {
+        let is_made = |call: &Call| call.running || call.answer.is_some() || !call.tries.is_empty();
+        self.calls.get(id).is_some_and(is_made)
+            || self.finished.contains_key(id)
+            || self.gone.contains_key(id)
+    }
+
     /// Whether others have heard of this owner.
     pub fn has_written(&self) -> bool {
         self.mine.is_some()
@@ -454,7 +473,8 @@ impl Book {
         let owners = self.owners.values().map(|seen| seen.offset);
         // My last entry says that I am alive.
         let moved = self.moved.values().map(|(offset, _)| *offset);
-        let moved = moved.chain(self.finished.values().copied());
+        let gone = self.gone.values().map(|(offset, _)| *offset);
+        let moved = moved.chain(gone).chain(self.finished.values().copied());
         calls.chain(owners).chain(moved).chain(self.mine).min().unwrap_or(self.position)
     }
 
@@ -465,6 +485,16 @@ impl Book {
         while self.finished_order.len() > self.finished_max {
             let oldest = self.finished_order.pop_front();
             oldest.and_then(|id| self.finished.remove(&id));
+        }
+    }
+
+    fn go(&mut self, id: CallId, offset: i64, to: String) {
+        if self.gone.insert(id.clone(), (offset, to)).is_none() {
+            self.gone_order.push_back(id);
+        }
+        while self.gone_order.len() > self.finished_max {
+            let oldest = self.gone_order.pop_front();
+            oldest.and_then(|id| self.gone.remove(&id));
         }
     }
 
@@ -537,6 +567,9 @@ impl Book {
             (entry.kind, entry.source_offset, &entry.to)
         {
             self.moved.entry(source_offset).or_insert_with(|| (offset, to.clone()));
+            if let Some(id) = &entry.call_id {
+                self.go(id.clone(), offset, to.clone());
+            }
         }
         let (Some(id), owner) = (entry.call_id, Arc::from(entry.owner)) else { return };
         if entry.source_offset.is_some_and(|source| source < self.committed) && !self.calls.contains_key(&id)

@@ -213,18 +213,22 @@ impl Ledgers {
         Some(format!("ledger={from}"))
     }
 
-    /// Whether this record may have made calls here already, so that it must be finished here.
-    pub fn may_have_paid(&self, incoming: &Incoming) -> bool {
+    /// Whether this record, or another copy of it, may have made calls here already, so that it must be finished here; or makes
+    /// them elsewhere, where it must follow. `first` is the first call that it makes.
+    pub fn may_have_paid(&self, incoming: &Incoming, first: Option<&CallId>) -> bool {
         let Some(account) = self.account(&incoming.partition) else { return false };
-        account.book().calls_of(incoming.offset).is_none_or(|calls| !calls.is_empty())
+        let book = account.book();
+        book.calls_of(incoming.offset).is_none_or(|calls| !calls.is_empty())
+            || first.is_some_and(|first| book.knows(first))
     }
 
-    /// The ledger of one record.
-    pub fn of(&self, incoming: &Incoming) -> Arc<RecordLedger> {
+    /// The ledger of one record. `first` is the first call that it makes, where that can be told before it is read.
+    pub fn of(&self, incoming: &Incoming, first: Option<CallId>) -> Arc<RecordLedger> {
         let bytes = incoming.value.as_deref().unwrap_or_default();
         Arc::new(RecordLedger {
             account: self.account(&incoming.partition),
             source_offset: incoming.offset,
+            first,
             input: blake3::hash(bytes).to_hex()[..16].to_owned(),
             told: Mutex::default(),
             dropped: Mutex::default(),
@@ -390,6 +394,8 @@ pub struct RecordLedger {
     /// Absent where the partition is ours no more.
     account: Option<Arc<Account>>,
     source_offset: i64,
+    /// The first call that it makes, known to all copies of the record.
+    first: Option<CallId>,
     input: String,
     /// Attempt ids whose rows this reading has told.
     told: Mutex<HashSet<String>>,
@@ -460,10 +466,11 @@ impl RecordLedger {
     }
 
     /// Notes that the record goes to another topic, where its calls are made from now on. Before it goes: delivered here
-    /// again it may only go there again, or both would pay.
+    /// again, or come here twice, it may only go there again, or both would pay.
     pub async fn moves_to(&self, topic: &str) -> Result<(), SendError> {
         let Some(account) = &self.account else { return Err(SendError::Closed) };
-        let calls = account.book().calls_of(self.source_offset).unwrap_or_default();
+        let mut calls = account.book().calls_of(self.source_offset).unwrap_or_default();
+        calls.extend(self.first.clone().filter(|first| !calls.contains(first)));
         let moved = LedgerEntry {
             source_offset: Some(self.source_offset),
             to: Some(topic.to_owned()),
@@ -480,7 +487,7 @@ impl RecordLedger {
         Ok(())
     }
 
-    /// The topic that the record went to already, where it did, as soon as that can be told.
+    /// The topic that the record or another copy of it went to already, where one did, as soon as that can be told.
     pub async fn moved_to(&self) -> Option<String> {
         let Some(account) = &self.account else { return std::future::pending().await };
         loop {
@@ -490,7 +497,8 @@ impl RecordLedger {
             {
                 let book = account.book();
                 if book.is_caught_up() {
-                    return book.moved_to(self.source_offset);
+                    let gone = || self.first.as_ref().and_then(|first| book.went_to(first));
+                    return book.moved_to(self.source_offset).or_else(gone);
                 }
             }
             changed.await;

@@ -1,6 +1,6 @@
 //! What a stage sets aside: on retry topics what met a world that failed, on the overflow topic a tenant's flood.
 
-use crate::support::{NOW_MS, Run, Script, Spec, World, header, on, pass, script, text};
+use crate::support::{NOW_MS, Run, Script, Spec, World, header, of, on, pass, script, text};
 use forebay_operator::{Addressed, Failure};
 use forebay_runtime::drive::Limits;
 use forebay_schemas::{
@@ -165,15 +165,6 @@ async fn a_client_that_writes_retry_headers_changes_nothing() {
     world.settled().await;
     assert_eq!(seconds(&world, "out"), [0]);
     member.stop().await.unwrap();
-}
-
-/// A record as a host wrote it.
-fn of(world: &World, topic: &str, tenant: &str, id: &str, body: &str) {
-    let key = id;
-    let id = RequestId::try_from(id.to_owned()).unwrap();
-    let tenant = Tenant::try_from(tenant.to_owned()).unwrap();
-    let headers = Envelope::entering(id, tenant, Origin::default(), NOW_MS, Headers::new()).write();
-    world.write_bytes(topic, Some(key), body.as_bytes(), headers);
 }
 
 #[tokio::test(start_paused = true)]

@@ -1,6 +1,6 @@
 //! A step that pays for its calls: killed at every moment, drained, cut off, and the same request delivered twice.
 
-use crate::support::{Member, NOW_MS, Slow, Spec, World, ending, pass, script, text};
+use crate::support::{Member, NOW_MS, Slow, Spec, World, ending, of, pass, script, text};
 use forebay_operator::{Addressed, Context, Failure, Opened, Port, Step};
 use forebay_runtime::{
     drive::{Limits, SendError},
@@ -13,7 +13,7 @@ use forebay_schemas::{
 };
 use futures::future::BoxFuture;
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{Arc, Mutex},
 };
 
@@ -407,6 +407,32 @@ async fn what_comes_again_after_its_first_copy_is_done_is_paid_for_once_also_by_
     assert_eq!((shop.made("a"), shop.made("b"), shop.made("a other")), (1, 1, 0));
     assert_eq!(shop.world.texts("out"), ["a!", "b!", "a!", "b!", "a!"]);
     assert_eq!(ending(&shop.world.log.read("endings")[0]).error.unwrap().code, "ledger_input_differs");
+}
+
+/// Two copies of each record of a flood, as of a step before that crashed. Some are paid for where they lie and some where they were
+/// moved to, and no call is made at both places.
+#[tokio::test(start_paused = true)]
+async fn what_comes_twice_in_a_flood_is_paid_for_once_wherever_its_copies_go() {
+    const RECORDS: usize = 1_400;
+    let mut shop = Shop::new(50, 0);
+    (shop.spec.from, shop.spec.fair, shop.spec.limits) = (vec!["prompts"], true, Limits::new(4));
+    for number in (0..RECORDS).step_by(200).flat_map(|from| (from..from + 200).chain(from..from + 200)) {
+        of(&shop.world, "prompts", "flood", &format!("f{number}"), &format!("f{number}"));
+    }
+    let first = shop.join();
+    pass(10_000).await;
+    first.kill().await;
+    let second = shop.join();
+    shop.world.settled().await;
+    second.stop().await.unwrap();
+    let made: usize = shop.calls.lock().unwrap().values().sum();
+    let ambiguous = shop.rows().get("ambiguous").copied().unwrap_or(0);
+    let moved = shop.world.log.read("overflow").len();
+    assert!(moved > 100, "a flood is moved: {moved}");
+    assert!(made <= RECORDS + ambiguous, "{made} calls, of which {ambiguous} ambiguous");
+    assert!(ambiguous <= 4, "{ambiguous} of those under way at the kill");
+    let answered: BTreeSet<_> = shop.world.texts("out").into_iter().collect();
+    assert_eq!(answered.len(), RECORDS);
 }
 
 #[tokio::test(start_paused = true)]

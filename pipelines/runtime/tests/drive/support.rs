@@ -20,7 +20,8 @@ use forebay_runtime::{
     stage::{CommonTopics, Parts, Patience, RetryTopic, Stage},
 };
 use forebay_schemas::{
-    DecodeError, Ending, Headers, Hop, Identity, Record, Request, RequestId, dead_letter::header as dead,
+    DecodeError, Ending, Envelope, Headers, Hop, Identity, Origin, Record, Request, RequestId, Tenant,
+    dead_letter::header as dead,
 };
 use forebay_telemetry::{Health, Settings, Telemetry};
 use futures::future::BoxFuture;
@@ -484,4 +485,13 @@ impl Objects for Store {
     fn list<'a>(&'a self, prefix: &'a str, limit: usize) -> BoxFuture<'a, Result<Vec<String>, ObjectsError>> {
         self.ask(self.objects.list(prefix, limit))
     }
+}
+
+/// A record as a host wrote it.
+pub fn of(world: &World, topic: &str, tenant: &str, id: &str, body: &str) {
+    let key = id;
+    let id = RequestId::try_from(id.to_owned()).unwrap();
+    let tenant = Tenant::try_from(tenant.to_owned()).unwrap();
+    let headers = Envelope::entering(id, tenant, Origin::default(), NOW_MS, Headers::new()).write();
+    world.write_bytes(topic, Some(key), body.as_bytes(), headers);
 }
