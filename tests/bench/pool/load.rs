@@ -36,7 +36,7 @@ pub struct Seen {
     hedges: usize,
     lines: Vec<Line>,
     slow_from_us: i64,
-    /// From the first call to the beginning of the last, in microseconds since 1970.
+    /// From when as many calls had ended as are asked at once to the beginning of the last, in microseconds since 1970.
     full: (i64, i64),
 }
 
@@ -103,7 +103,7 @@ impl Load {
                 }
                 (number, sent.elapsed())
             };
-            let (from_us, mut until_us) = (now_us(), None);
+            let (mut from_us, mut until_us) = (now_us(), None);
             let mut ended = stream::iter(0..self.calls).map(ask).buffer_unordered(self.at_once).boxed_local();
             let mut times = HashMap::new();
             let mut last = None;
@@ -119,6 +119,10 @@ impl Load {
                 };
                 let Some((number, time)) = next else { break };
                 times.insert(number, time);
+                if times.len() == self.at_once {
+                    // Connections stand from here on.
+                    from_us = now_us();
+                }
             }
             (times, (from_us, until_us.unwrap_or_else(now_us)))
         };
