@@ -8,7 +8,7 @@
 //! counted at a time, and one that makes them up is refused more and takes nothing from others.
 //!
 //! Invariant: what calls under way and calls that are over take stays within each budget, but for what one answer takes beyond
-//! its estimate. A call without an answer counts as nothing, and so does an answer that had been paid for before.
+//! its estimate. A call without an answer that anybody read counts as nothing, and so does an answer that had been paid for before.
 
 use forebay_calls::{
     Call, CallError, Class, Prices, Reply,

@@ -11,7 +11,11 @@ use forebay_tests::{
     wait_for,
 };
 use serde_json::{Value, json};
-use std::{path::Path, time::Duration};
+use std::{
+    path::Path,
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
 
 const LIMIT: Duration = Duration::from_secs(90);
 
@@ -25,18 +29,28 @@ struct Pair {
 
 impl Pair {
     fn new() -> Self {
+        Self::with("", |_| Duration::ZERO, Duration::ZERO)
+    }
+
+    /// With more of a configuration; the small one is slow as told when it is asked, and the large one so.
+    fn with(
+        more: &str,
+        small_after: impl Fn(&str) -> Duration + Send + Sync + 'static,
+        large_after: Duration,
+    ) -> Self {
+        let after = |wait: Duration, text: &str| Says::After(wait, Box::new(Says::Text(text.to_owned())));
         let data = tempfile::tempdir().unwrap();
-        let small = ModelServer::start(|call| {
+        let small = ModelServer::start(move |call| {
             let answer = match last_said(call) {
                 said if said.contains("easy") => "It is so.",
                 said if said.contains("sources") => "It is so [9].",
                 _ => "I cannot help with that.",
             };
-            Says::Text(answer.to_owned())
+            after(small_after(last_said(call)), answer)
         });
-        let large = ModelServer::start(|call| {
+        let large = ModelServer::start(move |call| {
             let answer = if call["response_format"].is_null() { "It is 42." } else { r#"{"it": 42}"# };
-            Says::Text(answer.to_owned())
+            after(large_after, answer)
         });
         let prices = data.path().join("prices.json");
         // Each call has 10 tokens and 5.
@@ -44,7 +58,7 @@ impl Pair {
         std::fs::write(&prices, json!({"small": price(1e-9), "large": price(1e-7)}).to_string()).unwrap();
         let config = data.path().join("forebay.yaml");
         let text = format!(
-            "pool:\n  endpoints:\n    s: {{url: '{}', model: small}}\n    l: {{url: '{}', model: large}}\nprices: {}\n\
+            "pool:\n  endpoints:\n    s: {{url: '{}', model: small}}\n    l: {{url: '{}', model: large}}\nprices: {}\n{more}\
              tiers:\n  models: [small, large]\n  rules: |\n    prompt contains \"at once\" -> large\n",
             small.url(),
             large.url(),
@@ -162,5 +176,77 @@ fn a_process_that_is_killed_between_two_tiers_does_not_pay_for_the_first_again()
     let expected =
         vec![row("small", "ok", Some(15)), row("large", "ambiguous", None), row("large", "ok", Some(1_500))];
     assert_eq!(rows(&up, "hard"), expected);
+    up.drain();
+}
+
+const HARD: &str = "I cannot help with that.";
+
+/// What is asked with a deadline.
+fn within(deadline: Duration, id: &str, prompt: &str) -> Value {
+    let deadline_ms = u64::try_from(deadline.as_millis()).unwrap();
+    let cache = json!({"no_cache": true, "no_store": true});
+    json!({"id": id, "prompt": prompt, "cache": cache, "deadline_ms": deadline_ms})
+}
+
+#[test]
+fn a_better_tier_that_is_too_slow_leaves_the_answer_that_stands_and_its_cost() {
+    let pair = Pair::with("", |_| Duration::ZERO, Duration::from_secs(60));
+    let up = pair.up();
+    up.client().ask(within(Duration::from_secs(6), "hard", "What is hard?"));
+    let result = up.client().read("results").of_key("hard", LIMIT).json();
+    assert_eq!((&result["status"], &result["text"]), (&json!("answered"), &json!(HARD)), "{result}");
+    let rows = rows(&up, "hard");
+    let ended: Vec<_> = rows.iter().map(|(tier, status, _)| (tier.as_str(), status.as_str())).collect();
+    assert_eq!(ended, [("small", "ok"), ("large", "failed")]);
+    // A server that was given up has read the prompt.
+    let cost: i64 = rows.iter().map(|(.., cost)| cost.unwrap()).sum();
+    assert!(cost > 15 && result["cost_nano_usd"] == cost, "{rows:?} {result}");
+    assert_eq!((pair.calls(), tier_of(&up, "hard").as_deref()), ((1, 1), Some("small")));
+    up.drain();
+}
+
+#[test]
+fn with_too_little_time_left_no_better_tier_is_asked_and_paid_for_nothing() {
+    const DEADLINE: Duration = Duration::from_secs(5);
+    // The first tier answers when 190 ms are left, whatever the way to it took.
+    let asked: Arc<Mutex<Option<Instant>>> = Arc::default();
+    let noted = Arc::clone(&asked);
+    let until_late = move |_: &str| {
+        let asked = noted.lock().unwrap().take();
+        let late = asked.map(|asked| asked + DEADLINE - Duration::from_millis(190));
+        late.map_or(Duration::ZERO, |late| late.saturating_duration_since(Instant::now()))
+    };
+    let pair = Pair::with("", until_late, Duration::ZERO);
+    let up = pair.up();
+    let (client, mut results) = (up.client(), up.client().read("results"));
+    // Connections stand from here on.
+    client.ask(within(DEADLINE, "easy", "What is easy?"));
+    results.of_key("easy", LIMIT);
+    *asked.lock().unwrap() = Some(Instant::now());
+    client.ask(within(DEADLINE, "late", "What is hard?"));
+    let result = results.of_key("late", LIMIT).json();
+    assert_eq!(pair.calls(), (2, 0), "{result}");
+    // On a busy machine the rest of the way may take longer than what is left.
+    let is_as_told = result["text"] == HARD || result["status"] == "expired";
+    assert!(is_as_told, "{result}");
+    up.drain();
+}
+
+#[test]
+fn a_better_tier_that_is_beyond_the_budget_leaves_the_answer_that_stands() {
+    // Some hundred tokens and the 1,024 of an answer are held: about 1 µUSD at the small one and 100 at the large.
+    let pair = Pair::with("budgets: ['* 0.00001 USD/day']\n", |_| Duration::ZERO, Duration::ZERO);
+    let up = pair.up();
+    let hard = ask(&up, "hard", "What is hard?");
+    assert_eq!((&hard["text"], &hard["cost_nano_usd"]), (&json!(HARD), &json!(15)), "{hard}");
+    assert_eq!((pair.calls(), rows(&up, "hard")), ((1, 0), vec![row("small", "ok", Some(15))]));
+    let ruled = ask(&up, "ruled", "Say at once what is easy.");
+    assert_eq!(
+        ruled["error"]["code"], "budget_exceeded",
+        "no cheaper tier answers what a rule sends on: {ruled}"
+    );
+    assert_eq!(pair.calls(), (1, 0));
+    let easy = ask(&up, "easy", "What is easy?");
+    assert_eq!((&easy["text"], pair.calls()), (&json!("It is so."), (2, 0)), "{easy}");
     up.drain();
 }

@@ -4,8 +4,8 @@
 //! share, a table of prices. Here stands only when it is asked.
 //!
 //! Invariant: nobody is asked before it is reserved, once for a call with all its tries; and it is settled once, by what the
-//! answer took, or what was read of one that was cut. A call without either settles nothing, and whoever gave the allowance hears of that too. A call whose answer
-//! a ledger remembers asks nobody, and so needs no room: it was paid for when it came.
+//! answer took, or what was read of one that was cut. A call without either settles nothing, and whoever gave the allowance
+//! hears of that too. A call whose answer a ledger remembers asks nobody, and so needs no room: it was paid for when it came.
 
 use crate::{
     Call, CallError, Class, Listener, Model, Reply, Upstream,
@@ -195,7 +195,8 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn it_is_reserved_and_settled_and_nothing_is_sent_without() {
-        let one = Told::of("one", [Next::ok(0), Next::err(0, error(Class::Outage))]);
+        let cut = CallError::cut("it broke off", reply("so"));
+        let one = Told::of("one", [Next::ok(0), Next::err(0, error(Class::Outage)), Next::err(0, cut)]);
         let purse = Purse(Arc::new(Mutex::new(1_050)));
         let allowed = Allowed::new(one.clone(), Arc::new(purse.clone()));
         allowed.complete(&call("why"), &Heard::default()).await.unwrap();
@@ -204,12 +205,14 @@ mod tests {
         assert_eq!(*purse.0.lock().unwrap(), 1_030, "nothing came of it");
         allowed.complete(&call("why"), &Remembers).await.unwrap();
         assert_eq!(*purse.0.lock().unwrap(), 1_030, "it was paid for when it came");
+        allowed.complete(&call("why"), &Heard::default()).await.unwrap_err();
+        assert_eq!(*purse.0.lock().unwrap(), 1_010, "somebody read what came of it");
         let spent = Purse(Arc::new(Mutex::new(1_000)));
         Allowed::new(one.clone(), Arc::new(spent))
             .complete(&call("why"), &Heard::default())
             .await
             .unwrap_err();
-        assert_eq!(one.tries(), 2);
+        assert_eq!(one.tries(), 3);
     }
 
     #[tokio::test(start_paused = true)]

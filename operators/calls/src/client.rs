@@ -14,7 +14,7 @@ pub enum Hedging {
     /// Never.
     #[default]
     Off,
-    /// After what 95 in 100 calls of its kind took.
+    /// After what 97 in 100 calls of its kind took, and at most twice what 90 took.
     Usual,
     /// After this time.
     After(Duration),

@@ -135,9 +135,13 @@ impl Bill<'_> {
     }
 }
 
-/// Whether nobody bills for a try that ended so: it was refused, or never arrived.
+/// Whether nobody bills for a try that ended so: it was refused, or never arrived. What a status in mid-answer cuts was begun.
 fn is_free(error: &CallError) -> bool {
-    error.class == Class::Unreachable || error.http_status.is_some_and(|status| status >= 300)
+    match error.class {
+        Class::Unreachable => true,
+        Class::Cut => false,
+        _ => error.http_status.is_some_and(|status| status >= 300),
+    }
 }
 
 impl Listener for Bill<'_> {
@@ -253,7 +257,8 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_try_without_an_answer_costs_what_was_sent_and_heard() {
-        let read = CallError::cut("it broke off", reply("one"));
+        // As one that says in mid-answer that its limit is reached.
+        let read = CallError::cut("it broke off", reply("one")).with_status(429);
         let cut = Next { first_token: Some(Duration::from_millis(1)), ..Next::err(9, read) };
         let refused = Next::err(1, error(Class::Outage).with_status(503));
         let gone = Next::err(1, error(Class::Unreachable));

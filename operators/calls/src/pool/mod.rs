@@ -231,6 +231,10 @@ impl Pool {
 
     /// Whether a hedge of this call may do more good than harm.
     pub(crate) fn may_hedge(&self, call: &Call<'_>) -> bool {
+        // Whoever waits takes the place that is free for a moment between two calls.
+        if self.door.try_lock().is_err() {
+            return false;
+        }
         let (now, model) = (Instant::now(), call.model.as_deref().unwrap_or(&self.name));
         let mut board = self.board();
         let was_limited =

@@ -25,8 +25,9 @@ use tracing::debug;
 /// The most tiers of a client.
 pub const TIERS_MAX: usize = 8;
 /// What a better tier must leave of the time until the deadline, so that the answer that stands still arrives: a tenth of
-/// it, and no less and no more than this.
-const LEFT_MIN: Duration = Duration::from_millis(20);
+/// it, and no less and no more than this. Half of it is for writing down what was paid, which a busy log takes tens of
+/// milliseconds for: with less, a better answer would be paid and lost. So where no more is left than twice this, none is asked.
+const LEFT_MIN: Duration = Duration::from_millis(100);
 const LEFT_MAX: Duration = Duration::from_secs(1);
 /// No more of an answer is looked at for a refusal.
 const REFUSAL_CHARS_MAX: usize = 300;
