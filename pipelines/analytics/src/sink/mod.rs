@@ -40,7 +40,7 @@ use std::{
 };
 use tokio::{net::TcpListener, task::JoinHandle, time::MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 /// How often the loop looks what is due; also how often its life is told.
 const TICK: Duration = Duration::from_millis(100);
@@ -164,7 +164,9 @@ async fn keep(kind: Table, table: &mut DeltaTable, sweeps: bool) -> Result<Compa
     if sweeps {
         done.swept = compact::sweep(kind, table).await?;
     }
-    if done != Compacted::default() {
+    if done == Compacted::default() {
+        debug!(table = kind.name(), "nothing to look after");
+    } else {
         info!(
             table = kind.name(),
             joined = done.joined,
