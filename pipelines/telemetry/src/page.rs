@@ -80,12 +80,12 @@ fn sanitized(name: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::TableFlush;
     use crate::{
         Outcome, Settings, StepMeter, Telemetry,
         pool::{Endpoint, EndpointModel},
         words,
     };
-    use crate::TableFlush;
     use forebay_operator::{Called, Event};
     use std::{
         collections::{BTreeMap, BTreeSet},

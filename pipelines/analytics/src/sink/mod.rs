@@ -121,6 +121,12 @@ pub enum Error {
     Source(String),
 }
 
+/// The name under which a table keeps how far it is in a partition of its topic: the offset of the last row that it has. Topics have
+/// ids, so that one which was made anew is another.
+pub fn application(cluster: &str, topic_id: &str, partition: i32) -> String {
+    format!("{cluster}/{topic_id}/{partition}")
+}
+
 /// Runs the sink until `shutdown`, or with `once` until all is written that the topics hold now.
 pub async fn run(settings: Settings, once: bool, shutdown: CancellationToken) -> Result<(), Error> {
     let health = Health::new();
@@ -438,7 +444,7 @@ impl Sink {
         let cluster = Arc::clone(&self.cluster);
         for (topic, lane) in self.lanes.iter_mut().filter(|(_, lane)| lane.has_unknown()) {
             let Some(id) = ids.get(&**topic) else { continue };
-            for (number, next) in lane.find(|partition| format!("{cluster}/{id}/{partition}")).await? {
+            for (number, next) in lane.find(|partition| application(&cluster, id, partition)).await? {
                 self.source.rewind(&Partition { topic: Arc::clone(topic), number }, next);
             }
         }
