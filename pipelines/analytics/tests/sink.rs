@@ -1,5 +1,5 @@
 //! The sink as a process: killed at each of its crash points and at any other moment, raced by another, given and taken partitions
-//! while it writes. Afterwards the table is the topic, row by row.
+//! while it writes, and all that while its files are joined. Afterwards the table is the topic, row by row.
 //!
 //! `FOREBAY_KILLS` says how often it is killed at any moment; 20 times when absent. Where `FOREBAY_TEST_KAFKA` names an Apache
 //! Kafka, what depends on the broker runs there too.
@@ -50,6 +50,8 @@ struct World {
     servers: String,
     prefix: String,
     producer: FutureProducer,
+    /// Of three days in turn: over, so that their files are joined, and not so long ago that they are forgotten.
+    first_day_us: i64,
     written: Vec<Attempt>,
 }
 
@@ -89,7 +91,8 @@ impl World {
             made.unwrap();
         }
         let producer = client.create().unwrap();
-        Self { folder, _broker: broker, servers, prefix, producer, written: Vec::new() }
+        let first_day_us = (chrono::Utc::now() - chrono::TimeDelta::days(5)).timestamp_micros();
+        Self { folder, _broker: broker, servers, prefix, producer, first_day_us, written: Vec::new() }
     }
 
     /// Writes so many more rows, over three days, and waits until they are there.
@@ -98,7 +101,7 @@ impl World {
         let first = self.written.len();
         for number in first..first + rows {
             let since = i64::try_from(number).unwrap();
-            let started_at = sample.started_at + since % 3 * 86_400_000_000 + since;
+            let started_at = self.first_day_us + since % 3 * 86_400_000_000 + since;
             let attempt_id = format!("{number:08}/0");
             let tenant = format!("tenant-{}", number % 7);
             self.written.push(Attempt { attempt_id, tenant, started_at, ..sample.clone() });
@@ -120,6 +123,7 @@ impl World {
             "data": self.folder.path(),
             "group": format!("{}{group}", self.prefix),
             "flush_ms": 100,
+            "compact_ms": 1_000,
             // A member that was killed is missed sooner than after the usual ten seconds.
             "kafka": {"session.timeout.ms": "6000"},
         });
@@ -142,15 +146,29 @@ impl World {
         timeout(LIMIT, sink.wait_with_output()).await.expect("the sink ends").unwrap().status
     }
 
+    async fn open(&self, table: Table) -> deltalake_core::DeltaTable {
+        let root = Url::from_directory_path(self.folder.path().join("tables")).unwrap();
+        lake::open(&root, &lake::Options::new(), table).await.unwrap()
+    }
+
+    /// What SQL answers, as lines in order.
+    async fn sql(&self, table: Table, columns: &str) -> Vec<String> {
+        let session = SessionContext::new();
+        let provider = self.open(table).await.table_provider().await.unwrap();
+        session.register_table(table.name(), provider).unwrap();
+        let sql = format!("select {columns} from {}", table.name());
+        lines(&session.sql(&sql).await.unwrap().collect().await.unwrap())
+    }
+
     /// The rows of the table, as lines in order.
     async fn table(&self) -> Vec<String> {
-        let root = Url::from_directory_path(self.folder.path().join("tables")).unwrap();
-        let table = lake::open(&root, &lake::Options::new(), Table::Attempts).await.unwrap();
-        let session = SessionContext::new();
-        session.register_table("attempts", table.table_provider().await.unwrap()).unwrap();
         let columns: Vec<_> = Table::Attempts.columns().iter().map(|column| column.name).collect();
-        let sql = format!("select {} from attempts", columns.join(", "));
-        lines(&session.sql(&sql).await.unwrap().collect().await.unwrap())
+        self.sql(Table::Attempts, &columns.join(", ")).await
+    }
+
+    /// How many files the table has now.
+    async fn files(&self) -> usize {
+        self.open(Table::Attempts).await.snapshot().unwrap().log_data().num_files()
     }
 
     /// The rows of the topic, in the same form.
@@ -244,6 +262,59 @@ async fn killed_at_any_moment_while_rows_come_it_loses_and_doubles_none() {
     );
     assert!(world.to_the_end("last", None).await.success());
     world.check().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_while_it_joins_files_or_raced_at_it_no_row_is_added_or_taken() {
+    let mut world = World::new().await;
+    for point in ["compact.written:1", "compact.committed:1", "compact.written:2", "compact.committed:2"] {
+        world.write(200).await;
+        let sink = world.sink(point, &[], Some(point));
+        let ended = timeout(LIMIT, sink.wait_with_output()).await.expect("it joins files").unwrap().status;
+        assert_eq!(ended.signal(), Some(SIGABRT), "{point}");
+        // It may have died before all rows were written.
+        assert!(world.to_the_end(&format!("behind {point}"), None).await.success());
+        world.check().await;
+    }
+    world.write(200).await;
+    let mut sinks = ["one", "other"].map(|group| world.sink(group, &[], Some("nowhere:1")));
+    for sink in &mut sinks {
+        let mut told = BufReader::new(sink.stderr.take().unwrap()).lines();
+        // What the one has joined, the other need not look after any more.
+        let done = ["looked after the files", "could not look after the files", "nothing to look after"];
+        loop {
+            let line = timeout(LIMIT, told.next_line()).await.expect("it joins files").unwrap();
+            let line = line.expect("it runs until it is told to leave");
+            if line.contains("attempts") && done.iter().any(|done| line.contains(done)) {
+                break;
+            }
+        }
+        // It writes on into a pipe that is read to its end.
+        tokio::spawn(async move { while let Ok(Some(_)) = told.next_line().await {} });
+    }
+    for sink in &mut sinks {
+        terminate(sink);
+        assert!(timeout(LIMIT, sink.wait()).await.expect("the sink leaves").unwrap().success());
+    }
+    assert!(world.to_the_end("last", None).await.success());
+    world.check().await;
+    assert!(world.files().await < 3 * 4, "nothing was joined");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_that_is_no_row_becomes_a_dead_letter_and_the_others_their_rows() {
+    let mut world = World::new().await;
+    world.write(10).await;
+    let topic = format!("{}{}", world.prefix, Table::Attempts.topic());
+    world.producer.send(FutureRecord::to(&topic).key("k").payload("{"), LIMIT).await.unwrap();
+    world.write(10).await;
+    // What the first run sets aside, the second brings into the table of letters.
+    for group in ["first", "second"] {
+        assert!(world.to_the_end(group, None).await.success());
+    }
+    world.check().await;
+    let letters = world.sql(Table::DeadLetters, "stage, record, origin_topic, class, attempts").await;
+    assert_eq!(letters, [format!("sink|attempts|{topic}|undecodable|1")]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -27,6 +27,7 @@ use forebay_schemas::{DeadLetter, NanoUsd, RequestId, Tenant};
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 use tables_store::{PutMode, PutOptions, path::Path};
 use tracing::warn;
@@ -81,6 +82,14 @@ pub enum Error {
         /// What happened.
         #[source]
         source: SendError,
+    },
+    /// The store, or the log of dead letters, did not answer in time.
+    #[error("could not bring rows into table {table} within {} s; check that the store and Kafka can be reached", waited.as_secs())]
+    Slow {
+        /// The table.
+        table: &'static str,
+        /// How long was waited.
+        waited: Duration,
     },
     /// The work was cut off.
     #[error("writing rows of table {table} was cut off")]
@@ -322,14 +331,18 @@ pub(crate) mod tests {
     use datafusion::prelude::SessionContext;
     use forebay_schemas::{Headers, Label, Record as _};
     use futures::future::BoxFuture;
+    use std::sync::atomic::{AtomicBool, Ordering};
     use url::Url;
 
-    /// Keeps what would be written.
+    /// Keeps what would be written, or never answers.
     #[derive(Default)]
-    struct Kept(Mutex<Vec<Outgoing>>);
+    pub(crate) struct Kept(Mutex<Vec<Outgoing>>, pub(crate) AtomicBool);
 
     impl Sink for Kept {
         fn send(&self, messages: Vec<Outgoing>) -> BoxFuture<'_, Result<(), SendError>> {
+            if self.1.load(Ordering::Relaxed) {
+                return Box::pin(std::future::pending());
+            }
             self.0.lock().unwrap().extend(messages);
             Box::pin(async { Ok(()) })
         }
@@ -339,7 +352,7 @@ pub(crate) mod tests {
     pub(crate) struct Place {
         _folder: tempfile::TempDir,
         pub(crate) root: Url,
-        kept: Arc<Kept>,
+        pub(crate) kept: Arc<Kept>,
     }
 
     impl Place {

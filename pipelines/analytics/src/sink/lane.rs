@@ -21,6 +21,9 @@ use tracing::{debug, error};
 const PAUSE_MIN: Duration = Duration::from_millis(500);
 const PAUSE_MAX: Duration = Duration::from_secs(30);
 
+/// How long a flush may take. A store that does not answer must not keep partitions that others wait for.
+const FLUSH_MAX: Duration = Duration::from_secs(60);
+
 /// What a message takes beside its bytes.
 const OVERHEAD: usize = 160;
 
@@ -187,7 +190,9 @@ impl Lane {
             .collect();
         let written = self.oldest.map(|(_, written)| written);
         let table = self.log.kind().name();
-        let done = flush(&mut self.log, &mut self.parts).await;
+        // Cut off, it is as after a crash: its rows are in the table or are not, and the next flush finds out.
+        let done = tokio::time::timeout(FLUSH_MAX, flush(&mut self.log, &mut self.parts)).await;
+        let done = done.unwrap_or_else(|_| Err(Fault::Store(Error::Slow { table, waited: FLUSH_MAX })));
         let counted = self.log.counted();
         let Flushed { committed, dropped, conflicts, versions } =
             done.as_ref().ok().copied().unwrap_or_default();
@@ -254,6 +259,7 @@ mod tests {
         message::{Channel, Partition},
     };
     use forebay_telemetry::{Settings, Telemetry};
+    use std::sync::atomic::Ordering;
 
     async fn lane(folder: &Folder) -> Lane {
         let telemetry = Telemetry::start(Settings::new("test", "0")).unwrap();
@@ -302,6 +308,21 @@ mod tests {
         assert!(lane.has_read(0, 0, 10) && !lane.has_read(0, 0, 11) && lane.has_read(0, 11, 11));
         lane.flush(|| 6).await;
         assert_eq!(folder.rows().await, (3, 3));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_flush_that_nobody_answers_is_cut_off_and_its_rows_are_kept() {
+        let folder = Folder::new();
+        let mut lane = lane(&folder).await;
+        read_from_the_end_of_the_table(&mut lane).await;
+        lane.take(incoming(0));
+        lane.take(Incoming { value: Some("{".into()), ..incoming(1) });
+        folder.kept.1.store(true, Ordering::Relaxed);
+        assert_eq!(lane.flush(|| 6).await, []);
+        assert!(!lane.is_empty() && !lane.may_flush(Instant::now()));
+        folder.kept.1.store(false, Ordering::Relaxed);
+        assert_eq!(lane.flush(|| 6).await, [(0, 2)]);
+        assert_eq!(folder.rows().await, (1, 1));
     }
 
     #[tokio::test]

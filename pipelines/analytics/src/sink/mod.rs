@@ -40,7 +40,7 @@ use std::{
 };
 use tokio::{net::TcpListener, task::JoinHandle, time::MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 /// How often the loop looks what is due; also how often its life is told.
 const TICK: Duration = Duration::from_millis(100);
@@ -48,10 +48,10 @@ const TICK: Duration = Duration::from_millis(100);
 const READ: ReadBounds = ReadBounds { records: 32_768, bytes: 96 << 20 };
 /// The estimates of all that is read and not gathered yet.
 const READ_BYTES_MAX: usize = 256 << 20;
-/// How long leaving may take: shorter than what init systems allow before they kill.
-const DRAIN_MAX: Duration = Duration::from_secs(12);
-/// The last flush has so much of it; what it does not manage is read again.
-const LAST_FLUSH_MAX: Duration = Duration::from_secs(9);
+/// How long leaving may take: with what follows, shorter than what init systems allow before they kill.
+const DRAIN_MAX: Duration = Duration::from_secs(10);
+/// How long partitions that are to be given up may be written before: others wait for them.
+const LAST_FLUSH_MAX: Duration = Duration::from_secs(8);
 /// How long to wait for the cluster.
 const KAFKA_WAIT: Duration = Duration::from_secs(10);
 /// How long to wait until looking where a table ends is tried again.
@@ -121,6 +121,12 @@ pub enum Error {
     Source(String),
 }
 
+/// The name under which a table keeps how far it is in a partition of its topic: the offset of the last row that it has. Topics have
+/// ids, so that one which was made anew is another.
+pub fn application(cluster: &str, topic_id: &str, partition: i32) -> String {
+    format!("{cluster}/{topic_id}/{partition}")
+}
+
 /// Runs the sink until `shutdown`, or with `once` until all is written that the topics hold now.
 pub async fn run(settings: Settings, once: bool, shutdown: CancellationToken) -> Result<(), Error> {
     let health = Health::new();
@@ -134,9 +140,16 @@ pub async fn run(settings: Settings, once: bool, shutdown: CancellationToken) ->
     let served =
         admin::serve(listener, telemetry.clone(), health.clone(), no_pool, gone.clone().cancelled_owned());
     let serving = tokio::spawn(served);
-    let mut sink = Sink::start(&settings, &telemetry, &health).await?;
+    let mut sink = Sink::start(&settings, &telemetry, &health, &shutdown).await?;
     info!(%admin, tables = %settings.tables_url()?, topics = ?sink.lanes.keys().collect::<Vec<_>>(), "the sink is up");
-    let done = sink.run(once, &shutdown).await;
+    let (told, hurry) = (shutdown.clone(), sink.hurry.clone());
+    let hurrying = tokio::spawn(async move {
+        told.cancelled().await;
+        tokio::time::sleep(DRAIN_MAX).await;
+        hurry.cancel();
+    });
+    let done = sink.run(once).await;
+    hurrying.abort();
     // It may be cut off anywhere, as by a crash.
     if let Some(keeping) = sink.keeping.take() {
         keeping.abort();
@@ -164,7 +177,9 @@ async fn keep(kind: Table, table: &mut DeltaTable, sweeps: bool) -> Result<Compa
     if sweeps {
         done.swept = compact::sweep(kind, table).await?;
     }
-    if done != Compacted::default() {
+    if done == Compacted::default() {
+        debug!(table = kind.name(), "nothing to look after");
+    } else {
         info!(
             table = kind.name(),
             joined = done.joined,
@@ -188,6 +203,9 @@ struct Sink {
     owed: Vec<(Channel, usize)>,
     /// When looking where tables end is tried again.
     find_at: Instant,
+    /// Given when the process is to leave, and when it must be gone.
+    shutdown: CancellationToken,
+    hurry: CancellationToken,
     /// Looks after files, beside the loop.
     keeping: Option<JoinHandle<()>>,
     keep_every: Duration,
@@ -200,7 +218,12 @@ struct Sink {
 type Ends = BTreeMap<(Arc<str>, i32), (i64, i64)>;
 
 impl Sink {
-    async fn start(settings: &Settings, telemetry: &Telemetry, health: &Health) -> Result<Self, Error> {
+    async fn start(
+        settings: &Settings,
+        telemetry: &Telemetry,
+        health: &Health,
+        shutdown: &CancellationToken,
+    ) -> Result<Self, Error> {
         let kafka = Kafka::new(&settings.kafka().ok_or(Error::NoKafka)?)?;
         let asked = kafka.clone();
         let (cluster, there) = tokio::task::spawn_blocking(move || {
@@ -244,6 +267,8 @@ impl Sink {
             flush_bytes: settings.flush_bytes,
             owed: Vec::new(),
             find_at: Instant::now(),
+            shutdown: shutdown.clone(),
+            hurry: CancellationToken::new(),
             keeping: None,
             keep_every: settings.compact_every(),
             keep_at: Instant::now() + settings.compact_every(),
@@ -252,14 +277,14 @@ impl Sink {
         })
     }
 
-    async fn run(&mut self, once: bool, shutdown: &CancellationToken) -> Result<(), Error> {
+    async fn run(&mut self, once: bool) -> Result<(), Error> {
+        let (shutdown, hurry) = (self.shutdown.clone(), self.hurry.clone());
         let ends = if once { Some(self.ends().await?) } else { None };
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut heard = Instant::now();
-        let mut leaving = None;
+        let mut is_leaving = false;
         loop {
-            let is_leaving = leaving.is_some();
             tokio::select! {
                 event = self.source.next() => {
                     if matches!(event, Event::Records(_) | Event::Assigned(_) | Event::Rewound(_)) {
@@ -274,18 +299,18 @@ impl Sink {
                     info!("the sink writes what waits, and leaves");
                     self.health.stopping();
                     self.source.close();
-                    leaving = Some(Instant::now());
+                    is_leaving = true;
+                }
+                () = hurry.cancelled() => {
+                    warn!("the sink leaves before all is written and the group has answered; what waits is read again");
+                    return Ok(());
                 }
             }
             if let (Some(ends), false) = (&ends, is_leaving)
                 && self.has_reached(ends, heard).await
             {
                 self.source.close();
-                leaving = Some(Instant::now());
-            }
-            if leaving.is_some_and(|since| since.elapsed() > DRAIN_MAX) {
-                warn!("the sink leaves before the group has answered; what waits is read again");
-                return Ok(());
+                is_leaving = true;
             }
         }
     }
@@ -419,7 +444,7 @@ impl Sink {
         let cluster = Arc::clone(&self.cluster);
         for (topic, lane) in self.lanes.iter_mut().filter(|(_, lane)| lane.has_unknown()) {
             let Some(id) = ids.get(&**topic) else { continue };
-            for (number, next) in lane.find(|partition| format!("{cluster}/{id}/{partition}")).await? {
+            for (number, next) in lane.find(|partition| application(&cluster, id, partition)).await? {
                 self.source.rewind(&Partition { topic: Arc::clone(topic), number }, next);
             }
         }
@@ -432,11 +457,14 @@ impl Sink {
         let due = due.map(|(topic, lane)| async { (Arc::clone(topic), lane.flush(now_ms).await) });
         let flushing = join_all(due);
         tokio::pin!(flushing);
+        let hurry = self.hurry.clone();
         let mut ticks = tokio::time::interval(TICK);
         let flushed = loop {
             tokio::select! {
                 flushed = &mut flushing => break flushed,
                 _ = ticks.tick() => self.source.commit(),
+                // The store does not answer, and the time to leave is over.
+                () = hurry.cancelled() => break Vec::new(),
             }
         };
         for (topic, ends) in flushed {
