@@ -123,12 +123,18 @@ impl Session {
         prices: Option<Arc<Prices>>,
         live: Option<Live>,
     ) -> Result<Self, Error> {
-        let mut base = state(&limits, prices).map_err(Error::Prepare)?;
-        let kafka = live.as_ref().map(|live| live.kafka().clone());
-        let topics = kafka_table::Function { kafka, scope: scope.clone(), messages: limits.messages };
-        base.register_udtf("kafka", Arc::new(topics));
+        let base = state(&limits, prices).map_err(Error::Prepare)?;
         let lake = Arc::new(Lake { root, options, live, tables: Mutex::default() });
-        Ok(Self { lake, base, limits, scope })
+        Ok(Self { lake, base, limits, scope: Scope::All }.scoped(scope))
+    }
+
+    /// A session of another user, with the same tables, memory and limits.
+    pub fn scoped(&self, scope: Scope) -> Self {
+        let kafka = self.lake.live.as_ref().map(|live| live.kafka().clone());
+        let topics = kafka_table::Function { kafka, scope: scope.clone(), messages: self.limits.messages };
+        let mut base = self.base.clone();
+        base.register_udtf("kafka", Arc::new(topics));
+        Self { lake: Arc::clone(&self.lake), base, limits: self.limits, scope }
     }
 
     /// The queries in a text, which are separated by semicolons.
