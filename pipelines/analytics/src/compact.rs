@@ -38,9 +38,9 @@ use tables_store::{ObjectStoreExt as _, PutMode, PutOptions, path::Path};
 use tracing::info;
 
 /// A file of more bytes is left as it is.
-const SMALL_BYTES: i64 = 32 << 20;
-/// So many bytes are joined at a time: they are in memory, unpacked.
-const JOINED_BYTES_MAX: i64 = 64 << 20;
+const SMALL_BYTES: i64 = 16 << 20;
+/// So many bytes are joined at a time: they are in memory, unpacked, which is some hundred megabytes.
+const JOINED_BYTES_MAX: i64 = 32 << 20;
 /// So many files are joined at a time.
 const JOINED_FILES_MAX: usize = 512;
 /// Of a day that is over, two small files are worth joining; of one that still gets rows, only many.

@@ -170,3 +170,31 @@ impl LogStoreFactory for S3 {
         Ok(default_logstore(prefixed, root, location, options))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn s3(options: &[(&str, &str)]) -> DeltaResult<(ObjectStoreRef, Path)> {
+        let url = location(&Url::parse("s3://bucket/log/").unwrap(), Table::Outcomes);
+        S3.parse_url_opts(&url, &StorageConfig::parse_options(options.iter().copied()).unwrap())
+    }
+
+    #[test]
+    fn a_table_on_s3_lies_below_its_bucket() {
+        let (store, path) =
+            s3(&[("aws_region", "eu-central-1"), ("aws_endpoint", "http://127.0.0.1:1")]).unwrap();
+        assert!(store.to_string().contains("bucket"), "{store}");
+        assert_eq!(path.as_ref(), "log/outcomes");
+        let refused = s3(&[("aws_regoin", "eu-central-1")]).unwrap_err().to_string();
+        assert!(refused.contains("aws_regoin"), "{refused}");
+    }
+
+    #[tokio::test]
+    async fn a_place_that_cannot_be_written_to_is_named() {
+        let root = Url::parse("file:///proc/tables/").unwrap();
+        let refused = open(&root, &Options::new(), Table::Labels).await.unwrap_err().to_string();
+        assert!(refused.contains("could not make table labels at file:///proc/tables/labels"), "{refused}");
+        assert!(find(&root, &Options::new(), Table::Labels).await.unwrap().is_none());
+    }
+}

@@ -1,9 +1,11 @@
 //! The sink as a process: killed at each of its crash points and at any other moment, raced by another, given and taken partitions
-//! while it writes. Afterwards the table is the topic, row by row.
+//! while it writes, and all that while its files are joined. Afterwards the table is the topic, row by row.
 //!
-//! `FOREBAY_KILLS` says how often it is killed at any moment; 20 times when absent.
+//! `FOREBAY_KILLS` says how often it is killed at any moment; 20 times when absent. Where `FOREBAY_TEST_KAFKA` names an Apache
+//! Kafka, what depends on the broker runs there too.
 
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "what goes wrong fails the test")]
+#![expect(clippy::print_stdout, reason = "what is skipped is said")]
 
 use arrow::util::display::{ArrayFormatter, FormatOptions};
 use datafusion::prelude::SessionContext;
@@ -29,6 +31,7 @@ use std::{
     time::Duration,
 };
 use tokio::{
+    io::{AsyncBufReadExt as _, BufReader},
     process::{Child, Command},
     time::timeout,
 };
@@ -40,32 +43,56 @@ const SIGABRT: i32 = 6;
 const SIGKILL: i32 = 9;
 const ATTEMPT: &[u8] = include_bytes!("../../../schemas/golden/v0.1/attempt.avro");
 
-/// A broker, a folder of tables, and what was written to `attempts` so far.
+/// A cluster, a folder of tables, and what was written to `attempts` so far.
 struct World {
     folder: tempfile::TempDir,
-    broker: Broker,
+    _broker: Option<Broker>,
+    servers: String,
+    prefix: String,
     producer: FutureProducer,
+    /// Of three days in turn: over, so that their files are joined, and not so long ago that they are forgotten.
+    first_day_us: i64,
     written: Vec<Attempt>,
 }
 
 impl World {
+    /// On a broker of its own.
     async fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let broker =
-            Broker::start(Config::new(folder.path().join("broker"), ([127, 0, 0, 1], 0))).await.unwrap();
+        let config = Config::new(folder.path().join("broker"), ([127, 0, 0, 1], 0));
+        let broker = Broker::start(config).await.unwrap();
+        let servers = broker.address().to_string();
+        Self::on(folder, servers, Some(broker)).await
+    }
+
+    /// On a broker of its own, and on Apache Kafka where there is one.
+    async fn everywhere() -> Vec<Self> {
+        let mut all = vec![Self::new().await];
+        match std::env::var("FOREBAY_TEST_KAFKA") {
+            Ok(servers) => all.push(Self::on(tempfile::tempdir().unwrap(), servers, None).await),
+            Err(_) => println!("not on Apache Kafka: FOREBAY_TEST_KAFKA is not set"),
+        }
+        all
+    }
+
+    async fn on(folder: tempfile::TempDir, servers: String, broker: Option<Broker>) -> Self {
+        let prefix = format!("{}-", uuid::Uuid::now_v7());
         let mut client = ClientConfig::new();
-        client.set("bootstrap.servers", broker.address().to_string());
+        client.set("bootstrap.servers", &servers);
         let admin: AdminClient<DefaultClientContext> = client.create().unwrap();
-        let topics: Vec<_> = Table::ALL
-            .iter()
-            .map(|table| {
-                let partitions = if *table == Table::Attempts { PARTITIONS } else { 1 };
-                NewTopic::new(table.topic(), partitions, TopicReplication::Fixed(1))
-            })
-            .collect();
-        admin.create_topics(&topics, &AdminOptions::new()).await.unwrap();
+        let names: Vec<_> = Table::ALL.iter().map(|table| format!("{prefix}{}", table.topic())).collect();
+        let new = |(table, name)| {
+            let partitions = if table == Table::Attempts { PARTITIONS } else { 1 };
+            NewTopic::new(name, partitions, TopicReplication::Fixed(1))
+        };
+        let topics: Vec<_> =
+            Table::ALL.iter().copied().zip(names.iter().map(String::as_str)).map(new).collect();
+        for made in admin.create_topics(&topics, &AdminOptions::new()).await.unwrap() {
+            made.unwrap();
+        }
         let producer = client.create().unwrap();
-        Self { folder, broker, producer, written: Vec::new() }
+        let first_day_us = (chrono::Utc::now() - chrono::TimeDelta::days(5)).timestamp_micros();
+        Self { folder, _broker: broker, servers, prefix, producer, first_day_us, written: Vec::new() }
     }
 
     /// Writes so many more rows, over three days, and waits until they are there.
@@ -74,14 +101,15 @@ impl World {
         let first = self.written.len();
         for number in first..first + rows {
             let since = i64::try_from(number).unwrap();
-            let started_at = sample.started_at + since % 3 * 86_400_000_000 + since;
+            let started_at = self.first_day_us + since % 3 * 86_400_000_000 + since;
             let attempt_id = format!("{number:08}/0");
             let tenant = format!("tenant-{}", number % 7);
             self.written.push(Attempt { attempt_id, tenant, started_at, ..sample.clone() });
         }
         let sending = self.written[first..].iter().map(|row| async {
             let value = row.encode().unwrap().unwrap();
-            let record = FutureRecord::to(Table::Attempts.topic()).key(&row.attempt_id).payload(&value);
+            let topic = format!("{}{}", self.prefix, Table::Attempts.topic());
+            let record = FutureRecord::to(&topic).key(&row.attempt_id).payload(&value);
             self.producer.send(record, LIMIT).await.map(drop).map_err(|(fault, _)| fault)
         });
         futures::future::try_join_all(sending).await.unwrap();
@@ -90,10 +118,12 @@ impl World {
     /// Starts a sink that writes every 100 ms, as a member of this group.
     fn sink(&self, group: &str, arguments: &[&str], crash_at: Option<&str>) -> Child {
         let settings = json!({
-            "bootstrap_servers": self.broker.address().to_string(),
+            "bootstrap_servers": self.servers,
+            "topic_prefix": self.prefix,
             "data": self.folder.path(),
-            "group": group,
+            "group": format!("{}{group}", self.prefix),
             "flush_ms": 100,
+            "compact_ms": 1_000,
             // A member that was killed is missed sooner than after the usual ten seconds.
             "kafka": {"session.timeout.ms": "6000"},
         });
@@ -101,26 +131,44 @@ impl World {
         command.arg("sink").args(arguments).env("FOREBAY_SQL_SETTINGS", settings.to_string());
         command.env("FOREBAY_LOG", "warn").kill_on_drop(true);
         if let Some(point) = crash_at {
-            command.env("FOREBAY_CRASH_AT", point).stderr(Stdio::null());
+            // What it says is for who reads along, and its last words are those of a crash that is meant.
+            command
+                .env("FOREBAY_CRASH_AT", point)
+                .env("FOREBAY_LOG", "forebay_analytics=debug")
+                .stderr(Stdio::piped());
         }
         command.spawn().expect("the sink starts")
     }
 
     /// Runs a sink to the end of the topics, under a group of its own, so that it waits for nobody.
     async fn to_the_end(&self, group: &str, crash_at: Option<&str>) -> ExitStatus {
-        let mut sink = self.sink(group, &["--once"], crash_at);
-        timeout(LIMIT, sink.wait()).await.expect("the sink ends").unwrap()
+        let sink = self.sink(group, &["--once"], crash_at);
+        timeout(LIMIT, sink.wait_with_output()).await.expect("the sink ends").unwrap().status
+    }
+
+    async fn open(&self, table: Table) -> deltalake_core::DeltaTable {
+        let root = Url::from_directory_path(self.folder.path().join("tables")).unwrap();
+        lake::open(&root, &lake::Options::new(), table).await.unwrap()
+    }
+
+    /// What SQL answers, as lines in order.
+    async fn sql(&self, table: Table, columns: &str) -> Vec<String> {
+        let session = SessionContext::new();
+        let provider = self.open(table).await.table_provider().await.unwrap();
+        session.register_table(table.name(), provider).unwrap();
+        let sql = format!("select {columns} from {}", table.name());
+        lines(&session.sql(&sql).await.unwrap().collect().await.unwrap())
     }
 
     /// The rows of the table, as lines in order.
     async fn table(&self) -> Vec<String> {
-        let root = Url::from_directory_path(self.folder.path().join("tables")).unwrap();
-        let table = lake::open(&root, &lake::Options::new(), Table::Attempts).await.unwrap();
-        let session = SessionContext::new();
-        session.register_table("attempts", table.table_provider().await.unwrap()).unwrap();
         let columns: Vec<_> = Table::Attempts.columns().iter().map(|column| column.name).collect();
-        let sql = format!("select {} from attempts", columns.join(", "));
-        lines(&session.sql(&sql).await.unwrap().collect().await.unwrap())
+        self.sql(Table::Attempts, &columns.join(", ")).await
+    }
+
+    /// How many files the table has now.
+    async fn files(&self) -> usize {
+        self.open(Table::Attempts).await.snapshot().unwrap().log_data().num_files()
     }
 
     /// The rows of the topic, in the same form.
@@ -186,14 +234,25 @@ async fn killed_at_any_moment_while_rows_come_it_loses_and_doubles_none() {
     let mut world = World::new().await;
     let mut random = SmallRng::seed_from_u64(7);
     for kill in 0..kills {
-        // Groups of its own every other time: then it need not wait until the one before is missed.
-        let mut sink = world.sink(&format!("g{kill}"), &[], None);
-        world.write(random.random_range(1..400)).await;
-        let moment = Duration::from_millis(random.random_range(50..1_500));
-        // It does not end by itself: waited for is the moment of its death.
-        assert!(timeout(moment, sink.wait()).await.is_err(), "the sink ended by itself");
-        sink.start_kill().unwrap();
-        assert_eq!(sink.wait().await.unwrap().signal(), Some(SIGKILL));
+        // A group of its own each time, so that it need not wait until the one before is missed.
+        let mut sink = world.sink(&format!("g{kill}"), &[], Some("nowhere:1"));
+        let mut told = BufReader::new(sink.stderr.take().unwrap()).lines();
+        let is_late = random.random_bool(0.7);
+        let moment = Duration::from_millis(random.random_range(0..if is_late { 250 } else { 1_500 }));
+        let killed = async {
+            // Rows may come in one lot or in several; the first is waited for.
+            let mut has_written = !is_late;
+            while !has_written {
+                let line = timeout(LIMIT, told.next_line()).await.expect("it writes rows").unwrap();
+                has_written = line.expect("it runs until it is killed").contains("rows are in their table");
+            }
+            // It does not end by itself: waited for is the moment of its death.
+            assert!(timeout(moment, sink.wait()).await.is_err(), "the sink ended by itself");
+            sink.start_kill().unwrap();
+            sink.wait().await.unwrap()
+        };
+        let (ended, ()) = tokio::join!(killed, world.write(random.random_range(100..600)));
+        assert_eq!(ended.signal(), Some(SIGKILL));
     }
     let before = world.table().await.len();
     assert!(
@@ -206,8 +265,66 @@ async fn killed_at_any_moment_while_rows_come_it_loses_and_doubles_none() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn two_that_read_the_same_partitions_write_each_row_once() {
+async fn killed_while_it_joins_files_or_raced_at_it_no_row_is_added_or_taken() {
     let mut world = World::new().await;
+    for point in ["compact.written:1", "compact.committed:1", "compact.written:2", "compact.committed:2"] {
+        world.write(200).await;
+        let sink = world.sink(point, &[], Some(point));
+        let ended = timeout(LIMIT, sink.wait_with_output()).await.expect("it joins files").unwrap().status;
+        assert_eq!(ended.signal(), Some(SIGABRT), "{point}");
+        // It may have died before all rows were written.
+        assert!(world.to_the_end(&format!("behind {point}"), None).await.success());
+        world.check().await;
+    }
+    world.write(200).await;
+    let mut sinks = ["one", "other"].map(|group| world.sink(group, &[], Some("nowhere:1")));
+    for sink in &mut sinks {
+        let mut told = BufReader::new(sink.stderr.take().unwrap()).lines();
+        // What the one has joined, the other need not look after any more.
+        let done = ["looked after the files", "could not look after the files", "nothing to look after"];
+        loop {
+            let line = timeout(LIMIT, told.next_line()).await.expect("it joins files").unwrap();
+            let line = line.expect("it runs until it is told to leave");
+            if line.contains("attempts") && done.iter().any(|done| line.contains(done)) {
+                break;
+            }
+        }
+        // It writes on into a pipe that is read to its end.
+        tokio::spawn(async move { while let Ok(Some(_)) = told.next_line().await {} });
+    }
+    for sink in &mut sinks {
+        terminate(sink);
+        assert!(timeout(LIMIT, sink.wait()).await.expect("the sink leaves").unwrap().success());
+    }
+    assert!(world.to_the_end("last", None).await.success());
+    world.check().await;
+    assert!(world.files().await < 3 * 4, "nothing was joined");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_that_is_no_row_becomes_a_dead_letter_and_the_others_their_rows() {
+    let mut world = World::new().await;
+    world.write(10).await;
+    let topic = format!("{}{}", world.prefix, Table::Attempts.topic());
+    world.producer.send(FutureRecord::to(&topic).key("k").payload("{"), LIMIT).await.unwrap();
+    world.write(10).await;
+    // What the first run sets aside, the second brings into the table of letters.
+    for group in ["first", "second"] {
+        assert!(world.to_the_end(group, None).await.success());
+    }
+    world.check().await;
+    let letters = world.sql(Table::DeadLetters, "stage, record, origin_topic, class, attempts").await;
+    assert_eq!(letters, [format!("sink|attempts|{topic}|undecodable|1")]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_that_read_the_same_partitions_write_each_row_once() {
+    for world in World::everywhere().await {
+        race(world).await;
+    }
+}
+
+async fn race(mut world: World) {
     world.write(500).await;
     let mut sinks = [world.sink("one", &["--once"], None), world.sink("other", &["--once"], None)];
     world.write(2_000).await;
@@ -220,7 +337,12 @@ async fn two_that_read_the_same_partitions_write_each_row_once() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn partitions_that_move_while_rows_are_written_are_read_on_where_the_table_ends() {
-    let mut world = World::new().await;
+    for world in World::everywhere().await {
+        move_partitions(world).await;
+    }
+}
+
+async fn move_partitions(mut world: World) {
     let mut first = world.sink("group", &[], None);
     world.write(400).await;
     for _ in 0..4 {

@@ -2,8 +2,8 @@
 //!
 //! Invariant: a hint names only what would be accepted in that place.
 
-/// The most names that a hint lists where none is near.
-const LISTED_MAX: usize = 16;
+/// The most names that a hint lists where none is near: all topics that are shared.
+const LISTED_MAX: usize = 20;
 
 /// The name nearest to `given`, if one is near enough to have been meant: at most one slip in three characters.
 /// A transposition is one slip, and capitals are none.

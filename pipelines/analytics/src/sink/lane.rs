@@ -15,7 +15,7 @@ use std::{
     collections::BTreeMap,
     time::{Duration, Instant},
 };
-use tracing::{debug, error, info};
+use tracing::{debug, error};
 
 /// How long to wait after a flush that failed, doubled with each that follows.
 const PAUSE_MIN: Duration = Duration::from_millis(500);
@@ -239,13 +239,81 @@ impl Lane {
         let since = self.oldest.map(|(since, _)| since);
         self.oldest = since.zip(written);
     }
-
-    /// Says what is owned, for who looks at the log.
-    pub fn tell(&self) {
-        info!(table = self.log.kind().name(), partitions = ?self.places.keys().collect::<Vec<_>>(), "reads for its table");
-    }
 }
 
 fn size(key: Option<&bytes::Bytes>, value: Option<&bytes::Bytes>) -> usize {
     OVERHEAD + key.map_or(0, bytes::Bytes::len) + value.map_or(0, bytes::Bytes::len)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sink::delta::tests::Place as Folder;
+    use forebay_runtime::{
+        budget::Budget,
+        message::{Channel, Partition},
+    };
+    use forebay_telemetry::{Settings, Telemetry};
+
+    async fn lane(folder: &Folder) -> Lane {
+        let telemetry = Telemetry::start(Settings::new("test", "0")).unwrap();
+        Lane::new(folder.log().await, telemetry.table("labels"))
+    }
+
+    fn incoming(offset: i64) -> Incoming {
+        Incoming {
+            partition: Partition { topic: "x-labels".into(), number: 0 },
+            channel: Channel::Live,
+            offset,
+            timestamp_ms: 5,
+            key: None,
+            value: Some(format!(r#"{{"request_id": "r-{offset}", "wrong": true}}"#).into()),
+            headers: Vec::new(),
+            held: Budget::new(1 << 20).take(0),
+        }
+    }
+
+    async fn read_from_the_end_of_the_table(lane: &mut Lane) -> i64 {
+        lane.take_on(std::iter::once(0));
+        let starts = lane.find(|partition| format!("c/t/{partition}")).await.unwrap();
+        // What was on its way from where the group had left off comes before the partition is set, and comes again.
+        assert_eq!(lane.take(incoming(0)), None);
+        assert!(lane.is_empty());
+        lane.found(0);
+        starts[0].1
+    }
+
+    #[tokio::test]
+    async fn a_partition_is_read_from_where_its_table_ends_and_nothing_twice() {
+        let folder = Folder::new();
+        let mut lane = lane(&folder).await;
+        assert_eq!(read_from_the_end_of_the_table(&mut lane).await, 0);
+        // A new table on an old topic: where it begins is no loss.
+        assert_eq!(lane.take(incoming(7)), None);
+        assert_eq!(lane.take(incoming(8)), None);
+        assert_eq!(lane.flush(|| 6).await, [(0, 9)]);
+        assert!(lane.is_empty() && lane.bytes() == 0);
+        lane.give_up(0);
+        assert_eq!(lane.take(incoming(9)), None, "it is not ours");
+        assert_eq!(read_from_the_end_of_the_table(&mut lane).await, 9);
+        assert_eq!(lane.take(incoming(8)), None, "it is known");
+        assert!(lane.is_empty());
+        assert_eq!(lane.take(incoming(9)), None);
+        assert!(lane.has_read(0, 0, 10) && !lane.has_read(0, 0, 11) && lane.has_read(0, 11, 11));
+        lane.flush(|| 6).await;
+        assert_eq!(folder.rows().await, (3, 3));
+    }
+
+    #[tokio::test]
+    async fn what_the_topic_forgot_before_it_was_read_is_told_once() {
+        let folder = Folder::new();
+        let mut lane = lane(&folder).await;
+        read_from_the_end_of_the_table(&mut lane).await;
+        lane.take(incoming(0));
+        lane.flush(|| 6).await;
+        lane.give_up(0);
+        assert_eq!(read_from_the_end_of_the_table(&mut lane).await, 1);
+        assert_eq!(lane.take(incoming(5)), Some(Gap { partition: 0, expected: 1, found: 5 }));
+        assert_eq!(lane.take(incoming(9)), None, "aborted messages leave gaps that are no loss");
+    }
 }

@@ -40,7 +40,7 @@ use std::{
 };
 use tokio::{net::TcpListener, task::JoinHandle, time::MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 /// How often the loop looks what is due; also how often its life is told.
 const TICK: Duration = Duration::from_millis(100);
@@ -164,7 +164,9 @@ async fn keep(kind: Table, table: &mut DeltaTable, sweeps: bool) -> Result<Compa
     if sweeps {
         done.swept = compact::sweep(kind, table).await?;
     }
-    if done != Compacted::default() {
+    if done == Compacted::default() {
+        debug!(table = kind.name(), "nothing to look after");
+    } else {
         info!(
             table = kind.name(),
             joined = done.joined,
@@ -296,8 +298,8 @@ impl Sink {
             Event::Assigned(partitions) => {
                 for (topic, lane) in &mut self.lanes {
                     lane.take_on(partitions.iter().filter(|one| one.topic == *topic).map(|one| one.number));
-                    lane.tell();
                 }
+                info!(partitions = partitions.len(), "partitions came");
                 self.find_at = Instant::now();
                 self.find().await;
             }

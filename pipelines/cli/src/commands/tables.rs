@@ -12,6 +12,7 @@ use crate::{
     embedded,
 };
 use forebay_runtime::host::kafka::Kafka;
+use forebay_telemetry::logging::FILTER_VARIABLE;
 use serde_json::json;
 use std::{
     ffi::OsString,
@@ -86,8 +87,8 @@ pub struct Sink {
 }
 
 impl Sink {
-    /// Starts it; says what to do where it is not built.
-    pub fn start(config: &Config, kafka: &Kafka) -> Option<Self> {
+    /// Starts it, with warnings alone where `is_quiet`; says what to do where it is not built.
+    pub fn start(config: &Config, kafka: &Kafka, is_quiet: bool) -> Option<Self> {
         let Some(program) = program() else {
             say(format_args!("  tables   none: {PROGRAM} is not built; `{BUILD}` does it"));
             return None;
@@ -98,7 +99,7 @@ impl Sink {
             config.tables.clone().unwrap_or_else(|| config.data.join("tables").display().to_string());
         say(format_args!("  tables   {tables}  (forebay sql)"));
         let stop = CancellationToken::new();
-        let kept = tokio::spawn(keep(program, settings, stop.clone()));
+        let kept = tokio::spawn(keep(program, settings, is_quiet, stop.clone()));
         Some(Self { stop, kept })
     }
 
@@ -112,11 +113,11 @@ impl Sink {
 }
 
 /// Keeps a sink at work until told to stop: one that ends by itself is started again, later each time.
-async fn keep(program: PathBuf, settings: String, stop: CancellationToken) {
+async fn keep(program: PathBuf, settings: String, is_quiet: bool, stop: CancellationToken) {
     let mut pause = PAUSE_MIN;
     while !stop.is_cancelled() {
         let started = Instant::now();
-        match spawn(&program, &settings) {
+        match spawn(&program, &settings, is_quiet) {
             Ok(child) => {
                 let Some(status) = watch(child, &stop).await else { return };
                 if started.elapsed() > PAUSE_MAX {
@@ -137,8 +138,12 @@ async fn keep(program: PathBuf, settings: String, stop: CancellationToken) {
 }
 
 /// Its standard input is ours to close, which is how it is told to leave: also by the death of this process.
-fn spawn(program: &PathBuf, settings: &str) -> std::io::Result<Child> {
+fn spawn(program: &PathBuf, settings: &str, is_quiet: bool) -> std::io::Result<Child> {
     let mut command = Command::new(program);
+    // A demo is not talked over.
+    if is_quiet && std::env::var_os(FILTER_VARIABLE).is_none() {
+        command.env(FILTER_VARIABLE, "warn");
+    }
     command.args(["sink", "--until-stdin-closes"]).env(VARIABLE, settings);
     command.stdin(Stdio::piped()).stdout(Stdio::null()).spawn()
 }

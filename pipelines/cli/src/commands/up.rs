@@ -34,7 +34,7 @@ pub async fn up(pipeline: &PipelineArg, config: Config) -> anyhow::Result<()> {
     };
     say(format_args!("forebay: pipeline {} is up", up.plan.name));
     up.tell();
-    let sink = tables::Sink::start(&up.config, &up.kafka);
+    let sink = tables::Sink::start(&up.config, &up.kafka, false);
     up.ended(sink).await
 }
 
