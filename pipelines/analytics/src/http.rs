@@ -229,6 +229,7 @@ struct Encoder {
     written: Written,
 }
 
+#[expect(clippy::large_enum_variant, reason = "there is one to an answer")]
 enum Writer {
     Arrow(StreamWriter<Written>),
     Json(ArrayWriter<Written>),

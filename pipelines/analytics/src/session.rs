@@ -108,7 +108,8 @@ pub struct Answer {
     /// Their columns.
     pub schema: SchemaRef,
     rows: mpsc::Receiver<Result<RecordBatch, DataFusionError>>,
-    _running: SpawnedTask<()>,
+    /// What sends them; taken when it has ended.
+    running: Option<SpawnedTask<()>>,
     limits: Limits,
     until: Instant,
 }
@@ -162,10 +163,10 @@ impl Session {
                 }
             }
         });
-        Ok(Answer { schema, rows: from, _running: running, limits: self.limits, until })
+        Ok(Answer { schema, rows: from, running: Some(running), limits: self.limits, until })
     }
 
-    /// Answers one query, which must be small enough to hold.
+    /// Answers the queries of a text, whose rows must be few enough to hold.
     pub async fn collect(&self, sql: &str) -> Result<Vec<RecordBatch>, Error> {
         let mut batches = Vec::new();
         for statement in self.parse(sql)? {
@@ -235,7 +236,15 @@ impl Answer {
     pub async fn next(&mut self) -> Result<Option<RecordBatch>, Error> {
         match tokio::time::timeout_at(self.until, self.rows.recv()).await {
             Ok(Some(batch)) => batch.map(Some).map_err(|error| explained(error, self.limits)),
-            Ok(None) => Ok(None),
+            Ok(None) => match self.running.take() {
+                // Rows that end because their task died are not all there are.
+                Some(running) => running
+                    .join()
+                    .await
+                    .map(|()| None)
+                    .map_err(|fault| explained(DataFusionError::External(Box::new(fault)), self.limits)),
+                None => Ok(None),
+            },
             Err(_) => Err(Error::Deadline(self.limits.deadline)),
         }
     }
