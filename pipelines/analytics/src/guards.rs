@@ -355,7 +355,7 @@ impl ExecutionPlan for Barrier {
 /// Who may ask, and whose rows they may see.
 ///
 /// ```json
-/// {"users": {"ana": {"tenants": ["acme", "globex"]}, "ops": {"tenants": ["*"]}}}
+/// {"users": {"ana": {"tenants": ["acme", "globex"], "token_blake3": "1f2e…"}, "ops": {"tenants": ["*"]}}}
 /// ```
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -368,6 +368,9 @@ pub struct Users {
 struct User {
     /// Names of tenants, or `*` alone for all.
     tenants: Vec<String>,
+    /// The BLAKE3 hash of the token by which they ask over HTTP, in hexadecimal; without it they do not.
+    #[serde(default)]
+    token_blake3: Option<String>,
 }
 
 /// What is wrong with a file of users, or with who asks.
@@ -395,6 +398,16 @@ pub enum UsersError {
         user: String,
         /// What is written there.
         given: String,
+    },
+    /// A hash is none.
+    #[error(
+        "{file}: token_blake3 of user {user:?} is no BLAKE3 hash; print one by `printf %s TOKEN | b3sum`, with a TOKEN of 32 random characters or more"
+    )]
+    Token {
+        /// The file.
+        file: String,
+        /// The user.
+        user: String,
     },
     /// Too many.
     #[error("{file} has {count} users; there may be {USERS_MAX}")]
@@ -424,7 +437,10 @@ impl Users {
         if users.users.len() > USERS_MAX {
             return Err(UsersError::Many { file: file.to_owned(), count: users.users.len() });
         }
-        for (user, User { tenants }) in &users.users {
+        for (user, User { tenants, token_blake3 }) in &users.users {
+            if token_blake3.as_ref().is_some_and(|hash| blake3::Hash::from_hex(hash).is_err()) {
+                return Err(UsersError::Token { file: file.to_owned(), user: user.clone() });
+            }
             let is_mixed = tenants.len() > 1 && tenants.iter().any(|tenant| tenant == ALL_TENANTS);
             let given = match tenants.len() {
                 0 => "no tenants".to_owned(),
@@ -440,7 +456,7 @@ impl Users {
 
     /// Whose rows a user may see.
     pub fn scope(&self, file: &str, user: &str) -> Result<Scope, UsersError> {
-        let Some(User { tenants }) = self.users.get(user) else {
+        let Some(found) = self.users.get(user) else {
             let known: Vec<_> = self.users.keys().take(10).map(String::as_str).collect();
             let hint = if known.is_empty() {
                 "it names nobody".to_owned()
@@ -449,10 +465,28 @@ impl Users {
             };
             return Err(UsersError::Unknown { file: file.to_owned(), user: user.to_owned(), hint });
         };
-        Ok(match tenants.as_slice() {
+        Ok(found.scope())
+    }
+
+    /// The user whose token it is, and whose rows they may see.
+    pub fn by_token(&self, token: &str) -> Option<(String, Scope)> {
+        let given = blake3::hash(token.as_bytes());
+        // Hashes are compared in constant time.
+        let is_theirs = |user: &User| {
+            user.token_blake3
+                .as_ref()
+                .is_some_and(|hash| blake3::Hash::from_hex(hash).is_ok_and(|hash| hash == given))
+        };
+        self.users.iter().find(|(_, user)| is_theirs(user)).map(|(name, user)| (name.clone(), user.scope()))
+    }
+}
+
+impl User {
+    fn scope(&self) -> Scope {
+        match self.tenants.as_slice() {
             [all] if all == ALL_TENANTS => Scope::All,
-            _ => Scope::Tenants(tenants.clone()),
-        })
+            _ => Scope::Tenants(self.tenants.clone()),
+        }
     }
 }
 

@@ -12,6 +12,7 @@ mod encode;
 pub mod format;
 pub mod functions;
 pub mod guards;
+pub mod http;
 pub mod kafka_table;
 pub mod lake;
 pub mod live;

@@ -108,7 +108,8 @@ pub struct Answer {
     /// Their columns.
     pub schema: SchemaRef,
     rows: mpsc::Receiver<Result<RecordBatch, DataFusionError>>,
-    _running: SpawnedTask<()>,
+    /// What sends them; taken when it has ended.
+    running: Option<SpawnedTask<()>>,
     limits: Limits,
     until: Instant,
 }
@@ -123,12 +124,18 @@ impl Session {
         prices: Option<Arc<Prices>>,
         live: Option<Live>,
     ) -> Result<Self, Error> {
-        let mut base = state(&limits, prices).map_err(Error::Prepare)?;
-        let kafka = live.as_ref().map(|live| live.kafka().clone());
-        let topics = kafka_table::Function { kafka, scope: scope.clone(), messages: limits.messages };
-        base.register_udtf("kafka", Arc::new(topics));
+        let base = state(&limits, prices).map_err(Error::Prepare)?;
         let lake = Arc::new(Lake { root, options, live, tables: Mutex::default() });
-        Ok(Self { lake, base, limits, scope })
+        Ok(Self { lake, base, limits, scope: Scope::All }.scoped(scope))
+    }
+
+    /// A session of another user, with the same tables, memory and limits.
+    pub fn scoped(&self, scope: Scope) -> Self {
+        let kafka = self.lake.live.as_ref().map(|live| live.kafka().clone());
+        let topics = kafka_table::Function { kafka, scope: scope.clone(), messages: self.limits.messages };
+        let mut base = self.base.clone();
+        base.register_udtf("kafka", Arc::new(topics));
+        Self { lake: Arc::clone(&self.lake), base, limits: self.limits, scope }
     }
 
     /// The queries in a text, which are separated by semicolons.
@@ -156,10 +163,10 @@ impl Session {
                 }
             }
         });
-        Ok(Answer { schema, rows: from, _running: running, limits: self.limits, until })
+        Ok(Answer { schema, rows: from, running: Some(running), limits: self.limits, until })
     }
 
-    /// Answers one query, which must be small enough to hold.
+    /// Answers the queries of a text, whose rows must be few enough to hold.
     pub async fn collect(&self, sql: &str) -> Result<Vec<RecordBatch>, Error> {
         let mut batches = Vec::new();
         for statement in self.parse(sql)? {
@@ -229,7 +236,15 @@ impl Answer {
     pub async fn next(&mut self) -> Result<Option<RecordBatch>, Error> {
         match tokio::time::timeout_at(self.until, self.rows.recv()).await {
             Ok(Some(batch)) => batch.map(Some).map_err(|error| explained(error, self.limits)),
-            Ok(None) => Ok(None),
+            Ok(None) => match self.running.take() {
+                // Rows that end because their task died are not all there are.
+                Some(running) => running
+                    .join()
+                    .await
+                    .map(|()| None)
+                    .map_err(|fault| explained(DataFusionError::External(Box::new(fault)), self.limits)),
+                None => Ok(None),
+            },
             Err(_) => Err(Error::Deadline(self.limits.deadline)),
         }
     }

@@ -5,6 +5,7 @@
 use crate::format::{self, Format};
 use crate::functions::{FUNCTIONS, Prices};
 use crate::guards::{Limits, Scope, Users};
+use crate::http;
 use crate::kafka_table;
 use crate::live::{self, Live};
 use crate::session::{Error, Session};
@@ -57,6 +58,9 @@ pub struct Args {
     /// Says on standard error how long each query took.
     #[arg(long)]
     timing: bool,
+    /// Answers `POST /v1/sql` on this address, such as 127.0.0.1:8432, to the users of --users.
+    #[arg(long, value_name = "ADDRESS", requires = "users", conflicts_with_all = ["command", "file", "output", "user"])]
+    listen: Option<String>,
     /// Asks as this user of the file of users, and sees the tenants of that user alone.
     #[arg(long, requires = "users", env = "FOREBAY_SQL_USER")]
     user: Option<String>,
@@ -88,7 +92,10 @@ pub async fn run(args: Args, settings: Settings) -> anyhow::Result<()> {
     if args.format == Format::Parquet && args.output.is_none() {
         bail!("--format parquet writes a file; name it with --output");
     }
-    let session = open(&args, &settings)?;
+    if let Some(address) = &args.listen {
+        return listen(address, &args, &settings).await;
+    }
+    let session = open(scope(&args)?, &args, &settings)?;
     let text = match (&args.command, &args.file) {
         (Some(command), _) => Some(command.clone()),
         (None, Some(file)) if file.as_os_str() != "-" => Some(read(file)?),
@@ -102,16 +109,28 @@ pub async fn run(args: Args, settings: Settings) -> anyhow::Result<()> {
     }
 }
 
-fn open(args: &Args, settings: &Settings) -> anyhow::Result<Session> {
-    let limits = Limits {
-        memory_bytes: usize::try_from(args.memory)? << 20,
-        deadline: args.deadline,
-        scan_bytes: args.scan_bytes,
-        scan_days: args.scan_days,
-        messages: args.messages,
-        ..Limits::default()
+/// Serves HTTP until Ctrl-C or SIGTERM.
+async fn listen(address: &str, args: &Args, settings: &Settings) -> anyhow::Result<()> {
+    let Some(path) = &args.users else { bail!("--listen needs the file of users; name it with --users") };
+    let users = Users::read(&path.display().to_string(), &read(path)?)?;
+    let session = open(Scope::All, args, settings)?;
+    let listener = tokio::net::TcpListener::bind(address).await;
+    let listener = listener
+        .with_context(|| format!("could not listen on {address}; choose another address by --listen"))?;
+    writeln!(io::stderr(), "SQL over HTTP at http://{}/v1/sql", listener.local_addr()?)?;
+    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+    let shutdown = async move {
+        tokio::select! {
+            _ = tokio::signal::ctrl_c() => {}
+            _ = terminate.recv() => {}
+        }
     };
-    let scope = match (&args.users, &args.user) {
+    Ok(http::serve(listener, session, users, shutdown).await?)
+}
+
+/// Whose rows who asks may see.
+fn scope(args: &Args) -> anyhow::Result<Scope> {
+    Ok(match (&args.users, &args.user) {
         (Some(path), Some(user)) => {
             let file = path.display().to_string();
             Users::read(&file, &read(path)?)?.scope(&file, user)?
@@ -120,6 +139,17 @@ fn open(args: &Args, settings: &Settings) -> anyhow::Result<Session> {
             bail!("--users is given and --user is not; say who asks with --user, or leave --users out")
         }
         (None, _) => Scope::All,
+    })
+}
+
+fn open(scope: Scope, args: &Args, settings: &Settings) -> anyhow::Result<Session> {
+    let limits = Limits {
+        memory_bytes: usize::try_from(args.memory)? << 20,
+        deadline: args.deadline,
+        scan_bytes: args.scan_bytes,
+        scan_days: args.scan_days,
+        messages: args.messages,
+        ..Limits::default()
     };
     let prices = args.prices.as_deref().map(prices).transpose()?.flatten();
     let options = settings.tables_options.clone().into_iter().collect();

@@ -153,6 +153,7 @@ fn a_file_of_users_says_who_sees_whom_or_is_refused() {
         (r#"{"users": {"ana": {"tenants": [""]}}}"#, "without a name"),
         (r#"{"users": {"ana": {"tenant": ["acme"]}}}"#, "no file of users"),
         (r#"{"user": {}}"#, "no file of users"),
+        (r#"{"users": {"ana": {"tenants": ["acme"], "token_blake3": "secret"}}}"#, "is no BLAKE3 hash"),
     ] {
         let told = Users::read("u.json", text).unwrap_err().to_string();
         assert!(told.contains(wanted), "{text}: {told}");

@@ -1,8 +1,11 @@
 //! Queries over real Delta tables in a folder.
 
 use super::*;
+use arrow::datatypes::DataType;
 use arrow::json::ReaderBuilder;
 use arrow::util::pretty::pretty_format_batches;
+use datafusion::execution::FunctionRegistry as _;
+use datafusion::logical_expr::{Volatility, create_udf};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -325,4 +328,19 @@ async fn every_query_of_the_guide_is_answered() {
             "the guide does not tell the default of {flag}"
         );
     }
+}
+
+#[tokio::test]
+async fn rows_that_end_because_the_query_died_are_no_answer() {
+    let mut session = Tables::new().session(Limits::default(), Scope::All);
+    let die = create_udf(
+        "die",
+        vec![],
+        DataType::Int64,
+        Volatility::Volatile,
+        Arc::new(|_| panic!("as the test wants it")),
+    );
+    session.base.register_udf(Arc::new(die)).unwrap();
+    let told = session.collect("SELECT die() FROM generate_series(1, 3)").await;
+    assert!(told.is_err(), "{told:?}");
 }
