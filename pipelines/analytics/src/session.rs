@@ -39,6 +39,7 @@ use std::fmt;
 use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
+use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tracing::warn;
@@ -96,7 +97,9 @@ fn place(at: Option<(u64, u64)>) -> String {
 }
 
 /// A session over the tables of one root, of one user.
+#[derive(Clone)]
 pub struct Session {
+    workers: Arc<Workers>,
     lake: Arc<Lake>,
     /// Functions, limits and settings, without a catalog.
     base: SessionState,
@@ -127,7 +130,8 @@ impl Session {
     ) -> Result<Self, Error> {
         let base = state(&limits, prices).map_err(Error::Prepare)?;
         let lake = Arc::new(Lake { root, options, live, tables: Mutex::default() });
-        Ok(Self { lake, base, limits, scope: Scope::All }.scoped(scope))
+        let workers = Arc::new(Workers::start().map_err(|fault| Error::Prepare(fault.into()))?);
+        Ok(Self { workers, lake, base, limits, scope: Scope::All }.scoped(scope))
     }
 
     /// A session of another user, with the same tables, memory and limits.
@@ -136,7 +140,7 @@ impl Session {
         let topics = kafka_table::Function { kafka, scope: scope.clone(), messages: self.limits.messages };
         let mut base = self.base.clone();
         base.register_udtf("kafka", Arc::new(topics));
-        Self { lake: Arc::clone(&self.lake), base, limits: self.limits, scope }
+        Self { base, scope, ..self.clone() }
     }
 
     /// Whose rows are seen.
@@ -162,12 +166,15 @@ impl Session {
     /// Answers one query.
     pub async fn query(&self, statement: Statement) -> Result<Answer, Error> {
         let until = Instant::now() + self.limits.deadline;
-        let started = tokio::time::timeout_at(until, self.start(statement)).await;
-        let mut rows = started.map_err(|_| Error::Deadline(self.limits.deadline))??;
+        let session = self.clone();
+        let starting = self.workers.spawn(async move { session.start(statement).await });
+        let started = tokio::time::timeout_at(until, starting.join()).await;
+        let started = started.map_err(|_| Error::Deadline(self.limits.deadline))?;
+        let died = |fault| explained(DataFusionError::External(Box::new(fault)), self.limits);
+        let mut rows = started.map_err(died)??;
         let schema = rows.schema();
-        // A task of its own, since a sort may work for long before it gives way, and the deadline must pass meanwhile.
         let (to, from) = mpsc::channel(BATCHES_AHEAD);
-        let running = SpawnedTask::spawn(async move {
+        let running = self.workers.spawn(async move {
             while let Some(batch) = rows.next().await {
                 if to.send(batch).await.is_err() {
                     break;
@@ -257,6 +264,31 @@ impl Answer {
                 None => Ok(None),
             },
             Err(_) => Err(Error::Deadline(self.limits.deadline)),
+        }
+    }
+}
+
+/// Threads of their own for queries: a join may work for minutes before it gives way, and deadlines and Ctrl-C must be heard meanwhile.
+struct Workers(Option<Runtime>);
+
+impl Workers {
+    fn start() -> std::io::Result<Self> {
+        let runtime = tokio::runtime::Builder::new_multi_thread().thread_name("sql").enable_all().build()?;
+        Ok(Self(Some(runtime)))
+    }
+
+    /// Starts work that stops when its task is dropped.
+    fn spawn<T: Send + 'static>(&self, work: impl Future<Output = T> + Send + 'static) -> SpawnedTask<T> {
+        let _entered = self.0.as_ref().map(Runtime::enter);
+        SpawnedTask::spawn(work)
+    }
+}
+
+impl Drop for Workers {
+    fn drop(&mut self) {
+        // Without waiting for work that does not give way.
+        if let Some(runtime) = self.0.take() {
+            runtime.shutdown_background();
         }
     }
 }

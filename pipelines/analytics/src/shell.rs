@@ -261,12 +261,21 @@ async fn script(session: &Session, args: &Args, text: &str) -> anyhow::Result<()
         match answered.await {
             Ok(rows) => told(args.timing, rows, started.elapsed())?,
             // `forebay sql … | head` has seen enough.
-            Err(format::Error::Io(fault)) if fault.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
+            Err(error) if is_unread(&error) => return Ok(()),
             Err(format::Error::Query(error)) => return Err(pointed(text, &error)),
             Err(error) => return Err(error.into()),
         }
     }
     Ok(())
+}
+
+/// Whether nobody reads what is written. Arrow's writers keep only the text of the cause.
+fn is_unread(error: &format::Error) -> bool {
+    match error {
+        format::Error::Io(fault) => fault.kind() == io::ErrorKind::BrokenPipe,
+        format::Error::Rows { source, .. } => source.to_string().contains("Broken pipe"),
+        _ => false,
+    }
 }
 
 fn told(timing: bool, rows: u64, took: Duration) -> io::Result<()> {
