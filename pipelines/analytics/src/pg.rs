@@ -18,7 +18,7 @@ use datafusion_postgres::arrow_pg::datatypes::{
     arrow_schema_to_pg_fields, df::deserialize_parameters_with_server_types, encode_recordbatch,
 };
 use datafusion_postgres::datafusion_pg_catalog::pg_catalog::{
-    context::EmptyContextProvider, setup_pg_catalog,
+    PgCatalogSchemaProvider, PgCatalogStaticTables, context::EmptyContextProvider, setup_pg_catalog,
 };
 use datafusion_postgres::hooks::{
     HookClient, QueryHook, set_show::SetShowHook, transactions::TransactionStatementHook,
