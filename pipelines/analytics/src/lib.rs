@@ -16,6 +16,7 @@ pub mod http;
 pub mod kafka_table;
 pub mod lake;
 pub mod live;
+pub mod pg;
 #[cfg(test)]
 mod reference;
 pub mod session;

@@ -1,4 +1,4 @@
-//! Tables and SQL: parse, load, run, drain. Started by `forebay sink`, `forebay sql` and `forebay report`.
+//! Tables and SQL: parse, load, run, drain. Started by `forebay sink` and `forebay sql`.
 //!
 //! Standard output holds what was asked for and nothing else; all that is said besides goes to standard error.
 //!

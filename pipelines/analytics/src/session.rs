@@ -45,7 +45,8 @@ use tokio::time::Instant;
 use tracing::warn;
 use url::Url;
 
-const CATALOG: &str = "forebay";
+/// The catalog in which all tables lie; PostgreSQL's clients call it the database.
+pub(crate) const CATALOG: &str = "forebay";
 const SCHEMA: &str = "public";
 /// How many of those who hold memory an error names.
 const CONSUMERS_NAMED: usize = 3;
@@ -142,6 +143,16 @@ impl Session {
         Self { base, scope, ..self.clone() }
     }
 
+    /// Whose rows are seen.
+    pub(crate) fn scope(&self) -> &Scope {
+        &self.scope
+    }
+
+    /// What a query may take.
+    pub(crate) fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
     /// The queries in a text, which are separated by semicolons.
     pub fn parse(&self, sql: &str) -> Result<VecDeque<Statement>, Error> {
         if sql.len() > SQL_BYTES_MAX {
@@ -214,7 +225,7 @@ impl Session {
     }
 
     /// A context of its own for a query, in which no table has been read.
-    fn context(&self) -> SessionContext {
+    pub(crate) fn context(&self) -> SessionContext {
         let snapshot = Arc::new(Snapshot {
             lake: Arc::clone(&self.lake),
             limits: self.limits,

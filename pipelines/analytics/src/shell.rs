@@ -8,6 +8,7 @@ use crate::guards::{Limits, Scope, Users};
 use crate::http;
 use crate::kafka_table;
 use crate::live::{self, Live};
+use crate::pg;
 use crate::session::{Error, Session};
 use crate::settings::Settings;
 use crate::table::Table;
@@ -28,6 +29,9 @@ use std::io::{self, IsTerminal as _, Read as _, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
 
 /// The largest file of queries, of users or of prices.
 const FILE_BYTES_MAX: u64 = 64 << 20;
@@ -61,6 +65,9 @@ pub struct Args {
     /// Answers `POST /v1/sql` on this address, such as 127.0.0.1:8432, to the users of --users.
     #[arg(long, value_name = "ADDRESS", requires = "users", conflicts_with_all = ["command", "file", "output", "user"])]
     listen: Option<String>,
+    /// Speaks the PostgreSQL wire protocol on this address, such as 127.0.0.1:5432, to the users of --users; a token is the password.
+    #[arg(long, value_name = "ADDRESS", requires = "users", conflicts_with_all = ["command", "file", "output", "user"])]
+    pg: Option<String>,
     /// Asks as this user of the file of users, and sees the tenants of that user alone.
     #[arg(long, requires = "users", env = "FOREBAY_SQL_USER")]
     user: Option<String>,
@@ -92,8 +99,8 @@ pub async fn run(args: Args, settings: Settings) -> anyhow::Result<()> {
     if args.format == Format::Parquet && args.output.is_none() {
         bail!("--format parquet writes a file; name it with --output");
     }
-    if let Some(address) = &args.listen {
-        return listen(address, &args, &settings).await;
+    if args.listen.is_some() || args.pg.is_some() {
+        return listen(&args, &settings).await;
     }
     let session = open(scope(&args)?, &args, &settings)?;
     let text = match (&args.command, &args.file) {
@@ -109,23 +116,45 @@ pub async fn run(args: Args, settings: Settings) -> anyhow::Result<()> {
     }
 }
 
-/// Serves HTTP until Ctrl-C or SIGTERM.
-async fn listen(address: &str, args: &Args, settings: &Settings) -> anyhow::Result<()> {
-    let Some(path) = &args.users else { bail!("--listen needs the file of users; name it with --users") };
+/// Serves HTTP and the PostgreSQL protocol, whichever is asked for, until Ctrl-C or SIGTERM.
+async fn listen(args: &Args, settings: &Settings) -> anyhow::Result<()> {
+    let Some(path) = &args.users else { bail!("who serves needs the file of users; name it with --users") };
     let users = Users::read(&path.display().to_string(), &read(path)?)?;
     let session = open(Scope::All, args, settings)?;
-    let listener = tokio::net::TcpListener::bind(address).await;
-    let listener = listener
-        .with_context(|| format!("could not listen on {address}; choose another address by --listen"))?;
-    writeln!(io::stderr(), "SQL over HTTP at http://{}/v1/sql", listener.local_addr()?)?;
+    let ending = CancellationToken::new();
+    let mut serving = JoinSet::new();
+    if let Some(address) = &args.listen {
+        let listener = bind(address, "--listen").await?;
+        writeln!(io::stderr(), "SQL over HTTP at http://{}/v1/sql", listener.local_addr()?)?;
+        let (session, users) = (session.scoped(Scope::All), users.clone());
+        serving.spawn(http::serve(listener, session, users, ending.clone().cancelled_owned()));
+    }
+    if let Some(address) = &args.pg {
+        let listener = bind(address, "--pg").await?;
+        writeln!(
+            io::stderr(),
+            "SQL for PostgreSQL clients at postgresql://USER@{}/forebay",
+            listener.local_addr()?
+        )?;
+        serving.spawn(pg::serve(listener, session, users, ending.clone().cancelled_owned()));
+    }
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
-    let shutdown = async move {
+    tokio::spawn(async move {
         tokio::select! {
             _ = tokio::signal::ctrl_c() => {}
             _ = terminate.recv() => {}
         }
-    };
-    Ok(http::serve(listener, session, users, shutdown).await?)
+        ending.cancel();
+    });
+    while let Some(served) = serving.join_next().await {
+        served??;
+    }
+    Ok(())
+}
+
+async fn bind(address: &str, flag: &str) -> anyhow::Result<TcpListener> {
+    let bound = TcpListener::bind(address).await;
+    bound.with_context(|| format!("could not listen on {address}; choose another address by {flag}"))
 }
 
 /// Whose rows who asks may see.

@@ -128,9 +128,6 @@ pub enum Command {
     /// Moves the output log from Kafka into its tables, each row exactly once.
     #[command(disable_help_flag = true)]
     Sink(Passed),
-    /// Writes a page about cost, latency, the cache and quality.
-    #[command(disable_help_flag = true)]
-    Report(Passed),
     /// Serves a model that needs no GPU: a modelled engine, with faults on demand.
     SimulateModel(SimulateModel),
     /// Shows the settings.

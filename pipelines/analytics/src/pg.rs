@@ -1,0 +1,468 @@
+//! The PostgreSQL wire protocol: psql, Grafana, Metabase and the drivers of all languages ask as they ask PostgreSQL.
+//!
+//! A user of the file of users logs in by name, with the token as password. It comes in clear text, so this listens on the machine itself
+//! or behind what ends TLS. Cursors are not known, and nothing can be written.
+//!
+//! Invariant: every query passes the guards of its user's [`Session`] and sees the newest tables, each in one version. Connections are bounded.
+
+use crate::guards::{self, Users};
+use crate::session::{CATALOG, Session};
+use async_trait::async_trait;
+use datafusion::catalog::SchemaProvider;
+use datafusion::common::{DataFusionError, ParamValues};
+use datafusion::logical_expr::LogicalPlan;
+use datafusion::prelude::{DataFrame, SessionContext};
+use datafusion::sql::parser::Statement as DfStatement;
+use datafusion::sql::sqlparser::ast::Statement;
+use datafusion_postgres::arrow_pg::datatypes::{
+    arrow_schema_to_pg_fields, df::deserialize_parameters_with_server_types, encode_recordbatch,
+};
+use datafusion_postgres::datafusion_pg_catalog::pg_catalog::{
+    PgCatalogSchemaProvider, PgCatalogStaticTables, context::EmptyContextProvider, setup_pg_catalog,
+};
+use datafusion_postgres::hooks::{
+    HookClient, QueryHook, set_show::SetShowHook, transactions::TransactionStatementHook,
+};
+use datafusion_postgres::pgwire::api::auth::{
+    DefaultServerParameterProvider, StartupHandler, finish_authentication, protocol_negotiation,
+    save_startup_parameters_to_metadata,
+};
+use datafusion_postgres::pgwire::api::cancel::{CancelHandler, DefaultCancelHandler};
+use datafusion_postgres::pgwire::api::portal::{Format, Portal};
+use datafusion_postgres::pgwire::api::query::{ExtendedQueryHandler, SimpleQueryHandler};
+use datafusion_postgres::pgwire::api::results::{FieldInfo, QueryResponse, Response};
+use datafusion_postgres::pgwire::api::stmt::QueryParser;
+use datafusion_postgres::pgwire::api::store::PortalStore;
+use datafusion_postgres::pgwire::api::{
+    ClientInfo, ClientPortalStore, ConnectionGuard, ConnectionHandle, ConnectionManager, METADATA_USER,
+    PgWireConnectionState, PgWireServerHandlers, PidSecretKeyGenerator, RandomPidSecretKeyGenerator, Type,
+};
+use datafusion_postgres::pgwire::error::{ErrorInfo, PgWireError, PgWireResult};
+use datafusion_postgres::pgwire::messages::startup::Authentication;
+use datafusion_postgres::pgwire::messages::{PgWireBackendMessage, PgWireFrontendMessage};
+use datafusion_postgres::pgwire::tokio::process_socket;
+use datafusion_postgres::pgwire::types::format::FormatOptions;
+use datafusion_postgres::{DfSessionService, Parser};
+use futures::{Sink, SinkExt as _, StreamExt as _, stream};
+use std::collections::HashMap;
+use std::fmt::Debug;
+use std::future::Future;
+use std::io;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+use tracing::{debug, info, warn};
+
+/// Connections at once; who comes when all are taken is turned away.
+const CONNECTIONS_MAX: usize = 64;
+/// How long connections may still be used once the process ends.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// Serves until `shutdown`. `session` lends its tables, memory and limits; whose rows are seen is by user.
+pub async fn serve(
+    listener: TcpListener,
+    session: Session,
+    users: Users,
+    shutdown: impl Future<Output = ()> + Send,
+) -> io::Result<()> {
+    let (session, users) = (Arc::new(session), Arc::new(users));
+    let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let cancels = Arc::new(ConnectionManager::new());
+    let mut connections = JoinSet::new();
+    tokio::pin!(shutdown);
+    loop {
+        let (socket, peer) = tokio::select! {
+            accepted = listener.accept() => match accepted {
+                Ok(accepted) => accepted,
+                Err(fault) => {
+                    // Such as no descriptor left: it passes, and accepting again at once would only fail again.
+                    warn!(error = %fault, "could not accept a connection of the PostgreSQL protocol");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    continue;
+                }
+            },
+            Some(_) = connections.join_next() => continue,
+            () = &mut shutdown => break,
+        };
+        let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
+            warn!(%peer, connections = CONNECTIONS_MAX, "turned a connection away: all places are taken");
+            continue;
+        };
+        let door =
+            Door { session: Arc::clone(&session), users: Arc::clone(&users), cancels: Arc::clone(&cancels) };
+        let connection = Arc::new(Connection::new(door));
+        connections.spawn(async move {
+            if let Err(fault) = process_socket(socket, None, connection).await {
+                debug!(%peer, error = %fault, "a connection ended");
+            }
+            drop(place);
+        });
+    }
+    let _ = tokio::time::timeout(GRACE, async { while connections.join_next().await.is_some() {} }).await;
+    Ok(())
+}
+
+/// What a connection starts from.
+struct Door {
+    session: Arc<Session>,
+    users: Arc<Users>,
+    cancels: Arc<ConnectionManager>,
+}
+
+/// One connection, and whose it is.
+struct Connection {
+    door: Door,
+    queries: Arc<Queries>,
+}
+
+impl Connection {
+    fn new(door: Door) -> Self {
+        let queries = Queries { user: OnceLock::new(), describing: describing() };
+        Self { door, queries: Arc::new(queries) }
+    }
+}
+
+impl PgWireServerHandlers for Connection {
+    fn simple_query_handler(&self) -> Arc<impl SimpleQueryHandler> {
+        Arc::clone(&self.queries)
+    }
+
+    fn extended_query_handler(&self) -> Arc<impl ExtendedQueryHandler> {
+        Arc::clone(&self.queries)
+    }
+
+    fn startup_handler(&self) -> Arc<impl StartupHandler> {
+        Arc::new(Login {
+            session: Arc::clone(&self.door.session),
+            users: Arc::clone(&self.door.users),
+            cancels: Arc::clone(&self.door.cancels),
+            queries: Arc::clone(&self.queries),
+        })
+    }
+
+    fn cancel_handler(&self) -> Arc<impl CancelHandler> {
+        Arc::new(DefaultCancelHandler::new(Arc::clone(&self.door.cancels)))
+    }
+}
+
+/// Asks for the token, and opens the user's session.
+struct Login {
+    session: Arc<Session>,
+    users: Arc<Users>,
+    cancels: Arc<ConnectionManager>,
+    queries: Arc<Queries>,
+}
+
+#[async_trait]
+impl StartupHandler for Login {
+    async fn on_startup<C>(&self, client: &mut C, message: PgWireFrontendMessage) -> PgWireResult<()>
+    where
+        C: ClientInfo + Sink<PgWireBackendMessage> + Unpin + Send + Sync,
+        C::Error: Debug,
+        PgWireError: From<<C as Sink<PgWireBackendMessage>>::Error>,
+    {
+        match message {
+            PgWireFrontendMessage::Startup(startup) => {
+                protocol_negotiation(client, &startup).await?;
+                save_startup_parameters_to_metadata(client, &startup);
+                client.set_state(PgWireConnectionState::AuthenticationInProgress);
+                let ask = PgWireBackendMessage::Authentication(Authentication::CleartextPassword);
+                client.send(ask).await?;
+            }
+            PgWireFrontendMessage::PasswordMessageFamily(given) => {
+                let given = given.into_password()?;
+                let named = client.metadata().get(METADATA_USER).cloned().unwrap_or_default();
+                // One answer for a wrong name and a wrong token, or names could be found out.
+                let known = self.users.by_token(&given.password).filter(|(user, _)| *user == named);
+                let Some((user, scope)) = known else { return Err(PgWireError::InvalidPassword(named)) };
+                info!(user, "a connection of the PostgreSQL protocol");
+                let _ = self.queries.user.set(User::new(self.session.scoped(scope))?);
+                let (pid, secret) = RandomPidSecretKeyGenerator::default().generate(client);
+                client.set_pid_and_secret_key(pid, secret.clone());
+                let (handle, guard) = self.cancels.register(pid, secret);
+                client.session_extensions().insert::<Arc<ConnectionHandle>>(handle);
+                client.session_extensions().insert::<ConnectionGuard>(guard);
+                finish_authentication(client, &DefaultServerParameterProvider::default()).await?;
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+/// Whose connection it is.
+struct User {
+    session: Session,
+    /// PostgreSQL's own tables, which number all others. One for the connection: clients ask for a table's number first, and by that
+    /// number for its columns.
+    names: Arc<dyn SchemaProvider>,
+    /// What `names` looks tables up in.
+    _named: SessionContext,
+}
+
+impl User {
+    fn new(session: Session) -> PgWireResult<Self> {
+        let named = session.context();
+        let catalogs = Arc::clone(named.state().catalog_list());
+        let tables = Arc::new(PgCatalogStaticTables::try_new().map_err(internal)?);
+        let names =
+            PgCatalogSchemaProvider::try_new(catalogs, tables, EmptyContextProvider).map_err(internal)?;
+        Ok(Self { session, names: Arc::new(names), _named: named })
+    }
+}
+
+/// Answers the queries of a connection.
+struct Queries {
+    /// Set when it is known.
+    user: OnceLock<User>,
+    /// Describes statements, for which it needs no tables.
+    describing: Arc<Parser>,
+}
+
+/// A query as it was sent, and its plan; nothing where it is empty.
+type Prepared = (String, Option<(Statement, LogicalPlan)>);
+
+impl Queries {
+    fn user(&self) -> PgWireResult<&User> {
+        self.user.get().ok_or_else(|| error("28000", "log in first".to_owned()))
+    }
+
+    /// A context for one query, which sees the newest tables, those of PostgreSQL's catalog among them; and how long the query may run.
+    fn context(&self) -> PgWireResult<(SessionContext, Duration)> {
+        let User { session, names, .. } = self.user()?;
+        let context = session.context();
+        setup_pg_catalog(&context, CATALOG, EmptyContextProvider).map_err(|fault| internal(*fault))?;
+        if let Some(catalog) = context.catalog(CATALOG) {
+            catalog.register_schema("pg_catalog", Arc::clone(names)).map_err(internal)?;
+        }
+        Ok((context, session.limits().deadline))
+    }
+
+    /// What understands settings, transactions and the dialect, for one query.
+    fn service(&self) -> PgWireResult<DfSessionService> {
+        let (context, deadline) = self.context()?;
+        let hooks: Vec<Arc<dyn QueryHook>> = vec![
+            Arc::new(SetShowHook),
+            Arc::new(TransactionStatementHook),
+            Arc::new(Guarded { scope: self.user()?.session.scope().clone(), deadline }),
+        ];
+        Ok(DfSessionService::new_with_hooks(Arc::new(context), hooks))
+    }
+}
+
+fn describing() -> Arc<Parser> {
+    DfSessionService::new_with_hooks(Arc::new(SessionContext::new()), Vec::new()).query_parser()
+}
+
+#[async_trait]
+impl SimpleQueryHandler for Queries {
+    async fn do_query<C>(&self, client: &mut C, query: &str) -> PgWireResult<Vec<Response>>
+    where
+        C: ClientInfo + ClientPortalStore + Sink<PgWireBackendMessage> + Unpin + Send + Sync,
+        C::PortalStore: PortalStore,
+        C::Error: Debug,
+        PgWireError: From<<C as Sink<PgWireBackendMessage>>::Error>,
+    {
+        SimpleQueryHandler::do_query(&self.service()?, client, query).await.map_err(told)
+    }
+}
+
+#[async_trait]
+impl ExtendedQueryHandler for Queries {
+    type Statement = Prepared;
+    type QueryParser = Preparing;
+
+    fn query_parser(&self) -> Arc<Preparing> {
+        // A service of its own for each statement: its plan holds the tables that it was made with.
+        Arc::new(Preparing { service: self.service(), describing: Arc::clone(&self.describing) })
+    }
+
+    async fn do_query<C>(
+        &self,
+        client: &mut C,
+        portal: &Portal<Prepared>,
+        rows_max: usize,
+    ) -> PgWireResult<Response>
+    where
+        C: ClientInfo + ClientPortalStore + Sink<PgWireBackendMessage> + Unpin + Send + Sync,
+        C::PortalStore: PortalStore<Statement = Prepared>,
+        C::Error: Debug,
+        PgWireError: From<<C as Sink<PgWireBackendMessage>>::Error>,
+    {
+        let service = self.service()?;
+        let (_, Some((Statement::Query(_) | Statement::Explain { .. }, plan))) = &portal.statement.statement
+        else {
+            // Settings and transactions, which the hooks answer; anything else they refuse.
+            return ExtendedQueryHandler::do_query(&service, client, portal, rows_max).await.map_err(told);
+        };
+        let types = self.describing.get_parameter_types(&portal.statement.statement)?;
+        let types: Vec<_> = types.iter().map(Some).collect();
+        let mut known: Vec<_> = plan.get_parameter_types().map_err(internal)?.into_iter().collect();
+        known.sort_by_key(|(name, _)| name.trim_start_matches('$').parse::<usize>().unwrap_or(usize::MAX));
+        let known: Vec<_> = known.iter().map(|(_, kind)| kind.as_ref()).collect();
+        let parameters = deserialize_parameters_with_server_types(portal, &known, &types)?;
+        let plan = plan.clone().replace_params_with_values(&parameters).map_err(internal)?;
+        let (context, deadline) = self.context()?;
+        run(plan, &context, &portal.result_column_format, client.metadata(), deadline).await
+    }
+}
+
+/// Prepares one statement.
+struct Preparing {
+    service: PgWireResult<DfSessionService>,
+    describing: Arc<Parser>,
+}
+
+#[async_trait]
+impl QueryParser for Preparing {
+    type Statement = Prepared;
+
+    async fn parse_sql<C>(
+        &self,
+        client: &C,
+        sql: &str,
+        types: &[Option<Type>],
+    ) -> PgWireResult<Option<Prepared>>
+    where
+        C: ClientInfo + Unpin + Send + Sync,
+    {
+        let service = self.service.as_ref().map_err(|fault| error("28000", fault.to_string()))?;
+        service.query_parser().parse_sql(client, sql, types).await.map_err(told)
+    }
+
+    fn get_parameter_types(&self, statement: &Prepared) -> PgWireResult<Vec<Type>> {
+        self.describing.get_parameter_types(statement)
+    }
+
+    fn get_result_schema(
+        &self,
+        statement: &Prepared,
+        columns: Option<&Format>,
+    ) -> PgWireResult<Vec<FieldInfo>> {
+        self.describing.get_result_schema(statement, columns)
+    }
+}
+
+/// The last hook: whatever is no setting and no transaction is planned, checked and run here.
+struct Guarded {
+    scope: guards::Scope,
+    deadline: Duration,
+}
+
+impl Guarded {
+    async fn plan(&self, statement: &Statement, context: &SessionContext) -> PgWireResult<LogicalPlan> {
+        let statement = DfStatement::Statement(Box::new(statement.clone()));
+        let plan = context.state().statement_to_plan(statement).await.map_err(internal)?;
+        guards::check(&plan, &self.scope).map_err(|refused| error("42501", refused.to_string()))?;
+        Ok(plan)
+    }
+}
+
+/// Runs a plan, and sends its rows as they come.
+async fn run(
+    plan: LogicalPlan,
+    context: &SessionContext,
+    format: &Format,
+    client: &HashMap<String, String>,
+    deadline: Duration,
+) -> PgWireResult<Response> {
+    let until = Instant::now() + deadline;
+    let frame = DataFrame::new(context.state(), plan);
+    let options = Arc::new(FormatOptions::from_client_metadata(client));
+    let fields = Arc::new(arrow_schema_to_pg_fields(frame.schema().as_arrow(), format, Some(options))?);
+    let rows = match tokio::time::timeout_at(until, frame.execute_stream()).await {
+        Ok(rows) => rows.map_err(internal)?,
+        Err(_) => return Err(late(deadline)),
+    };
+    // The tables of PostgreSQL's catalog look the others up while they are read, so the context stays until then.
+    let batches = stream::unfold(Some((rows, context.clone())), move |state| async move {
+        let (mut rows, context) = state?;
+        match tokio::time::timeout_at(until, rows.next()).await {
+            Ok(Some(Ok(batch))) => Some((Ok(batch), Some((rows, context)))),
+            Ok(Some(Err(fault))) => Some((Err(internal(fault)), None)),
+            Ok(None) => None,
+            Err(_) => Some((Err(late(deadline)), None)),
+        }
+    });
+    let shown = Arc::clone(&fields);
+    let rows = batches.flat_map(move |batch| {
+        let (rows, fault) = match batch {
+            Ok(batch) => (Some(encode_recordbatch(Arc::clone(&shown), batch)), None),
+            Err(fault) => (None, Some(Err(fault))),
+        };
+        stream::iter(rows.into_iter().flatten().chain(fault))
+    });
+    Ok(Response::Query(QueryResponse::new(fields, rows)))
+}
+
+#[async_trait]
+impl QueryHook for Guarded {
+    async fn handle_simple_query(
+        &self,
+        statement: &Statement,
+        context: &SessionContext,
+        client: &mut dyn HookClient,
+    ) -> Option<PgWireResult<Response>> {
+        Some(match self.plan(statement, context).await {
+            Ok(plan) => run(plan, context, &Format::UnifiedText, client.metadata(), self.deadline).await,
+            Err(fault) => Err(fault),
+        })
+    }
+
+    async fn handle_extended_parse_query(
+        &self,
+        statement: &Statement,
+        context: &SessionContext,
+        _: &(dyn ClientInfo + Send + Sync),
+    ) -> Option<PgWireResult<LogicalPlan>> {
+        Some(self.plan(statement, context).await)
+    }
+
+    async fn handle_extended_query(
+        &self,
+        _: &Statement,
+        plan: &LogicalPlan,
+        parameters: &ParamValues,
+        context: &SessionContext,
+        client: &mut dyn HookClient,
+    ) -> Option<PgWireResult<Response>> {
+        let plan = plan.clone().replace_params_with_values(parameters).map_err(internal);
+        Some(match plan {
+            Ok(plan) => run(plan, context, &Format::UnifiedText, client.metadata(), self.deadline).await,
+            Err(fault) => Err(fault),
+        })
+    }
+}
+
+fn late(deadline: Duration) -> PgWireError {
+    let after = humantime::format_duration(deadline);
+    error("57014", format!("the query ran for {after} and was stopped; bound its time, or raise --deadline"))
+}
+
+fn internal(fault: DataFusionError) -> PgWireError {
+    told(PgWireError::ApiError(Box::new(fault)))
+}
+
+/// Errors of the engine are the query's: a driver that is told of an internal error gives the connection up.
+fn told(fault: PgWireError) -> PgWireError {
+    let PgWireError::ApiError(cause) = fault else { return fault };
+    let code = match cause.downcast_ref::<DataFusionError>().map(DataFusionError::find_root) {
+        Some(DataFusionError::SQL(..)) => "42601",
+        Some(DataFusionError::ResourcesExhausted(_)) => "53200",
+        Some(DataFusionError::Plan(_) | DataFusionError::SchemaError(..)) => "42000",
+        Some(DataFusionError::NotImplemented(_)) => "0A000",
+        _ => "XX000",
+    };
+    let text = match cause.downcast_ref::<DataFusionError>() {
+        Some(fault) => fault.message().into_owned(),
+        None => cause.to_string(),
+    };
+    error(code, text)
+}
+
+fn error(code: &str, text: String) -> PgWireError {
+    PgWireError::UserError(Box::new(ErrorInfo::new("ERROR".to_owned(), code.to_owned(), text)))
+}
