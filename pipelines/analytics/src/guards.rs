@@ -122,7 +122,7 @@ pub enum Refused {
     Topics,
     /// It would tell how many rows of others were read.
     #[error(
-        "EXPLAIN ANALYZE and EXPLAIN VERBOSE are for users of all tenants, since they tell of rows of others; write EXPLAIN"
+        "EXPLAIN ANALYZE, EXPLAIN VERBOSE and costs are for users of all tenants, since they tell of rows of others; write EXPLAIN"
     )]
     Metrics,
 }
@@ -133,7 +133,11 @@ pub fn check(plan: &LogicalPlan, scope: &Scope) -> Result<(), Refused> {
     options.verify_plan(plan).map_err(|error| Refused::Writes { what: error.message().into_owned() })?;
     match plan {
         LogicalPlan::Analyze(_) if *scope != Scope::All => Err(Refused::Metrics),
-        LogicalPlan::Explain(explain) if explain.verbose && *scope != Scope::All => Err(Refused::Metrics),
+        LogicalPlan::Explain(explain)
+            if (explain.verbose || explain.show_statistics.is_some()) && *scope != Scope::All =>
+        {
+            Err(Refused::Metrics)
+        }
         _ => Ok(()),
     }
 }

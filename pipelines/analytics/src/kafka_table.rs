@@ -286,6 +286,8 @@ impl Slice {
                 if batch.num_rows() > 0 && to.blocking_send(Ok(batch)).is_err() {
                     return Ok(());
                 }
+                // Whoever reads the rows may have taken its time, which is not Kafka's.
+                heard = Instant::now();
             }
             if is_last || to.is_closed() {
                 return Ok(());

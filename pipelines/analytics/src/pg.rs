@@ -6,12 +6,12 @@
 //! Invariant: every query passes the guards of its user's [`Session`] and sees the newest tables, each in one version. Connections are bounded.
 
 use crate::guards::{self, Users};
-use crate::session::{CATALOG, Session};
+use crate::session::{CATALOG, Error as SessionError, Session};
 use async_trait::async_trait;
 use datafusion::catalog::SchemaProvider;
 use datafusion::common::{DataFusionError, ParamValues};
 use datafusion::logical_expr::LogicalPlan;
-use datafusion::prelude::{DataFrame, SessionContext};
+use datafusion::prelude::SessionContext;
 use datafusion::sql::parser::Statement as DfStatement;
 use datafusion::sql::sqlparser::ast::Statement;
 use datafusion_postgres::arrow_pg::datatypes::{
@@ -53,7 +53,6 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
-use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 /// Connections at once; who comes when all are taken is turned away.
@@ -179,7 +178,7 @@ impl StartupHandler for Login {
                 let known = self.users.by_token(&given.password).filter(|(user, _)| *user == named);
                 let Some((user, scope)) = known else { return Err(PgWireError::InvalidPassword(named)) };
                 info!(user, "a connection of the PostgreSQL protocol");
-                let _ = self.queries.user.set(User::new(self.session.scoped(scope))?);
+                let _ = self.queries.user.set(Arc::new(User::new(self.session.scoped(scope))?));
                 let (pid, secret) = RandomPidSecretKeyGenerator::default().generate(client);
                 client.set_pid_and_secret_key(pid, secret.clone());
                 let (handle, guard) = self.cancels.register(pid, secret);
@@ -212,12 +211,53 @@ impl User {
             PgCatalogSchemaProvider::try_new(catalogs, tables, EmptyContextProvider).map_err(internal)?;
         Ok(Self { session, names: Arc::new(names), _named: named })
     }
+
+    /// A context for one query, which sees the newest tables, those of PostgreSQL's catalog among them.
+    fn context(&self) -> PgWireResult<SessionContext> {
+        let context = self.session.context();
+        setup_pg_catalog(&context, CATALOG, EmptyContextProvider).map_err(|fault| internal(*fault))?;
+        if let Some(catalog) = context.catalog(CATALOG) {
+            catalog.register_schema("pg_catalog", Arc::clone(&self.names)).map_err(internal)?;
+        }
+        Ok(context)
+    }
+
+    /// Answers one query, and sends its rows as they come.
+    async fn answer(
+        &self,
+        statement: &Statement,
+        parameters: Option<ParamValues>,
+        format: &Format,
+        client: &HashMap<String, String>,
+    ) -> PgWireResult<Response> {
+        let statement = DfStatement::Statement(Box::new(statement.clone()));
+        let answer = self.session.answer(self.context()?, statement, parameters).await.map_err(refused)?;
+        let options = Arc::new(FormatOptions::from_client_metadata(client));
+        let fields = Arc::new(arrow_schema_to_pg_fields(&answer.schema, format, Some(options))?);
+        let batches = stream::unfold(Some(answer), |answer| async move {
+            let mut answer = answer?;
+            match answer.next().await {
+                Ok(Some(batch)) => Some((Ok(batch), Some(answer))),
+                Ok(None) => None,
+                Err(fault) => Some((Err(refused(fault)), None)),
+            }
+        });
+        let shown = Arc::clone(&fields);
+        let rows = batches.flat_map(move |batch| {
+            let (rows, fault) = match batch {
+                Ok(batch) => (Some(encode_recordbatch(Arc::clone(&shown), batch)), None),
+                Err(fault) => (None, Some(Err(fault))),
+            };
+            stream::iter(rows.into_iter().flatten().chain(fault))
+        });
+        Ok(Response::Query(QueryResponse::new(fields, rows)))
+    }
 }
 
 /// Answers the queries of a connection.
 struct Queries {
     /// Set when it is known.
-    user: OnceLock<User>,
+    user: OnceLock<Arc<User>>,
     /// Describes statements, for which it needs no tables.
     describing: Arc<Parser>,
 }
@@ -226,30 +266,20 @@ struct Queries {
 type Prepared = (String, Option<(Statement, LogicalPlan)>);
 
 impl Queries {
-    fn user(&self) -> PgWireResult<&User> {
+    fn user(&self) -> PgWireResult<&Arc<User>> {
         self.user.get().ok_or_else(|| error("28000", "log in first".to_owned()))
-    }
-
-    /// A context for one query, which sees the newest tables, those of PostgreSQL's catalog among them; and how long the query may run.
-    fn context(&self) -> PgWireResult<(SessionContext, Duration)> {
-        let User { session, names, .. } = self.user()?;
-        let context = session.context();
-        setup_pg_catalog(&context, CATALOG, EmptyContextProvider).map_err(|fault| internal(*fault))?;
-        if let Some(catalog) = context.catalog(CATALOG) {
-            catalog.register_schema("pg_catalog", Arc::clone(names)).map_err(internal)?;
-        }
-        Ok((context, session.limits().deadline))
     }
 
     /// What understands settings, transactions and the dialect, for one query.
     fn service(&self) -> PgWireResult<DfSessionService> {
-        let (context, deadline) = self.context()?;
+        let user = self.user()?;
         let hooks: Vec<Arc<dyn QueryHook>> = vec![
+            Arc::new(Limited),
             Arc::new(SetShowHook),
             Arc::new(TransactionStatementHook),
-            Arc::new(Guarded { scope: self.user()?.session.scope().clone(), deadline }),
+            Arc::new(Guarded(Arc::clone(user))),
         ];
-        Ok(DfSessionService::new_with_hooks(Arc::new(context), hooks))
+        Ok(DfSessionService::new_with_hooks(Arc::new(user.context()?), hooks))
     }
 }
 
@@ -292,10 +322,11 @@ impl ExtendedQueryHandler for Queries {
         C::Error: Debug,
         PgWireError: From<<C as Sink<PgWireBackendMessage>>::Error>,
     {
-        let service = self.service()?;
-        let (_, Some((Statement::Query(_) | Statement::Explain { .. }, plan))) = &portal.statement.statement
+        let (_, Some((statement @ (Statement::Query(_) | Statement::Explain { .. }), plan))) =
+            &portal.statement.statement
         else {
             // Settings and transactions, which the hooks answer; anything else they refuse.
+            let service = self.service()?;
             return ExtendedQueryHandler::do_query(&service, client, portal, rows_max).await.map_err(told);
         };
         let types = self.describing.get_parameter_types(&portal.statement.statement)?;
@@ -304,9 +335,10 @@ impl ExtendedQueryHandler for Queries {
         known.sort_by_key(|(name, _)| name.trim_start_matches('$').parse::<usize>().unwrap_or(usize::MAX));
         let known: Vec<_> = known.iter().map(|(_, kind)| kind.as_ref()).collect();
         let parameters = deserialize_parameters_with_server_types(portal, &known, &types)?;
-        let plan = plan.clone().replace_params_with_values(&parameters).map_err(internal)?;
-        let (context, deadline) = self.context()?;
-        run(plan, &context, &portal.result_column_format, client.metadata(), deadline).await
+        // Planned anew: a statement may be kept for days, and its plan holds the tables of the day on which it was prepared.
+        self.user()?
+            .answer(statement, Some(parameters), &portal.result_column_format, client.metadata())
+            .await
     }
 }
 
@@ -346,70 +378,62 @@ impl QueryParser for Preparing {
     }
 }
 
-/// The last hook: whatever is no setting and no transaction is planned, checked and run here.
-struct Guarded {
-    scope: guards::Scope,
-    deadline: Duration,
-}
+/// The first hook: nobody sets what the engine may take.
+struct Limited;
 
-impl Guarded {
-    async fn plan(&self, statement: &Statement, context: &SessionContext) -> PgWireResult<LogicalPlan> {
-        let statement = DfStatement::Statement(Box::new(statement.clone()));
-        let plan = context.state().statement_to_plan(statement).await.map_err(internal)?;
-        guards::check(&plan, &self.scope).map_err(|refused| error("42501", refused.to_string()))?;
-        Ok(plan)
+impl Limited {
+    fn refuse(statement: &Statement) -> Option<PgWireError> {
+        let is_set = matches!(statement, Statement::Set(_) | Statement::Reset(_));
+        let is_ours = is_set && statement.to_string().to_ascii_lowercase().contains("datafusion.");
+        is_ours
+            .then(|| error("42501", "what queries may take is set by the flags of `forebay sql`".to_owned()))
     }
 }
 
-/// Runs a plan, and sends its rows as they come.
-async fn run(
-    plan: LogicalPlan,
-    context: &SessionContext,
-    format: &Format,
-    client: &HashMap<String, String>,
-    deadline: Duration,
-) -> PgWireResult<Response> {
-    let until = Instant::now() + deadline;
-    let frame = DataFrame::new(context.state(), plan);
-    let options = Arc::new(FormatOptions::from_client_metadata(client));
-    let fields = Arc::new(arrow_schema_to_pg_fields(frame.schema().as_arrow(), format, Some(options))?);
-    let rows = match tokio::time::timeout_at(until, frame.execute_stream()).await {
-        Ok(rows) => rows.map_err(internal)?,
-        Err(_) => return Err(late(deadline)),
-    };
-    // The tables of PostgreSQL's catalog look the others up while they are read, so the context stays until then.
-    let batches = stream::unfold(Some((rows, context.clone())), move |state| async move {
-        let (mut rows, context) = state?;
-        match tokio::time::timeout_at(until, rows.next()).await {
-            Ok(Some(Ok(batch))) => Some((Ok(batch), Some((rows, context)))),
-            Ok(Some(Err(fault))) => Some((Err(internal(fault)), None)),
-            Ok(None) => None,
-            Err(_) => Some((Err(late(deadline)), None)),
-        }
-    });
-    let shown = Arc::clone(&fields);
-    let rows = batches.flat_map(move |batch| {
-        let (rows, fault) = match batch {
-            Ok(batch) => (Some(encode_recordbatch(Arc::clone(&shown), batch)), None),
-            Err(fault) => (None, Some(Err(fault))),
-        };
-        stream::iter(rows.into_iter().flatten().chain(fault))
-    });
-    Ok(Response::Query(QueryResponse::new(fields, rows)))
+#[async_trait]
+impl QueryHook for Limited {
+    async fn handle_simple_query(
+        &self,
+        statement: &Statement,
+        _: &SessionContext,
+        _: &mut dyn HookClient,
+    ) -> Option<PgWireResult<Response>> {
+        Self::refuse(statement).map(Err)
+    }
+
+    async fn handle_extended_parse_query(
+        &self,
+        statement: &Statement,
+        _: &SessionContext,
+        _: &(dyn ClientInfo + Send + Sync),
+    ) -> Option<PgWireResult<LogicalPlan>> {
+        Self::refuse(statement).map(Err)
+    }
+
+    async fn handle_extended_query(
+        &self,
+        statement: &Statement,
+        _: &LogicalPlan,
+        _: &ParamValues,
+        _: &SessionContext,
+        _: &mut dyn HookClient,
+    ) -> Option<PgWireResult<Response>> {
+        Self::refuse(statement).map(Err)
+    }
 }
+
+/// The last hook: whatever is no setting and no transaction is the session's to answer, behind its guards.
+struct Guarded(Arc<User>);
 
 #[async_trait]
 impl QueryHook for Guarded {
     async fn handle_simple_query(
         &self,
         statement: &Statement,
-        context: &SessionContext,
+        _: &SessionContext,
         client: &mut dyn HookClient,
     ) -> Option<PgWireResult<Response>> {
-        Some(match self.plan(statement, context).await {
-            Ok(plan) => run(plan, context, &Format::UnifiedText, client.metadata(), self.deadline).await,
-            Err(fault) => Err(fault),
-        })
+        Some(self.0.answer(statement, None, &Format::UnifiedText, client.metadata()).await)
     }
 
     async fn handle_extended_parse_query(
@@ -418,28 +442,49 @@ impl QueryHook for Guarded {
         context: &SessionContext,
         _: &(dyn ClientInfo + Send + Sync),
     ) -> Option<PgWireResult<LogicalPlan>> {
-        Some(self.plan(statement, context).await)
+        let statement = DfStatement::Statement(Box::new(statement.clone()));
+        let session = &self.0.session;
+        let state = context.state();
+        let planned = tokio::time::timeout(session.limits().deadline, state.statement_to_plan(statement));
+        Some(match planned.await {
+            Ok(Ok(plan)) => match guards::check(&plan, session.scope()) {
+                Ok(()) => Ok(plan),
+                Err(refused) => Err(error("42501", refused.to_string())),
+            },
+            Ok(Err(fault)) => Err(internal(fault)),
+            Err(_) => Err(refused(SessionError::Deadline(session.limits().deadline))),
+        })
     }
 
     async fn handle_extended_query(
         &self,
-        _: &Statement,
-        plan: &LogicalPlan,
+        statement: &Statement,
+        _: &LogicalPlan,
         parameters: &ParamValues,
-        context: &SessionContext,
+        _: &SessionContext,
         client: &mut dyn HookClient,
     ) -> Option<PgWireResult<Response>> {
-        let plan = plan.clone().replace_params_with_values(parameters).map_err(internal);
-        Some(match plan {
-            Ok(plan) => run(plan, context, &Format::UnifiedText, client.metadata(), self.deadline).await,
-            Err(fault) => Err(fault),
-        })
+        let parameters = Some(parameters.clone());
+        Some(self.0.answer(statement, parameters, &Format::UnifiedText, client.metadata()).await)
     }
 }
 
-fn late(deadline: Duration) -> PgWireError {
-    let after = humantime::format_duration(deadline);
-    error("57014", format!("the query ran for {after} and was stopped; bound its time, or raise --deadline"))
+/// An answer that the session did not give, under the code by which drivers tell what to do.
+fn refused(fault: SessionError) -> PgWireError {
+    let code = match &fault {
+        SessionError::Query { .. } => "42000",
+        SessionError::Refused(_) => "42501",
+        SessionError::Deadline(_) => "57014",
+        SessionError::Memory { .. } => "53200",
+        SessionError::Lake(_) | SessionError::Prepare(_) => "58000",
+    };
+    let mut text = fault.to_string();
+    let mut cause = std::error::Error::source(&fault);
+    while let Some(next) = cause {
+        text = format!("{text}: {next}");
+        cause = next.source();
+    }
+    error(code, text)
 }
 
 fn internal(fault: DataFusionError) -> PgWireError {

@@ -19,8 +19,8 @@ use datafusion::catalog::{
     CatalogProvider, CatalogProviderList, MemoryCatalogProvider, MemoryCatalogProviderList, SchemaProvider,
     TableProvider, view::ViewTable,
 };
-use datafusion::common::DataFusionError;
 use datafusion::common::runtime::SpawnedTask;
+use datafusion::common::{DataFusionError, ParamValues};
 use datafusion::datasource::{empty::EmptyTable, provider_as_source};
 use datafusion::execution::SendableRecordBatchStream;
 use datafusion::execution::disk_manager::DiskManagerBuilder;
@@ -113,7 +113,7 @@ pub struct Answer {
     pub schema: SchemaRef,
     rows: mpsc::Receiver<Result<RecordBatch, DataFusionError>>,
     /// What sends them; taken when it has ended.
-    running: Option<SpawnedTask<()>>,
+    running: Option<SpawnedTask<bool>>,
     limits: Limits,
     until: Instant,
 }
@@ -165,9 +165,19 @@ impl Session {
 
     /// Answers one query.
     pub async fn query(&self, statement: Statement) -> Result<Answer, Error> {
+        self.answer(self.context(), statement, None).await
+    }
+
+    /// Answers one query in a context of this session in which nothing was asked yet, with these values for its parameters.
+    pub(crate) async fn answer(
+        &self,
+        context: SessionContext,
+        statement: Statement,
+        parameters: Option<ParamValues>,
+    ) -> Result<Answer, Error> {
         let until = Instant::now() + self.limits.deadline;
-        let session = self.clone();
-        let starting = self.workers.spawn(async move { session.start(statement).await });
+        let (session, within) = (self.clone(), context.clone());
+        let starting = self.workers.spawn(async move { session.start(&within, statement, parameters).await });
         let started = tokio::time::timeout_at(until, starting.join()).await;
         let started = started.map_err(|_| Error::Deadline(self.limits.deadline))?;
         let died = |fault| explained(DataFusionError::External(Box::new(fault)), self.limits);
@@ -175,11 +185,17 @@ impl Session {
         let schema = rows.schema();
         let (to, from) = mpsc::channel(BATCHES_AHEAD);
         let running = self.workers.spawn(async move {
-            while let Some(batch) = rows.next().await {
-                if to.send(batch).await.is_err() {
-                    break;
+            // Lists of tables look the tables up while they are read.
+            let _within = context;
+            let sent = async {
+                while let Some(batch) = rows.next().await {
+                    if to.send(batch).await.is_err() {
+                        break;
+                    }
                 }
-            }
+            };
+            // Also where nobody reads on: what it holds is given back then.
+            tokio::time::timeout_at(until, sent).await.is_ok()
         });
         Ok(Answer { schema, rows: from, running: Some(running), limits: self.limits, until })
     }
@@ -215,12 +231,19 @@ impl Session {
             .collect()
     }
 
-    async fn start(&self, statement: Statement) -> Result<SendableRecordBatchStream, Error> {
+    async fn start(
+        &self,
+        context: &SessionContext,
+        statement: Statement,
+        parameters: Option<ParamValues>,
+    ) -> Result<SendableRecordBatchStream, Error> {
         let explained = |error| explained(error, self.limits);
-        let context = self.context();
         let state = context.state();
-        let plan = state.statement_to_plan(statement).await.map_err(explained)?;
+        let mut plan = state.statement_to_plan(statement).await.map_err(explained)?;
         guards::check(&plan, &self.scope)?;
+        if let Some(parameters) = parameters {
+            plan = plan.replace_params_with_values(&parameters).map_err(explained)?;
+        }
         DataFrame::new(state, plan).execute_stream().await.map_err(explained)
     }
 
@@ -256,11 +279,11 @@ impl Answer {
             Ok(Some(batch)) => batch.map(Some).map_err(|error| explained(error, self.limits)),
             Ok(None) => match self.running.take() {
                 // Rows that end because their task died are not all there are.
-                Some(running) => running
-                    .join()
-                    .await
-                    .map(|()| None)
-                    .map_err(|fault| explained(DataFusionError::External(Box::new(fault)), self.limits)),
+                Some(running) => match running.join().await {
+                    Ok(true) => Ok(None),
+                    Ok(false) => Err(Error::Deadline(self.limits.deadline)),
+                    Err(fault) => Err(explained(DataFusionError::External(Box::new(fault)), self.limits)),
+                },
                 None => Ok(None),
             },
             Err(_) => Err(Error::Deadline(self.limits.deadline)),

@@ -41,8 +41,8 @@ impl Server {
         let mut said = String::new();
         BufReader::new(process.stderr.take().unwrap()).read_line(&mut said).unwrap();
         let port = said.rsplit_once("127.0.0.1:").and_then(|(_, rest)| rest.split_once('/'));
-        let port = port.map(|(port, _)| port.to_owned()).unwrap_or_else(|| panic!("{said}"));
-        Some(Self { process, port, _folder: folder })
+        assert!(port.is_some(), "{said}");
+        Some(Self { process, port: port.unwrap().0.to_owned(), _folder: folder })
     }
 
     /// What psql prints, on either stream.
@@ -85,6 +85,7 @@ fn nobody_comes_in_without_a_token_and_nobody_writes() {
         ("INSERT INTO labels SELECT * FROM labels", "written by the sink"),
         ("SELECT nope FROM outcomes", "nope"),
         ("SELEC 1", "SELEC"),
+        ("SET datafusion.runtime.memory_limit = '500G'", "flags of"),
     ] {
         let answer = server.psql(TOKEN, &[query]);
         assert!(answer.contains("ERROR") && answer.contains(told), "{query}: {answer}");

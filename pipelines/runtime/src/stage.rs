@@ -231,13 +231,17 @@ impl Stage {
     }
 
     /// The first call that a record makes, by which its copies know each other: whoever wrote it may have crashed before it noted so,
-    /// and written it again. Nothing where clients write, as the record itself says whose it is there; nothing of a dead letter
-    /// that was sent once more, as its calls were given up where they went.
+    /// and written it again. Nothing where clients write, as the record itself says whose it is there; nothing of what is to be tried
+    /// again, as it may come to a retry topic more than once; nothing where a step is visited more than once, as only what is read
+    /// says which visit it is.
     fn first_call_of(&self, incoming: &Incoming) -> Option<CallId> {
-        let envelope = Envelope::read(&incoming.headers).ok()?.filter(|_| !self.enters(incoming))?;
-        let is_redriven =
-            || Retry::read(&incoming.headers).ok().flatten().is_some_and(|retry| retry.redrives > 0);
-        (!is_redriven()).then(|| self.first_call(&envelope))
+        if self.enters(incoming)
+            || self.parts.visits_max.is_some()
+            || Retry::due_ms(&incoming.headers).is_some()
+        {
+            return None;
+        }
+        Some(self.first_call(&Envelope::read(&incoming.headers).ok()??))
     }
 
     fn first_call(&self, envelope: &Envelope) -> CallId {

@@ -84,7 +84,11 @@ async fn not_even_an_error_or_a_plan_tells_of_others() {
     }
     let plan = shown(&acme.collect("EXPLAIN SELECT * FROM outcomes WHERE metadata LIKE 'S%'").await.unwrap());
     assert!(plan.contains("ScopeExec"), "{plan}");
-    for sql in ["EXPLAIN ANALYZE SELECT * FROM outcomes", "EXPLAIN VERBOSE SELECT * FROM outcomes"] {
+    for sql in [
+        "EXPLAIN ANALYZE SELECT * FROM outcomes",
+        "EXPLAIN VERBOSE SELECT * FROM outcomes",
+        "EXPLAIN (COSTS ON) SELECT * FROM outcomes",
+    ] {
         assert!(matches!(acme.collect(sql).await.unwrap_err(), Error::Refused(Refused::Metrics)), "{sql}");
         all.collect(sql).await.unwrap();
     }

@@ -484,7 +484,15 @@ impl Book {
         }
         while self.finished_order.len() > self.finished_max {
             let oldest = self.finished_order.pop_front();
-            oldest.and_then(|id| self.finished.remove(&id));
+            let forgotten = oldest.and_then(|id| self.finished.remove(&id));
+            // As long as answers of that time are remembered, and no longer: one outage must not hold the log for ever.
+            while let Some(forgotten) = forgotten
+                && let Some(first) = self.gone_order.front()
+                && self.gone.get(first).is_none_or(|(offset, _)| *offset < forgotten)
+            {
+                let first = self.gone_order.pop_front();
+                first.and_then(|id| self.gone.remove(&id));
+            }
         }
     }
 

@@ -9,7 +9,8 @@ use forebay_runtime::{
     message::Partition,
 };
 use forebay_schemas::{
-    Attempt, DecodeError, EntryKind, Hop, Identity, LedgerEntry, Record, Request, RequestId,
+    Attempt, DecodeError, EntryKind, Envelope, Headers, Hop, Identity, LedgerEntry, Origin, Record, Request,
+    RequestId, Tenant,
 };
 use futures::future::BoxFuture;
 use std::{
@@ -407,6 +408,22 @@ async fn what_comes_again_after_its_first_copy_is_done_is_paid_for_once_also_by_
     assert_eq!((shop.made("a"), shop.made("b"), shop.made("a other")), (1, 1, 0));
     assert_eq!(shop.world.texts("out"), ["a!", "b!", "a!", "b!", "a!"]);
     assert_eq!(ending(&shop.world.log.read("endings")[0]).error.unwrap().code, "ledger_input_differs");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_comes_to_a_retry_topic_twice_is_tried_there_twice() {
+    let mut shop = Shop::new(50, 2);
+    (shop.spec.from, shop.spec.retries) = (vec!["prompts"], vec![("retry.10s", 10), ("retry.1m", 60)]);
+    let (id, tenant) = (RequestId::try_from("a".to_owned()).unwrap(), Tenant::default());
+    let mut envelope = Envelope::entering(id, tenant, Origin::default(), NOW_MS, Headers::new());
+    // So near that a minute would be too long.
+    envelope.deadline_at_ms = Some(NOW_MS + 40_000);
+    shop.world.write_bytes("prompts", Some("a"), b"a", envelope.write());
+    let member = shop.join();
+    shop.world.settled().await;
+    member.stop().await.unwrap();
+    assert_eq!((shop.made("a"), shop.world.texts("out")), (3, vec!["a!".to_owned()]));
+    assert_eq!(shop.world.log.read("retry.10s").len(), 2);
 }
 
 /// Two copies of each record of a flood, as of a step before that crashed. Some are paid for where they lie and some where they were
