@@ -120,11 +120,7 @@ impl Lane {
         let Place::Reading { next, first } = *place else { return None };
         let Incoming { offset, timestamp_ms, key, value, headers, .. } = incoming;
         if offset < next {
-            debug!(
-                partition,
-                offset, next, "a message comes once more, or the topic was made anew; will look again"
-            );
-            self.places.insert(partition, Place::Unknown);
+            debug!(partition, offset, next, "a message comes once more; its row is known");
             return None;
         }
         *place = Place::Reading { next: offset.saturating_add(1), first: false };
