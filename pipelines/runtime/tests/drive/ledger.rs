@@ -206,7 +206,11 @@ impl Shop {
     }
 
     fn entries(&self, kind: EntryKind) -> usize {
-        let entries = self.world.log.read("ledger.step.requests");
+        self.entries_on("requests", kind)
+    }
+
+    fn entries_on(&self, topic: &str, kind: EntryKind) -> usize {
+        let entries = self.world.log.read(&format!("ledger.step.{topic}"));
         let entries =
             entries.iter().map(|entry| LedgerEntry::decode(entry.value.as_deref().unwrap()).unwrap());
         entries.filter(|entry| entry.kind == kind).count()
@@ -467,4 +471,28 @@ async fn what_is_read_anew_is_bounded() {
     let from: usize = metadata.strip_prefix("ledger=").unwrap().parse().unwrap();
     let all = shop.world.log.read("ledger.step.requests").len();
     assert!(all >= 2_600 && from > all - 2_100, "read from {from} of {all}");
+}
+
+/// A flood that went aside long ago must not hold the log for whoever comes after.
+#[tokio::test(start_paused = true)]
+async fn what_moved_long_ago_is_not_read_anew() {
+    let mut shop = Shop::new(50, 0);
+    (shop.spec.from, shop.spec.fair, shop.spec.limits) = (vec!["prompts"], true, Limits::new(4));
+    let ask =
+        |number: usize| of(&shop.world, "prompts", "flood", &format!("f{number}"), &format!("f{number}"));
+    let member = shop.join();
+    (0..2_600).for_each(ask);
+    shop.world.settled().await;
+    let moved = shop.entries_on("prompts", EntryKind::Moved);
+    assert!(moved > 0, "a flood is moved");
+    for number in 2_600..3_900 {
+        ask(number);
+        pass(20).await;
+    }
+    shop.world.settled().await;
+    let metadata = shop.world.log.metadata("step", &"prompts".into());
+    member.stop().await.unwrap();
+    let from: usize = metadata.strip_prefix("ledger=").unwrap().parse().unwrap();
+    let all = shop.world.log.read("ledger.step.prompts").len();
+    assert!(from > all - 2_100, "read from {from} of {all}, with {moved} moved");
 }
