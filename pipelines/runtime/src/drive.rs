@@ -43,6 +43,11 @@ use tokio::{
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tracing::{error, info, warn};
 
+/// How long the loop keeps its thread while there is always something to do. Under a flood that is without end, and tokio counts
+/// what it awaits and not how long it computes: two such loops held both threads of a process on two cores, and for the
+/// others, for timers and for the admin port there was no turn in half a minute.
+const TURN_MAX: Duration = Duration::from_millis(2);
+
 /// Where a stage's records come from.
 pub trait Source: Send {
     /// Waits for what happens next. Cancel safe: nothing is lost when the future is dropped.
@@ -334,7 +339,12 @@ impl<S: Source> Loop<S> {
         let mut commit = tokio::time::interval(self.limits.commit_every);
         commit.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut closing = false;
+        let mut turn = Instant::now();
         loop {
+            if turn.elapsed() > TURN_MAX {
+                tokio::task::yield_now().await;
+                turn = Instant::now();
+            }
             let drained_by = self.leaving.front().map(|leaving| leaving.until);
             tokio::select! {
                 biased;
@@ -355,7 +365,8 @@ impl<S: Source> Loop<S> {
                     let mut next = Some(done);
                     while let Some(done) = next {
                         done.into_iter().try_for_each(|done| self.finish(done))?;
-                        next = self.tasks.next().now_or_never().flatten();
+                        let goes_on = turn.elapsed() <= TURN_MAX;
+                        next = goes_on.then(|| self.tasks.next().now_or_never().flatten()).flatten();
                     }
                 }
                 permit = Arc::clone(&self.room).acquire_owned(), if !self.queue.is_empty() => {

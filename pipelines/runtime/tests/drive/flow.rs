@@ -74,6 +74,35 @@ async fn a_full_window_stops_reading_until_it_is_half_empty() {
     check_window(100, 99).await;
 }
 
+#[tokio::test]
+async fn a_backlog_leaves_others_their_turn_however_much_it_computes() {
+    const RECORDS: usize = 2_000;
+    let (done, most) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    let counted = Arc::clone(&done);
+    // It takes a fifth of a millisecond of the processor and waits for nothing.
+    let busy = script(move |run| {
+        let begun = std::time::Instant::now();
+        while begun.elapsed() < Duration::from_micros(200) {
+            std::hint::spin_loop();
+        }
+        counted.fetch_add(1, Ordering::SeqCst);
+        async move { Ok(vec![on(&run)]) }
+    });
+    let world = World::new();
+    let member = world.join(&Spec { limits: Limits::new(256), ..Spec::new(busy) });
+    (0..RECORDS).for_each(|n| drop(world.write("requests", None, &n.to_string())));
+    let mut before = 0;
+    while before < RECORDS {
+        tokio::task::yield_now().await;
+        let now = done.load(Ordering::SeqCst);
+        most.fetch_max(now - before, Ordering::SeqCst);
+        before = now;
+    }
+    member.stop().await.unwrap();
+    // Ten of them are a turn.
+    assert!(most.load(Ordering::SeqCst) < 100, "{most:?} records between two turns of another");
+}
+
 #[tokio::test(start_paused = true)]
 async fn progress_is_committed_also_while_there_is_a_backlog() {
     let world = World::new();
