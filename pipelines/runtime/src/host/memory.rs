@@ -18,6 +18,7 @@ use futures::future::BoxFuture;
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 use tokio::sync::{mpsc, watch};
 
@@ -191,7 +192,7 @@ impl Log for MemoryLedger {
         let read =
             |(offset, stored): (i64, Stored)| Some((offset, LedgerEntry::decode(&stored.value?).ok()?));
         let entries = (0..).zip(stored).filter(|(offset, _)| *offset >= from).filter_map(read).collect();
-        Box::pin(async move { Ok(Chunk { entries, next, at_end: true }) })
+        Box::pin(async move { Ok(Chunk { entries, next, at_end: true, age: Duration::ZERO }) })
     }
 
     fn committed(&self, input: &Partition) -> BoxFuture<'static, Result<(i64, String), String>> {

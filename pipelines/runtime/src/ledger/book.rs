@@ -53,6 +53,17 @@ pub const AMBIGUOUS_MAX: usize = 2;
 /// How many tries of one call are remembered: an outage makes many.
 const TRIES_MAX: usize = 32;
 
+/// The times of one read of the log.
+#[derive(Clone, Copy, Debug)]
+pub struct Times {
+    /// When it began.
+    pub began: u64,
+    /// When all that it gave was there already: what is read late is not heard late.
+    pub there_at: u64,
+    /// When it was given.
+    pub now: u64,
+}
+
 /// What to do next about the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Next {
@@ -122,7 +133,7 @@ struct Call {
 /// Another owner.
 #[derive(Clone, Copy, Debug)]
 struct Seen {
-    /// Its last entry, and when it was read.
+    /// Its last entry, and when that was there at the latest.
     offset: i64,
     at: u64,
     /// It sends no more calls; those that are open go on.
@@ -289,15 +300,13 @@ impl Book {
         }
     }
 
-    /// Takes in what was read: entries with their offsets, up to `position`. `at_end` where the log ended there, by a
-    /// read that began at `began`.
+    /// Takes in what was read: entries with their offsets, up to `position`. `at_end` where the log ended there.
     pub fn read(
         &mut self,
         entries: impl IntoIterator<Item = (i64, LedgerEntry)>,
         position: i64,
         at_end: bool,
-        began: u64,
-        now: u64,
+        Times { began, there_at, now }: Times,
     ) {
         self.looked_at = now;
         for (offset, entry) in entries {
@@ -307,8 +316,8 @@ impl Book {
             }
             let released = entry.kind == EntryKind::Released;
             let owner: Arc<str> = entry.owner.as_str().into();
-            let seen = self.owners.entry(owner).or_insert(Seen { offset, at: now, released });
-            (seen.offset, seen.at, seen.released) = (offset, now, seen.released || released);
+            let seen = self.owners.entry(owner).or_insert(Seen { offset, at: there_at, released });
+            (seen.offset, seen.at, seen.released) = (offset, there_at, seen.released || released);
             if let Lease::Claimed { offset: claim, disputed, .. } = &mut self.lease {
                 *disputed |= offset < *claim && !seen.released;
             }

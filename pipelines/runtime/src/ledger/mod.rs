@@ -19,7 +19,7 @@ use crate::{
     fence,
     message::{Incoming, Partition},
 };
-use book::{Book, Next, Terms, Verdict};
+use book::{Book, Next, Terms, Times, Verdict};
 use forebay_operator::{Clock, Failure, Found, Known, Ledger, Turn};
 use forebay_schemas::{Attempt, CallId, EntryKind, LedgerEntry, topics::DERIVED_MESSAGE_BYTES_MAX};
 use forebay_telemetry::{Health, StepMeter};
@@ -69,6 +69,8 @@ pub struct Chunk {
     pub next: i64,
     /// Whether the partition ended there.
     pub at_end: bool,
+    /// How long all of it had been there, at least, when it was given: reading much takes a while.
+    pub age: Duration,
 }
 
 /// A clock for leases: it only has to go on, also while the machine is suspended.
@@ -366,11 +368,14 @@ impl Account {
         let _one_at_a_time = self.reading.lock().await;
         let (began, from) = (self.now(), self.book().position());
         match self.shared.log.read(&self.at, from, usize::MAX).await {
-            Ok(Chunk { entries, next, at_end }) => {
+            Ok(Chunk { entries, next, at_end, age }) => {
+                let now = self.now();
+                // Not before it was asked for, whatever another clock says of its age.
+                let there_at = now.saturating_sub(age.as_millis().try_into().unwrap_or(0)).max(began);
                 let (is_first, position) = {
                     let mut book = self.book();
                     let was_caught_up = book.is_caught_up() || book.is_released();
-                    book.read(entries, next, at_end, began, self.now());
+                    book.read(entries, next, at_end, Times { began, there_at, now });
                     (!was_caught_up && book.is_caught_up(), book.position())
                 };
                 if is_first {

@@ -6,7 +6,7 @@
 //! whoever sends. A call whose record is over is closed in the log, unless its owner crashed. The residual that is promised no better, an owner that stands still between its look at the clock
 //! and the socket, is made to happen too and counted apart.
 
-use super::book::{AMBIGUOUS_MAX, Book, Next, Terms, Verdict};
+use super::book::{AMBIGUOUS_MAX, Book, Next, Terms, Times, Verdict};
 use forebay_schemas::{Attempt, CallId, EntryKind, LedgerEntry, RequestId, Tenant};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -359,7 +359,7 @@ impl World {
         let owner = &mut self.owners[number];
         if let Some((began, until, entries, position)) = owner.reading.take() {
             if until <= self.now {
-                owner.book.read(entries, position, true, began, now);
+                owner.book.read(entries, position, true, Times { began, there_at: began, now });
             } else {
                 owner.reading = Some((began, until, entries, position));
                 return;

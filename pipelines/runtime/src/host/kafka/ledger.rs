@@ -129,8 +129,9 @@ struct Read {
     chunk: Chunk,
     bytes: usize,
     entries_max: usize,
-    /// Where the partition ended when the read began.
+    /// Where the partition ended when the read began, and when that was heard.
     end: i64,
+    asked: Instant,
     until: Instant,
     answer: oneshot::Sender<Result<Chunk, String>>,
 }
@@ -189,13 +190,14 @@ impl Reader {
     ) {
         match self.assign(&at, from) {
             Ok((next, end)) => {
-                let chunk = Chunk { entries: Vec::new(), next, at_end: next >= end };
+                let chunk = Chunk { entries: Vec::new(), next, at_end: next >= end, age: Duration::ZERO };
                 if chunk.at_end {
                     let _ = answer.send(Ok(chunk));
                     return;
                 }
-                let until = Instant::now() + READ_MAX;
-                self.reads.insert(at, Read { chunk, bytes: 0, entries_max, end, until, answer });
+                let asked = Instant::now();
+                let until = asked + READ_MAX;
+                self.reads.insert(at, Read { chunk, bytes: 0, entries_max, end, asked, until, answer });
             }
             Err(fault) => {
                 let _ = answer.send(Err(fault.to_string()));
@@ -243,6 +245,8 @@ impl Reader {
             warn!(ledger = %at, error = %fault, "could not stop reading a ledger");
         }
         read.chunk.at_end = read.chunk.next >= read.end;
+        // Nothing is read beyond the end as it was then.
+        read.chunk.age = read.asked.elapsed();
         let nothing = read.chunk.entries.is_empty() && !read.chunk.at_end;
         let _ = read.answer.send(match nothing {
             true => Err(format!("nothing came within {} s", READ_MAX.as_secs())),
@@ -258,6 +262,11 @@ fn take(reads: &mut HashMap<Partition, Read>, message: &BorrowedMessage<'_>) -> 
     // What a partition had fetched before it was assigned anew.
     if message.offset() < read.chunk.next {
         return None;
+    }
+    // Behind a gap that compaction left comes what is newer than this read.
+    if message.offset() >= read.end {
+        read.chunk.next = read.end;
+        return Some(at);
     }
     let body = message.payload().unwrap_or_default();
     match LedgerEntry::decode(body) {
