@@ -258,6 +258,8 @@ fn join(
             config.set(name, at_leisure);
         }
     }
+    let number = |name| config.get(name).and_then(|value| value.parse::<i64>().ok()).unwrap_or(i64::MAX);
+    let enough = (number("queued.min.messages"), number("queued.max.messages.kbytes").saturating_mul(1_024));
     let consumer: BaseConsumer<Member> =
         config.create_with_context(Member::new(meter.clone())).map_err(SettingsError::Client)?;
     let topics: Vec<&str> = inputs.iter().map(|input| &*input.topic).collect();
@@ -292,7 +294,7 @@ fn join(
         holding: BTreeSet::new(),
         rests: false,
         batch: Vec::new(),
-        watch: Watch::default(),
+        watch: Watch::new(enough),
         revoked: VecDeque::new(),
         expected: HashMap::new(),
         closing: false,

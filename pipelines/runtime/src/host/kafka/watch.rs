@@ -6,7 +6,9 @@
 //!
 //! Sans-IO, and invariant: a partition that may rightly stand still is no stall. It may while it is paused, while its
 //! broker is away, and while there is nothing to hand over: the end that counts is the last stable offset, so neither
-//! an open transaction of a client nor the marks that transactions leave are waited for.
+//! an open transaction of a client nor the marks that transactions leave are waited for. And it may while others go on before it:
+//! librdkafka keeps what it has fetched of all partitions in one queue, and while that is long it fetches nothing. A slow
+//! stage takes minutes for the tens of thousands of small records that such a queue holds.
 
 use crate::message::Partition;
 use rdkafka::Statistics;
@@ -36,6 +38,8 @@ pub(super) struct Look {
     pub left: i64,
     /// The offsets that are fetched and handed over next.
     pub position: (i64, i64),
+    /// How many records, and bytes, are fetched of it and wait to be handed over.
+    pub queued: (i64, i64),
     /// How often its broker was asked for records.
     pub asked: i64,
 }
@@ -55,6 +59,10 @@ pub(super) fn looks(statistics: &Statistics) -> Vec<Look> {
                 is_active: of_partition.fetch_state == "active",
                 left: fetched + of_partition.fetchq_cnt,
                 position: (of_partition.next_offset, of_partition.app_offset),
+                queued: (
+                    of_partition.fetchq_cnt,
+                    i64::try_from(of_partition.fetchq_size).unwrap_or(i64::MAX),
+                ),
                 asked: leader.and_then(|leader| leader.req.get("Fetch").copied()).unwrap_or(0),
             });
         }
@@ -63,13 +71,20 @@ pub(super) fn looks(statistics: &Statistics) -> Vec<Look> {
 }
 
 /// Since when each partition stands still.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Watch {
+    /// With so many records, or bytes, in its queue librdkafka fetches nothing.
+    enough: (i64, i64),
     looked: Option<Instant>,
     still: HashMap<Partition, (Look, Instant)>,
 }
 
 impl Watch {
+    /// Of a consumer that fetches nothing while it has so many records or bytes.
+    pub fn new(enough: (i64, i64)) -> Self {
+        Self { enough, looked: None, still: HashMap::new() }
+    }
+
     /// Takes in what was seen of the partitions that are ours and not paused. The reason, where one stands still for
     /// too long.
     pub fn look(&mut self, now: Instant, looks: Vec<(Partition, Look)>) -> Option<String> {
@@ -77,10 +92,18 @@ impl Watch {
             self.still.clear();
         }
         let mut still = HashMap::with_capacity(looks.len());
+        let queued = |of: fn(&Look) -> i64| looks.iter().map(|(_, look)| of(look)).sum::<i64>();
+        let has_enough =
+            queued(|look| look.queued.0) >= self.enough.0 || queued(|look| look.queued.1) >= self.enough.1;
+        let handed_over = |(partition, look): &(Partition, Look)| {
+            self.still.get(partition).is_some_and(|(before, _)| before.position.1 != look.position.1)
+        };
+        let goes_on = looks.iter().any(handed_over);
         for (partition, look) in looks {
             let before = self.still.remove(&partition);
+            let waits_its_turn = goes_on && (look.queued.0 > 0 || has_enough);
             let since = match before {
-                Some((before, since)) if before.stands_still(&look) => since,
+                Some((before, since)) if before.stands_still(&look) && !waits_its_turn => since,
                 _ => now,
             };
             still.insert(partition, (look, since));
@@ -110,6 +133,8 @@ impl Look {
 mod tests {
     use super::*;
 
+    const ENOUGH: (i64, i64) = (1_000, 4 << 20);
+
     fn look(left: i64, position: i64, asked: i64) -> Look {
         Look {
             topic: "requests".to_owned(),
@@ -118,13 +143,14 @@ mod tests {
             is_active: true,
             left,
             position: (position, position),
+            queued: (0, 0),
             asked,
         }
     }
 
     /// Looks every five seconds; after how many seconds a stall is found.
     fn found(looks: impl Fn(i64) -> Option<Look>) -> Option<i64> {
-        let (mut watch, start) = (Watch::default(), Instant::now());
+        let (mut watch, start) = (Watch::new(ENOUGH), Instant::now());
         (0..=24_i64).map(|step| step * 5).find(|&second| {
             let now = start + Duration::from_secs(second.unsigned_abs());
             let partition = Partition { topic: "requests".into(), number: 0 };
@@ -149,10 +175,31 @@ mod tests {
 
     #[test]
     fn who_stood_still_itself_begins_anew() {
-        let (mut watch, start) = (Watch::default(), Instant::now());
+        let (mut watch, start) = (Watch::new(ENOUGH), Instant::now());
         let partition = || Partition { topic: "requests".into(), number: 0 };
         assert_eq!(watch.look(start, vec![(partition(), look(0, 3, 1))]), None);
         assert_eq!(watch.look(start + Duration::from_secs(40), vec![(partition(), look(7, 3, 2))]), None);
+    }
+
+    /// Of two partitions the second goes on where it is said so; whether a stall is found in two minutes.
+    fn found_beside(queued: (i64, i64), others: (i64, i64), goes_on: bool) -> bool {
+        let (mut watch, start) = (Watch::new(ENOUGH), Instant::now());
+        (0..=24_i64).map(|step| step * 5).any(|second| {
+            let partition = |number| Partition { topic: "requests".into(), number };
+            let other = Look { queued: others, ..look(9_999, if goes_on { second } else { 0 }, 2) };
+            // A broker that has not been asked again: the client has enough.
+            let looks = vec![(partition(0), Look { queued, ..look(7, 3, 2) }), (partition(1), other)];
+            watch.look(start + Duration::from_secs(second.unsigned_abs()), looks).is_some()
+        })
+    }
+
+    #[test]
+    fn whoever_waits_behind_others_is_no_stall_while_these_go_on() {
+        assert!(!found_beside((7, 700), (10, 1_000), true), "fetched, and behind others");
+        assert!(!found_beside((0, 0), (4_000, 400_000), true), "not fetched, as there are many records");
+        assert!(!found_beside((0, 0), (8, 4 << 20), true), "not fetched, as there are many bytes");
+        assert!(found_beside((0, 0), (10, 1_000), true), "not fetched though there is room");
+        assert!(found_beside((7, 700), (4_000, 400_000), false), "nothing is handed over");
     }
 
     #[test]
