@@ -246,6 +246,8 @@ impl rdkafka::consumer::ConsumerContext for LogContext {}
 
 pub(super) fn log(level: RDKafkaLogLevel, facility: &str, message: &str) {
     match level {
+        // Each commit of a rebalance is refused, several a second; whoever committed is told too, and says it once.
+        RDKafkaLogLevel::Warning if facility == "COMMITFAIL" => debug!(facility, message, "librdkafka"),
         RDKafkaLogLevel::Emerg
         | RDKafkaLogLevel::Alert
         | RDKafkaLogLevel::Critical
