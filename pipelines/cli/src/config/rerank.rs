@@ -71,7 +71,7 @@ mod tests {
         let rerank = read(&named).unwrap().unwrap();
         let seen: Vec<_> = rerank.served.iter().map(|one| (one.url.as_str(), one.api, &*one.keys)).collect();
         let keys = ["k".to_owned()];
-        assert_eq!(seen, [("http://a/v1", Api::Rerank, &keys[..]), ("http://b/v1", Api::Rerank, &keys)]);
+        assert_eq!(seen, [("http://a/v1", Api::Rerank, &keys[..]), ("http://b/v1", Api::Rerank, &keys[..])]);
         assert_eq!((rerank.served[0].model.as_deref(), rerank.pool.caps.outstanding), (Some("ranker"), 64));
         let tei = read(&[("url", "http://a/v1"), ("model", "ranker"), ("api", "tei")]).unwrap().unwrap();
         assert_eq!(tei.served[0].api, Api::RerankTei);
