@@ -136,11 +136,11 @@ impl Asking {
         (grounded, files)
     }
 
-    /// The rows about calls of a request.
+    /// The rows about calls of the reranker for a request.
     fn rows(&mut self, id: &str) -> Vec<Attempt> {
         let read = self.attempts.to_the_end(LIMIT).iter();
         let rows = read.map(|record| Attempt::decode(record.value.as_deref().unwrap()).unwrap());
-        rows.filter(|row| row.request_id == id).collect()
+        rows.filter(|row| row.request_id == id && row.stage == "retrieve").collect()
     }
 }
 

@@ -139,7 +139,7 @@ impl Lots {
                 .as_ref()
                 .and_then(|(lot, sending)| Some((lot.take_in(&text, &self.size, asker)?, sending.clone())));
             let (place, sending) = joined.unwrap_or_else(|| {
-                let (lot, sending) = self.begin(kind, text, asker);
+                let (lot, sending) = self.begin(text, asker);
                 current = Some((lot, sending.clone()));
                 (0, sending)
             });
@@ -157,7 +157,7 @@ impl Lots {
     }
 
     /// A lot with its first text.
-    fn begin(&self, kind: &Kind, text: String, asker: &Asker) -> (Arc<Lot>, Shared<Sending>) {
+    fn begin(&self, text: String, asker: &Asker) -> (Arc<Lot>, Shared<Sending>) {
         let tokens = tokens(&text);
         let is_closed = self.size.texts <= 1 || tokens >= self.size.tokens;
         let inside = Inside { texts: vec![text], tokens, deadline: asker.deadline, is_closed };
