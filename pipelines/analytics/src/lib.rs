@@ -11,6 +11,7 @@ pub mod decode;
 mod encode;
 pub mod format;
 pub mod functions;
+pub mod generate;
 pub mod guards;
 pub mod http;
 pub mod kafka_table;

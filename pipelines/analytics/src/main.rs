@@ -6,6 +6,7 @@
 
 use clap::{Args as ClapArgs, Parser, Subcommand};
 use forebay_analytics::{
+    generate,
     settings::{Settings, SettingsError},
     shell, sink,
 };
@@ -32,6 +33,8 @@ enum Command {
     Sink(Sink),
     /// Answers SQL over the tables: a shell, a query, a file of queries.
     Sql(Box<shell::Args>),
+    /// Makes up rows: SQL to try before there is traffic, and the load of benchmarks.
+    Generate(generate::Args),
 }
 
 /// `forebay sink`.
@@ -59,8 +62,9 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(fault) => {
             complain(&fault);
-            let is_wrong =
-                fault.is::<SettingsError>() || matches!(fault.downcast_ref(), Some(sink::Error::Settings(_)));
+            let is_wrong = fault.is::<SettingsError>()
+                || matches!(fault.downcast_ref(), Some(sink::Error::Settings(_)))
+                || matches!(fault.downcast_ref(), Some(generate::Error::Settings(_)));
             ExitCode::from(if is_wrong { 2 } else { 1 })
         }
     }
@@ -70,7 +74,7 @@ fn run(args: Args) -> anyhow::Result<()> {
     // Between a question and its answer nothing is worth a line that is not wrong.
     let filter = match args.command {
         Command::Sql(_) => FILTER.replacen("info", "warn", 1),
-        Command::Sink(_) => FILTER.to_owned(),
+        Command::Sink(_) | Command::Generate(_) => FILTER.to_owned(),
     };
     logging::init(logging::Format::Auto, Some(&filter))?;
     let settings = Settings::load(|name| std::env::var(name).ok())?;
@@ -86,6 +90,9 @@ async fn command(command: Command, settings: Settings) -> anyhow::Result<()> {
         Command::Sink(args) => Ok(sink::run(settings, args.once, shutdown(args.until_stdin_closes)?).await?),
         // Ctrl-C stops a query of the shell and not the shell, so it is heard there.
         Command::Sql(args) => shell::run(*args, settings).await,
+        Command::Generate(args) => {
+            Ok(generate::run(args, &settings, || chrono::Utc::now().timestamp_millis()).await?)
+        }
     }
 }
 

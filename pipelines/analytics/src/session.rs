@@ -134,6 +134,13 @@ impl Session {
         Ok(Self { workers, lake, base, limits, scope: Scope::All }.scoped(scope))
     }
 
+    /// The same session with an option of the engine, such as `datafusion.execution.target_partitions`.
+    pub fn with_option(mut self, name: &str, value: &str) -> Result<Self, Error> {
+        let set = self.base.config_mut().options_mut().set(name, value);
+        set.map_err(|error| explained(error, self.limits))?;
+        Ok(self)
+    }
+
     /// A session of another user, with the same tables, memory and limits.
     pub fn scoped(&self, scope: Scope) -> Self {
         let kafka = self.lake.live.as_ref().map(|live| live.kafka().clone());

@@ -92,6 +92,14 @@ pub struct Args {
     /// Messages of a topic that a query may read by kafka().
     #[arg(long, value_name = "COUNT", default_value_t = Limits::default().messages)]
     messages: u64,
+    /// Sets an option of DataFusion, such as datafusion.execution.target_partitions=2: for whoever measures.
+    #[arg(long = "set", value_name = "NAME=VALUE", hide = true, value_parser = option)]
+    options: Vec<(String, String)>,
+}
+
+fn option(text: &str) -> Result<(String, String), String> {
+    let parts = text.split_once('=').map(|(name, value)| (name.to_owned(), value.to_owned()));
+    parts.ok_or_else(|| "an option is written as NAME=VALUE".to_owned())
 }
 
 /// Runs the command to its end.
@@ -186,7 +194,12 @@ fn open(scope: Scope, args: &Args, settings: &Settings) -> anyhow::Result<Sessio
         Some(kafka) => Some(Live::new(Kafka::new(&kafka)?, settings.topic(live::TABLE.topic()))),
         None => None,
     };
-    Ok(Session::open(settings.tables_url()?, options, limits, scope, prices, live)?)
+    let mut session = Session::open(settings.tables_url()?, options, limits, scope, prices, live)?;
+    for (name, value) in &args.options {
+        session =
+            session.with_option(name, value).with_context(|| format!("could not set {name}; check --set"))?;
+    }
+    Ok(session)
 }
 
 /// `old.json,2026-12-01=new.json`: tables of prices, each from midnight UTC of its day on.
