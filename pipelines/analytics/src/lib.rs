@@ -19,6 +19,7 @@ pub mod live;
 pub mod pg;
 #[cfg(test)]
 mod reference;
+mod rollup;
 pub mod session;
 pub mod settings;
 pub mod shell;
