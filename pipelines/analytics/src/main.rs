@@ -1,4 +1,4 @@
-//! Tables and SQL: parse, load, run, drain. Started by `forebay sink` and `forebay sql`.
+//! Tables and SQL: parse, load, run, drain. Started by `forebay sink`, `forebay sql` and `forebay report`.
 //!
 //! Standard output holds what was asked for and nothing else; all that is said besides goes to standard error.
 //!
@@ -6,6 +6,7 @@
 
 use clap::{Args as ClapArgs, Parser, Subcommand};
 use forebay_analytics::{
+    report,
     settings::{Settings, SettingsError},
     shell, sink,
 };
@@ -32,6 +33,8 @@ enum Command {
     Sink(Sink),
     /// Answers SQL over the tables: a shell, a query, a file of queries.
     Sql(Box<shell::Args>),
+    /// Writes a page: what the last days cost, how long they took, how good they were.
+    Report(Box<report::Args>),
 }
 
 /// `forebay sink`.
@@ -69,7 +72,7 @@ fn main() -> ExitCode {
 fn run(args: Args) -> anyhow::Result<()> {
     // Between a question and its answer nothing is worth a line that is not wrong.
     let filter = match args.command {
-        Command::Sql(_) => FILTER.replacen("info", "warn", 1),
+        Command::Sql(_) | Command::Report(_) => FILTER.replacen("info", "warn", 1),
         Command::Sink(_) => FILTER.to_owned(),
     };
     logging::init(logging::Format::Auto, Some(&filter))?;
@@ -86,6 +89,7 @@ async fn command(command: Command, settings: Settings) -> anyhow::Result<()> {
         Command::Sink(args) => Ok(sink::run(settings, args.once, shutdown(args.until_stdin_closes)?).await?),
         // Ctrl-C stops a query of the shell and not the shell, so it is heard there.
         Command::Sql(args) => shell::run(*args, settings).await,
+        Command::Report(args) => report::run(*args, settings).await,
     }
 }
 
