@@ -7,6 +7,8 @@
 //! Invariant: nothing here is linked by `forebay`. Whoever edits an operator never waits for DataFusion.
 
 mod compact;
+#[cfg(test)]
+mod dashboards;
 pub mod decode;
 mod encode;
 pub mod format;
