@@ -47,7 +47,7 @@ const JOINED_FILES_MAX: usize = 512;
 const FILES_MIN: usize = 2;
 const FILES_MIN_OPEN: usize = 32;
 /// A day is over so long after its end: rows may still wait for their table.
-const CLOSED_AFTER_MS: i64 = 3_600_000;
+pub(crate) const CLOSED_AFTER_MS: i64 = 3_600_000;
 /// So many commits are made at most before whoever called looks after other things.
 const COMMITS_MAX: usize = 16;
 
@@ -145,16 +145,16 @@ pub async fn sweep(kind: Table, table: &DeltaTable) -> Result<usize, Error> {
     Ok(swept.files_deleted.len())
 }
 
-fn fault(kind: Table, doing: &'static str) -> impl Fn(DeltaTableError) -> Error {
+pub(crate) fn fault(kind: Table, doing: &'static str) -> impl Fn(DeltaTableError) -> Error {
     move |source| Error::Log { doing, table: kind.name(), source: Box::new(source) }
 }
 
-fn not_file(kind: Table, doing: &'static str, path: &str, source: tables_store::Error) -> Error {
+pub(crate) fn not_file(kind: Table, doing: &'static str, path: &str, source: tables_store::Error) -> Error {
     Error::File { doing, table: kind.name(), path: path.to_owned(), source: Box::new(source) }
 }
 
 /// The newest version, and how many commits of ours it has.
-async fn newest(kind: Table, table: &mut DeltaTable) -> Result<(DeltaTableState, i64), Error> {
+pub(crate) async fn newest(kind: Table, table: &mut DeltaTable) -> Result<(DeltaTableState, i64), Error> {
     table.update_state().await.map_err(fault(kind, "read"))?;
     let version = table.snapshot().cloned().map_err(fault(kind, "read"))?;
     let log = table.log_store();
@@ -167,7 +167,7 @@ fn application(kind: Table) -> String {
     format!("compactor/{}", kind.name())
 }
 
-async fn commit(
+pub(crate) async fn commit(
     kind: Table,
     table: &DeltaTable,
     (on, count): (&DeltaTableState, i64),
@@ -182,19 +182,24 @@ async fn commit(
     commit.await.map(drop).map_err(fault(kind, "write the log of"))
 }
 
-fn date(file: &LogicalFileView) -> Option<String> {
+pub(crate) fn date(file: &LogicalFileView) -> Option<String> {
     file.partition_values_map().get(DATE).cloned().flatten()
 }
 
-fn day_of(ms: i64) -> NaiveDate {
+pub(crate) fn day_of(ms: i64) -> NaiveDate {
     DateTime::from_timestamp_millis(ms).unwrap_or_default().date_naive()
+}
+
+/// The first day that is not to be forgotten.
+pub(crate) fn first_kept(kind: Table, now_ms: i64) -> String {
+    let kept = day_of(now_ms).checked_sub_days(Days::new(kind.days_kept().into()));
+    kept.unwrap_or_default().to_string()
 }
 
 /// Takes whole days out of the table; their files stay until they are swept.
 async fn forget(kind: Table, table: &mut DeltaTable, now_ms: i64) -> Result<usize, Error> {
     let (version, count) = newest(kind, table).await?;
-    let kept = day_of(now_ms).checked_sub_days(Days::new(kind.days_kept().into())).unwrap_or_default();
-    let first_kept = kept.to_string();
+    let first_kept = first_kept(kind, now_ms);
     let known = version.log_data();
     let old = known.iter().filter(|file| date(file).is_some_and(|date| date < first_kept));
     let actions: Vec<Action> = old.map(|file| Action::Remove(file.remove_action(true))).collect();

@@ -176,6 +176,7 @@ impl Decoder {
             Table::Outcomes => Outcome::forms(),
             Table::Attempts => Attempt::forms(),
             Table::Audits | Table::Labels | Table::Payloads | Table::DeadLetters => Ok(Vec::new()),
+            Table::OutcomesHourly | Table::AttemptsHourly => Ok(Vec::new()),
         };
         let forms = forms.map_err(|source| Error::Declaration { table: table.name(), source })?;
         let form = |(header, schema): (Vec<u8>, serde_json::Value)| {
@@ -206,6 +207,9 @@ impl Decoder {
                 Ok(Some(row))
             })?,
             Table::DeadLetters => self.json(messages, Letter::read)?,
+            Table::OutcomesHourly | Table::AttemptsHourly => {
+                self.json(messages, |_| Err::<Option<Label>, _>("a roll-up is made of a table".to_owned()))?
+            }
         };
         let batch =
             concat_batches(&self.table.schema_of_files(), &batches).map_err(|source| self.columns(source))?;

@@ -2,11 +2,13 @@
 //!
 //! [`sink`] moves the rows of `outcomes`, `attempts` and their like from Kafka into Delta tables, each exactly once;
 //! [`table`] says what the tables are and [`lake`] where they lie. [`session`] answers SQL over them, with [`functions`] and [`views`]
-//! of our own and behind [`guards`]; [`shell`] is where a person asks.
+//! of our own and behind [`guards`]; [`shell`] is where a person asks, and [`report`] what one reads.
 //!
 //! Invariant: nothing here is linked by `forebay`. Whoever edits an operator never waits for DataFusion.
 
 mod compact;
+#[cfg(test)]
+mod dashboards;
 pub mod decode;
 mod encode;
 pub mod format;
@@ -20,6 +22,8 @@ pub mod live;
 pub mod pg;
 #[cfg(test)]
 mod reference;
+pub mod report;
+mod rollup;
 pub mod session;
 pub mod settings;
 pub mod shell;

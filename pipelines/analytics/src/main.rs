@@ -1,4 +1,4 @@
-//! Tables and SQL: parse, load, run, drain. Started by `forebay sink` and `forebay sql`.
+//! Tables and SQL: parse, load, run, drain. Started by `forebay sink`, `forebay sql` and `forebay report`.
 //!
 //! Standard output holds what was asked for and nothing else; all that is said besides goes to standard error.
 //!
@@ -6,7 +6,7 @@
 
 use clap::{Args as ClapArgs, Parser, Subcommand};
 use forebay_analytics::{
-    generate,
+    generate, report,
     settings::{Settings, SettingsError},
     shell, sink,
 };
@@ -35,6 +35,8 @@ enum Command {
     Sql(Box<shell::Args>),
     /// Makes up rows: SQL to try before there is traffic, and the load of benchmarks.
     Generate(generate::Args),
+    /// Writes a page: what the last days cost, how long they took, how good they were.
+    Report(Box<report::Args>),
 }
 
 /// `forebay sink`.
@@ -73,7 +75,7 @@ fn main() -> ExitCode {
 fn run(args: Args) -> anyhow::Result<()> {
     // Between a question and its answer nothing is worth a line that is not wrong.
     let filter = match args.command {
-        Command::Sql(_) => FILTER.replacen("info", "warn", 1),
+        Command::Sql(_) | Command::Report(_) => FILTER.replacen("info", "warn", 1),
         Command::Sink(_) | Command::Generate(_) => FILTER.to_owned(),
     };
     logging::init(logging::Format::Auto, Some(&filter))?;
@@ -93,6 +95,7 @@ async fn command(command: Command, settings: Settings) -> anyhow::Result<()> {
         Command::Generate(args) => {
             Ok(generate::run(args, &settings, || chrono::Utc::now().timestamp_millis()).await?)
         }
+        Command::Report(args) => report::run(*args, settings).await,
     }
 }
 

@@ -6,11 +6,14 @@
 //! Invariant: every query passes the guards of its user's [`Session`] and sees the newest tables, each in one version. Connections are bounded.
 
 use crate::guards::{self, Users};
-use crate::session::{CATALOG, Error as SessionError, Session};
+use crate::session::{CATALOG, Error as SessionError, SCHEMA, Session};
+use arrow::array::StringArray;
+use arrow::datatypes::DataType;
 use async_trait::async_trait;
 use datafusion::catalog::SchemaProvider;
-use datafusion::common::{DataFusionError, ParamValues};
-use datafusion::logical_expr::LogicalPlan;
+use datafusion::common::cast::as_string_array;
+use datafusion::common::{DataFusionError, ParamValues, ScalarValue};
+use datafusion::logical_expr::{ColumnarValue, LogicalPlan, ScalarUDF, Volatility, create_udf};
 use datafusion::prelude::SessionContext;
 use datafusion::sql::parser::Statement as DfStatement;
 use datafusion::sql::sqlparser::ast::Statement;
@@ -216,6 +219,7 @@ impl User {
     fn context(&self) -> PgWireResult<SessionContext> {
         let context = self.session.context();
         setup_pg_catalog(&context, CATALOG, EmptyContextProvider).map_err(|fault| internal(*fault))?;
+        context.register_udf(current_setting());
         if let Some(catalog) = context.catalog(CATALOG) {
             catalog.register_schema("pg_catalog", Arc::clone(&self.names)).map_err(internal)?;
         }
@@ -252,6 +256,35 @@ impl User {
         });
         Ok(Response::Query(QueryResponse::new(fields, rows)))
     }
+}
+
+/// `current_setting(name)`, by which Grafana asks how new a PostgreSQL it speaks to. Null where there is no such setting.
+fn current_setting() -> ScalarUDF {
+    let setting = |name: &str| match name {
+        // As the server says when a client logs in.
+        "server_version_num" => Some("160006"),
+        "search_path" => Some(SCHEMA),
+        _ => None,
+    };
+    let settings = move |arguments: &[ColumnarValue]| match arguments {
+        [ColumnarValue::Scalar(name)] => {
+            let value = name.try_as_str().flatten().and_then(setting);
+            Ok(ColumnarValue::Scalar(ScalarValue::from(value)))
+        }
+        [ColumnarValue::Array(names)] => {
+            let values: StringArray =
+                as_string_array(names)?.iter().map(|name| name.and_then(setting)).collect();
+            Ok(ColumnarValue::Array(Arc::new(values)))
+        }
+        _ => Err(DataFusionError::Plan("current_setting takes one argument".to_owned())),
+    };
+    create_udf(
+        "current_setting",
+        vec![DataType::Utf8],
+        DataType::Utf8,
+        Volatility::Stable,
+        Arc::new(settings),
+    )
 }
 
 /// Answers the queries of a connection.

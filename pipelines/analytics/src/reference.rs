@@ -20,12 +20,21 @@ async fn page() -> String {
          pipelines/guides/sql.md; SQL itself is DataFusion's.\n\n\
          Money is in nano-USD, whole numbers of 10⁻⁹ USD. What is not known is null and never 0.\n",
     );
-    for table in Table::ALL {
+    for table in Table::ALL.iter().chain(Table::ROLLUPS) {
         let (name, topic, time) = (table.name(), table.topic(), table.time_column());
-        let _ = write!(
-            page,
-            "\n## Table {name}\n\nFrom the topic `{topic}`. A bound on `{time}` or `date` spares reading the rest.\n\n"
-        );
+        let from = match table.source() {
+            Some(source) => format!(
+                "Of `{}`, by the hour: rows that are alike are one, added up. Days that are over are stored and outlive their \
+                 rows; all others are worked out when asked, so it says what `{}` says up to now. A bound on `date` spares reading \
+                 the rest.",
+                source.name(),
+                source.name()
+            ),
+            None => {
+                format!("From the topic `{topic}`. A bound on `{time}` or `date` spares reading the rest.")
+            }
+        };
+        let _ = write!(page, "\n## Table {name}\n\n{from}\n\n");
         page.push_str("| Column | Type | Null | Unit | Meaning |\n|---|---|---|---|---|\n");
         for column in table.columns() {
             let (kind, null) =

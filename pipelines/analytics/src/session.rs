@@ -1,7 +1,7 @@
 //! SQL over the tables of a root: a DataFusion session with our functions, views and guards.
 //!
 //! Each query reads the newest version of each table that it names, and of one table one version only, however often it names it. A
-//! table that nobody has made yet is empty.
+//! table that nobody has made yet is empty, and one that is made of another says all that this one says.
 //!
 //! Invariant: nothing is written, registered or set by a query; two queries share only the memory and disk that they may take.
 
@@ -10,14 +10,15 @@ use crate::guards::{self, Extent, Guarded, Limits, Refused, Scope};
 use crate::kafka_table;
 use crate::lake;
 use crate::live::{self, Live};
+use crate::rollup;
 use crate::table::{DATE, Table};
 use crate::views::{VIEWS, View};
 use arrow::array::RecordBatch;
 use arrow::datatypes::SchemaRef;
 use async_trait::async_trait;
 use datafusion::catalog::{
-    CatalogProvider, CatalogProviderList, MemoryCatalogProvider, MemoryCatalogProviderList, SchemaProvider,
-    TableProvider, view::ViewTable,
+    CatalogProvider, CatalogProviderList, MemoryCatalogProvider, MemoryCatalogProviderList,
+    MemorySchemaProvider, SchemaProvider, TableProvider, view::ViewTable,
 };
 use datafusion::common::runtime::SpawnedTask;
 use datafusion::common::{DataFusionError, ParamValues};
@@ -27,8 +28,8 @@ use datafusion::execution::disk_manager::DiskManagerBuilder;
 use datafusion::execution::memory_pool::{FairSpillPool, TrackConsumersPool};
 use datafusion::execution::runtime_env::RuntimeEnvBuilder;
 use datafusion::execution::session_state::{SessionState, SessionStateBuilder};
-use datafusion::logical_expr::{LogicalPlanBuilder, TableType};
-use datafusion::prelude::{DataFrame, SessionConfig, SessionContext};
+use datafusion::logical_expr::{LogicalPlan, LogicalPlanBuilder, TableType, cast};
+use datafusion::prelude::{DataFrame, SessionConfig, SessionContext, col};
 use datafusion::sql::parser::{DFParserBuilder, Statement};
 use datafusion::sql::sqlparser::parser::ParserError;
 use deltalake_core::DeltaTable;
@@ -47,7 +48,8 @@ use url::Url;
 
 /// The catalog in which all tables lie; PostgreSQL's clients call it the database.
 pub(crate) const CATALOG: &str = "forebay";
-const SCHEMA: &str = "public";
+/// The schema in which they lie there.
+pub(crate) const SCHEMA: &str = "public";
 /// How many of those who hold memory an error names.
 const CONSUMERS_NAMED: usize = 3;
 /// How many batches a query may be ahead of who reads them.
@@ -413,26 +415,102 @@ impl Snapshot {
     }
 
     async fn of_table(&self, table: Table) -> Result<Arc<dyn TableProvider>, DataFusionError> {
-        let Some(version) = self.version(table).await? else {
-            return Ok(Arc::new(EmptyTable::new(table.schema())));
-        };
+        match self.version(table).await? {
+            Some(version) => self.days(table, &version, |_| true),
+            None => Ok(Arc::new(EmptyTable::new(table.schema()))),
+        }
+    }
+
+    /// The rows of some days of a version.
+    fn days(
+        &self,
+        table: Table,
+        version: &DeltaTable,
+        wanted: impl Fn(&str) -> bool,
+    ) -> Result<Arc<dyn TableProvider>, DataFusionError> {
         version.update_datafusion_session(&self.state()?)?;
         let snapshot = version.snapshot()?;
         let mut extent = Extent::default();
-        let mut days = BTreeSet::new();
+        let (mut days, mut paths, mut has_all) = (BTreeSet::new(), Vec::new(), true);
         for file in snapshot.log_data().iter() {
+            let day = file.partition_values_map().remove(DATE).flatten();
+            if !day.as_deref().is_none_or(&wanted) {
+                has_all = false;
+                continue;
+            }
             extent.bytes = extent.bytes.saturating_add(u64::try_from(file.size()).unwrap_or(0));
-            days.insert(file.partition_values_map().remove(DATE).flatten());
+            paths.push(file.path().into_owned());
+            days.insert(day);
         }
         extent.days = days.len();
         // The day as a date, and not as a dictionary of dates.
         let config = DeltaScanConfig::new().with_wrap_partition_values(false);
-        let inner = Arc::new(DeltaScanNext::new(snapshot.snapshot().clone(), config)?);
-        Ok(self.guarded(table, inner, extent))
+        let mut scan = DeltaScanNext::new(snapshot.snapshot().clone(), config)?;
+        if !has_all {
+            scan = scan.with_file_paths(paths);
+        }
+        Ok(self.guarded(table, Arc::new(scan), extent))
     }
 
     fn guarded(&self, table: Table, inner: Arc<dyn TableProvider>, extent: Extent) -> Arc<dyn TableProvider> {
-        Arc::new(Guarded { table, inner, extent, limits: self.limits, scope: self.scope.clone() })
+        // Days that are rolled up are there to be read by the year.
+        let scan_days = if table.source().is_some() { u32::MAX } else { self.limits.scan_days };
+        let limits = Limits { scan_days, ..self.limits };
+        Arc::new(Guarded { table, inner, extent, limits, scope: self.scope.clone() })
+    }
+
+    /// A roll-up: what is stored of it, and behind that, worked out now, the days of which that does not say all.
+    async fn of_rollup(
+        &self,
+        rollup: Table,
+        source: Table,
+    ) -> Result<Arc<dyn TableProvider>, DataFusionError> {
+        let (stored, facts) = (self.version(rollup).await?, self.version(source).await?);
+        let columns = rollup.columns();
+        let mut parts = Vec::new();
+        let mut days = BTreeSet::new();
+        if let Some(stored) = &stored {
+            let facts = facts.as_ref().map(DeltaTable::snapshot).transpose()?;
+            days = rollup::days_stored(stored.snapshot()?, facts);
+            let rows = self.days(rollup, stored, |day| days.contains(day))?;
+            let scan = LogicalPlanBuilder::scan(rollup.name(), provider_as_source(rows), None)?;
+            parts.push(scan.project(columns.iter().map(|column| col(column.name)))?);
+        }
+        let rest = match &facts {
+            Some(facts) => self.days(source, facts, |day| !days.contains(day))?,
+            None => Arc::new(EmptyTable::new(source.schema())),
+        };
+        let worked_out = self.planned_over(source, rest, &rollup::sql(rollup, source, None)).await?;
+        let types = parts.first().map(|stored| Arc::clone(stored.schema().inner()));
+        let shown = columns.iter().enumerate().map(|(index, column)| {
+            let name = col(column.name);
+            match &types {
+                Some(types) => cast(name, types.field(index).data_type().clone()).alias(column.name),
+                None => name,
+            }
+        });
+        let worked_out = LogicalPlanBuilder::from(worked_out).project(shown)?;
+        let plan = match parts.pop() {
+            Some(stored) => stored.union(worked_out.build()?)?,
+            None => worked_out,
+        };
+        Ok(Arc::new(ViewTable::new(plan.build()?, None)))
+    }
+
+    /// A query over other rows of a table than all of them.
+    async fn planned_over(
+        &self,
+        table: Table,
+        rows: Arc<dyn TableProvider>,
+        sql: &str,
+    ) -> Result<LogicalPlan, DataFusionError> {
+        let (schema, catalog, catalogs) =
+            (MemorySchemaProvider::new(), MemoryCatalogProvider::new(), MemoryCatalogProviderList::new());
+        schema.register_table(table.name().to_owned(), rows)?;
+        catalog.register_schema(SCHEMA, Arc::new(schema))?;
+        catalogs.register_catalog(CATALOG.to_owned(), Arc::new(catalog));
+        let state = SessionStateBuilder::new_from_existing(self.state()?);
+        state.with_catalog_list(Arc::new(catalogs)).build().create_logical_plan(sql).await
     }
 
     /// The rows of a table, and behind them those that are not in it yet.
@@ -463,7 +541,7 @@ impl Snapshot {
 #[async_trait]
 impl SchemaProvider for Snapshot {
     fn table_names(&self) -> Vec<String> {
-        let tables = Table::ALL.iter().map(|table| table.name());
+        let tables = Table::ALL.iter().chain(Table::ROLLUPS).map(|table| table.name());
         tables.chain(VIEWS.iter().map(|view| view.name)).chain([live::NAME]).map(str::to_owned).collect()
     }
 
@@ -472,7 +550,10 @@ impl SchemaProvider for Snapshot {
             return Ok(Some(Arc::clone(found)));
         }
         let found = match (Table::find(name), View::find(name)) {
-            (Some(table), _) => self.of_table(table).await?,
+            (Some(table), _) => match table.source() {
+                Some(source) => self.of_rollup(table, source).await?,
+                None => self.of_table(table).await?,
+            },
             (None, Some(view)) => self.of_view(view).await?,
             (None, None) if name == live::NAME => self.of_live().await?,
             (None, None) => return Ok(None),

@@ -1,6 +1,6 @@
 //! What a process of tables or SQL is told: where Kafka is, where the tables lie.
 //!
-//! `forebay sink|sql` resolves its own settings (file, environment, flags) and hands them down as JSON in
+//! `forebay sink|sql|report` resolves its own settings (file, environment, flags) and hands them down as JSON in
 //! the environment, so that there is one place where settings are read and no secret in a command line. Started by itself,
 //! the binary reads the few variables that `forebay` reads too.
 //!

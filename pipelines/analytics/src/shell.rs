@@ -68,6 +68,13 @@ pub struct Args {
     /// Speaks the PostgreSQL wire protocol on this address, such as 127.0.0.1:5432, to the users of --users; a token is the password.
     #[arg(long, value_name = "ADDRESS", requires = "users", conflicts_with_all = ["command", "file", "output", "user"])]
     pg: Option<String>,
+    #[command(flatten)]
+    access: Access,
+}
+
+/// Who asks, and what that may take.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct Access {
     /// Asks as this user of the file of users, and sees the tenants of that user alone.
     #[arg(long, requires = "users", env = "FOREBAY_SQL_USER")]
     user: Option<String>,
@@ -110,7 +117,7 @@ pub async fn run(args: Args, settings: Settings) -> anyhow::Result<()> {
     if args.listen.is_some() || args.pg.is_some() {
         return listen(&args, &settings).await;
     }
-    let session = open(scope(&args)?, &args, &settings)?;
+    let session = args.access.open(args.access.scope()?, &settings)?;
     let text = match (&args.command, &args.file) {
         (Some(command), _) => Some(command.clone()),
         (None, Some(file)) if file.as_os_str() != "-" => Some(read(file)?),
@@ -126,9 +133,11 @@ pub async fn run(args: Args, settings: Settings) -> anyhow::Result<()> {
 
 /// Serves HTTP and the PostgreSQL protocol, whichever is asked for, until Ctrl-C or SIGTERM.
 async fn listen(args: &Args, settings: &Settings) -> anyhow::Result<()> {
-    let Some(path) = &args.users else { bail!("who serves needs the file of users; name it with --users") };
+    let Some(path) = &args.access.users else {
+        bail!("who serves needs the file of users; name it with --users")
+    };
     let users = Users::read(&path.display().to_string(), &read(path)?)?;
-    let session = open(Scope::All, args, settings)?;
+    let session = args.access.open(Scope::All, settings)?;
     let ending = CancellationToken::new();
     let mut serving = JoinSet::new();
     if let Some(address) = &args.listen {
@@ -165,41 +174,45 @@ async fn bind(address: &str, flag: &str) -> anyhow::Result<TcpListener> {
     bound.with_context(|| format!("could not listen on {address}; choose another address by {flag}"))
 }
 
-/// Whose rows who asks may see.
-fn scope(args: &Args) -> anyhow::Result<Scope> {
-    Ok(match (&args.users, &args.user) {
-        (Some(path), Some(user)) => {
-            let file = path.display().to_string();
-            Users::read(&file, &read(path)?)?.scope(&file, user)?
-        }
-        (Some(_), None) => {
-            bail!("--users is given and --user is not; say who asks with --user, or leave --users out")
-        }
-        (None, _) => Scope::All,
-    })
-}
-
-fn open(scope: Scope, args: &Args, settings: &Settings) -> anyhow::Result<Session> {
-    let limits = Limits {
-        memory_bytes: usize::try_from(args.memory)? << 20,
-        deadline: args.deadline,
-        scan_bytes: args.scan_bytes,
-        scan_days: args.scan_days,
-        messages: args.messages,
-        ..Limits::default()
-    };
-    let prices = args.prices.as_deref().map(prices).transpose()?.flatten();
-    let options = settings.tables_options.clone().into_iter().collect();
-    let live = match settings.kafka() {
-        Some(kafka) => Some(Live::new(Kafka::new(&kafka)?, settings.topic(live::TABLE.topic()))),
-        None => None,
-    };
-    let mut session = Session::open(settings.tables_url()?, options, limits, scope, prices, live)?;
-    for (name, value) in &args.options {
-        session =
-            session.with_option(name, value).with_context(|| format!("could not set {name}; check --set"))?;
+impl Access {
+    /// Whose rows who asks may see.
+    pub(crate) fn scope(&self) -> anyhow::Result<Scope> {
+        Ok(match (&self.users, &self.user) {
+            (Some(path), Some(user)) => {
+                let file = path.display().to_string();
+                Users::read(&file, &read(path)?)?.scope(&file, user)?
+            }
+            (Some(_), None) => {
+                bail!("--users is given and --user is not; say who asks with --user, or leave --users out")
+            }
+            (None, _) => Scope::All,
+        })
     }
-    Ok(session)
+
+    /// A session within these limits.
+    pub(crate) fn open(&self, scope: Scope, settings: &Settings) -> anyhow::Result<Session> {
+        let limits = Limits {
+            memory_bytes: usize::try_from(self.memory)? << 20,
+            deadline: self.deadline,
+            scan_bytes: self.scan_bytes,
+            scan_days: self.scan_days,
+            messages: self.messages,
+            ..Limits::default()
+        };
+        let prices = self.prices.as_deref().map(prices).transpose()?.flatten();
+        let options = settings.tables_options.clone().into_iter().collect();
+        let live = match settings.kafka() {
+            Some(kafka) => Some(Live::new(Kafka::new(&kafka)?, settings.topic(live::TABLE.topic()))),
+            None => None,
+        };
+        let mut session = Session::open(settings.tables_url()?, options, limits, scope, prices, live)?;
+        for (name, value) in &self.options {
+            session = session
+                .with_option(name, value)
+                .with_context(|| format!("could not set {name}; check --set"))?;
+        }
+        Ok(session)
+    }
 }
 
 /// `old.json,2026-12-01=new.json`: tables of prices, each from midnight UTC of its day on.
@@ -300,7 +313,7 @@ fn told(timing: bool, rows: u64, took: Duration) -> io::Result<()> {
 }
 
 /// The error, with the line of the query under it and a mark at the place.
-fn pointed(text: &str, error: &Error) -> anyhow::Error {
+pub(crate) fn pointed(text: &str, error: &Error) -> anyhow::Error {
     let mut message = String::new();
     let mut cause: Option<&dyn std::error::Error> = Some(error);
     while let Some(error) = cause {
@@ -436,6 +449,9 @@ fn listed() -> String {
             table.time_column()
         );
     }
+    for table in Table::ROLLUPS {
+        let _ = writeln!(text, "table     {:<22} {} by the hour, added up", table.name(), table.topic());
+    }
     for view in VIEWS {
         let meaning = view.meaning();
         let first = meaning.split_once(": ").map_or(meaning.as_str(), |(first, _)| first);
@@ -514,7 +530,7 @@ fn words(session: &Session) -> Vec<String> {
     ];
     let mut words: Vec<String> = KEYWORDS.iter().map(|word| (*word).to_owned()).collect();
     words.extend(session.functions());
-    words.extend(Table::ALL.iter().flat_map(|table| {
+    words.extend(Table::ALL.iter().chain(Table::ROLLUPS).flat_map(|table| {
         let columns = table.columns().into_iter().map(|column| column.name.to_owned());
         columns.chain([table.name().to_owned()])
     }));

@@ -1,10 +1,11 @@
 //! The tables: what each is called, which topic fills it, and what every column says.
 //!
 //! A table is a row of its topic, column by column, with the day of its time behind them. What is declared with the
-//! records in forebay-schemas is not declared again here.
+//! records in forebay-schemas is not declared again here. A roll-up is made of a table, by [`crate::rollup`].
 //!
 //! Invariant: a column is added as the last but `date`, and may be null; it is never renamed. Rows that are older read null.
 
+use crate::rollup;
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef, TimeUnit};
 use forebay_schemas::{Attempt, Audit, Label, Outcome, Payload, topics};
 use std::sync::{Arc, LazyLock};
@@ -14,7 +15,7 @@ pub const DATE: &str = "date";
 /// The column that says whose a row is, in every table.
 pub const TENANT: &str = "tenant";
 /// The unit of the columns that are points in time.
-const TIME_UNIT: &str = "µs since 1970";
+pub(crate) const TIME_UNIT: &str = "µs since 1970";
 
 /// A table of the output log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -31,6 +32,10 @@ pub enum Table {
     Payloads,
     /// One row a record that was given up.
     DeadLetters,
+    /// One row an hour of outcomes that are alike.
+    OutcomesHourly,
+    /// One row an hour of attempts that are alike.
+    AttemptsHourly,
 }
 
 /// What a column holds.
@@ -46,6 +51,8 @@ pub enum Kind {
     Double,
     /// True or false.
     Boolean,
+    /// Bytes.
+    Bytes,
     /// A point in time in UTC, to the microsecond.
     Time,
     /// A day in UTC.
@@ -72,6 +79,7 @@ impl Kind {
             Self::Long => DataType::Int64,
             Self::Double => DataType::Float64,
             Self::Boolean => DataType::Boolean,
+            Self::Bytes => DataType::Binary,
             Self::Time => DataType::Timestamp(TimeUnit::Microsecond, Some("UTC".into())),
             Self::Date => DataType::Date32,
         }
@@ -129,7 +137,7 @@ const DEAD_LETTERS: &[Column] = &[
     column("died_at", Kind::Time, false, TIME_UNIT, "When the letter was written."),
 ];
 
-const fn column(
+pub(crate) const fn column(
     name: &'static str,
     kind: Kind,
     nullable: bool,
@@ -144,9 +152,12 @@ const fn text(name: &'static str, nullable: bool, meaning: &'static str) -> Colu
 }
 
 impl Table {
-    /// All tables.
+    /// All tables that a topic fills.
     pub const ALL: &'static [Self] =
         &[Self::Outcomes, Self::Attempts, Self::Audits, Self::Labels, Self::Payloads, Self::DeadLetters];
+
+    /// All tables that are made of another.
+    pub const ROLLUPS: &'static [Self] = &[Self::OutcomesHourly, Self::AttemptsHourly];
 
     /// Its name in SQL, and that of its folder.
     pub const fn name(self) -> &'static str {
@@ -157,19 +168,30 @@ impl Table {
             Self::Labels => "labels",
             Self::Payloads => "payloads",
             Self::DeadLetters => "dead_letters",
+            Self::OutcomesHourly => "outcomes_hourly",
+            Self::AttemptsHourly => "attempts_hourly",
         }
     }
 
     /// The table of this name.
     pub fn find(name: &str) -> Option<Self> {
-        Self::ALL.iter().copied().find(|table| table.name() == name)
+        Self::ALL.iter().chain(Self::ROLLUPS).copied().find(|table| table.name() == name)
     }
 
-    /// The topic that fills it, without the prefix.
+    /// What it is made of, where that is another table.
+    pub const fn source(self) -> Option<Self> {
+        match self {
+            Self::OutcomesHourly => Some(Self::Outcomes),
+            Self::AttemptsHourly => Some(Self::Attempts),
+            _ => None,
+        }
+    }
+
+    /// The topic that fills it, or what it is made of; without the prefix.
     pub const fn topic(self) -> &'static str {
         match self {
-            Self::Outcomes => topics::OUTCOMES.name,
-            Self::Attempts => topics::ATTEMPTS.name,
+            Self::Outcomes | Self::OutcomesHourly => topics::OUTCOMES.name,
+            Self::Attempts | Self::AttemptsHourly => topics::ATTEMPTS.name,
             Self::Audits => topics::AUDITS.name,
             Self::Labels => topics::LABELS.name,
             Self::Payloads => topics::PAYLOADS.name,
@@ -185,6 +207,7 @@ impl Table {
             Self::Audits => "audited_at",
             Self::Labels => "labelled_at",
             Self::DeadLetters => "died_at",
+            Self::OutcomesHourly | Self::AttemptsHourly => rollup::HOUR,
         }
     }
 
@@ -209,6 +232,7 @@ impl Table {
             Self::Labels => of(Label::COLUMNS),
             Self::Payloads => of(Payload::COLUMNS),
             Self::DeadLetters => DEAD_LETTERS.to_vec(),
+            Self::OutcomesHourly | Self::AttemptsHourly => rollup::columns(self),
         };
         let meaning = match self {
             Self::Outcomes | Self::Payloads => {
@@ -218,6 +242,9 @@ impl Table {
             Self::Audits => "The day of `audited_at` in UTC; the table is partitioned by it.",
             Self::Labels => "The day of `labelled_at` in UTC; the table is partitioned by it.",
             Self::DeadLetters => "The day of `died_at` in UTC; the table is partitioned by it.",
+            Self::OutcomesHourly | Self::AttemptsHourly => {
+                "The day of `hour` in UTC; the table is partitioned by it."
+            }
         };
         columns.push(column(DATE, Kind::Date, false, "", meaning));
         columns
@@ -230,7 +257,7 @@ impl Table {
             let schema = |table: &Table| {
                 Arc::new(Schema::new(table.columns().into_iter().map(field).collect::<Vec<_>>()))
             };
-            Table::ALL.iter().map(schema).collect()
+            Table::ALL.iter().chain(Table::ROLLUPS).map(schema).collect()
         });
         Arc::clone(&SCHEMAS[self as usize])
     }
@@ -242,10 +269,11 @@ impl Table {
         Arc::new(Schema::new(fields.collect::<Vec<_>>()))
     }
 
-    /// How many days are kept; texts of clients for fewer.
+    /// How many days are kept: texts of clients for fewer, and what is rolled up for ten years.
     pub const fn days_kept(self) -> u32 {
         match self {
             Self::Payloads => 30,
+            Self::OutcomesHourly | Self::AttemptsHourly => 3_660,
             _ => 400,
         }
     }
@@ -258,7 +286,7 @@ mod tests {
 
     #[test]
     fn every_table_has_its_time_its_tenant_and_its_day_and_no_column_twice() {
-        for table in Table::ALL {
+        for table in Table::ALL.iter().chain(Table::ROLLUPS) {
             let columns = table.columns();
             let find = |name: &str| columns.iter().find(|column| column.name == name).unwrap();
             assert_eq!(

@@ -7,6 +7,9 @@
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "what goes wrong fails the test")]
 #![expect(clippy::print_stdout, reason = "what is skipped is said")]
 
+#[path = "sink/rollups.rs"]
+mod rollups;
+
 use arrow::util::display::{ArrayFormatter, FormatOptions};
 use datafusion::prelude::SessionContext;
 use forebay_analytics::{

@@ -125,6 +125,9 @@ pub enum Command {
     /// Asks the output log in SQL: a shell, or one question by `-c`.
     #[command(disable_help_flag = true)]
     Sql(Passed),
+    /// Writes a page of the output log: what the last days cost, how long they took, how good they were.
+    #[command(disable_help_flag = true)]
+    Report(Passed),
     /// Moves the output log from Kafka into its tables, each row exactly once.
     #[command(disable_help_flag = true)]
     Sink(Passed),

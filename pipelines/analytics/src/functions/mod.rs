@@ -54,9 +54,11 @@ enum Argument {
     Time,
     /// What `rate_cell` answers.
     Cell,
+    /// What `pctl_state` answers.
+    State,
 }
 
-use Argument::{Boolean, Cell, Flag, Integer, Number, Text, Time};
+use Argument::{Boolean, Cell, Flag, Integer, Number, State, Text, Time};
 
 /// All functions, in the order of the reference.
 pub static FUNCTIONS: &[Function] = &[
@@ -117,6 +119,24 @@ pub static FUNCTIONS: &[Function] = &[
         required: 2,
     },
     Function {
+        name: "pctl_state",
+        call: "pctl_state(x)",
+        is_aggregate: true,
+        meaning: "What `pctl_merge` needs to know of x, in at most 801 bytes to 100 values and in about 3 bytes a different value beyond, \
+                  as those within 1% of each other are one. Nulls, NaN and infinities take no part. Null without values.",
+        arguments: &[Number],
+        required: 1,
+    },
+    Function {
+        name: "pctl_merge",
+        call: "pctl_merge(state, p)",
+        is_aggregate: true,
+        meaning: "The percentile at the fraction p of all values behind these states, as `pctl` would tell it: of hours the one of the \
+                  week. Exact to 100 values together; beyond, with a relative error of at most 1%. Null without values.",
+        arguments: &[State, Number],
+        required: 2,
+    },
+    Function {
         name: "hallucination_rate",
         call: "hallucination_rate(flagged, label [, inclusion_probability])",
         is_aggregate: true,
@@ -166,6 +186,8 @@ pub fn register(
                 aggregate(registry, function, DataType::Float64, money::ratio_state, money::ratio)?
             }
             "pctl" => aggregate(registry, function, DataType::Float64, pctl::state, pctl::accumulator)?,
+            "pctl_state" => aggregate(registry, function, DataType::Binary, pctl::state, pctl::storing)?,
+            "pctl_merge" => aggregate(registry, function, DataType::Float64, pctl::state, pctl::merging)?,
             "hallucination_rate" => {
                 aggregate(registry, function, quality::rate_type(), quality::cell_state, quality::rate)?;
             }
@@ -242,6 +264,7 @@ impl Argument {
             // A literal such as '2026-11-01' is text.
             Time => given.is_temporal() || is_text(given),
             Cell => *given == quality::cell_type(),
+            State => given.is_binary(),
         };
         (fits || given.is_null()).then(|| match self {
             Integer => DataType::Int64,
@@ -250,6 +273,7 @@ impl Argument {
             Boolean => DataType::Boolean,
             Time => DataType::Timestamp(TimeUnit::Microsecond, Some("UTC".into())),
             Cell => quality::cell_type(),
+            State => DataType::Binary,
         })
     }
 
@@ -262,6 +286,7 @@ impl Argument {
             Flag => "true or false, or a score from 0 to 1",
             Time => "a time",
             Cell => "what rate_cell answers",
+            State => "what pctl_state answers",
         }
     }
 }

@@ -1,17 +1,18 @@
-//! `pctl(x, p)`: a percentile that is exact to 10,000 values and within 1% beyond.
+//! `pctl(x, p)`: a percentile that is exact to 10,000 values and within 1% beyond. `pctl_state(x)` and `pctl_merge(state, p)` are the
+//! same in two steps, so that what is kept of an hour answers for a month; exact to 100 values, as what is kept should be small.
 //!
 //! The percentile is the one of `percentile_disc`: a value that is there, of rank ⌈p·n⌉. Beyond the exact part a DDSketch holds the
 //! values, which bounds the relative error of each percentile, also of the last; the built-in `approx_percentile_cont` is a t-digest,
 //! whose error at p99.9 of heavy tails has no such bound (Masson, Rim, Lee 2019, DDSketch, VLDB 12, 2195–2205).
 //!
-//! Invariant: how rows are spread over partitions does not change whether an answer is exact. Memory is bounded: 80 kB of values, or
-//! two times 2,048 counters.
+//! Invariant: an answer depends on the values alone, and not on how they are spread over partitions or states. Memory is bounded:
+//! 80 kB of values, or two times 2,048 counters.
 
 use super::Function;
 use arrow::array::{ArrayRef, Float64Array};
 use arrow::datatypes::{DataType, Field};
 use datafusion::common::cast::{as_binary_array, as_float64_array, as_list_array};
-use datafusion::common::{DataFusionError, Result, ScalarValue, plan_err};
+use datafusion::common::{DataFusionError, Result, ScalarValue, exec_err, plan_err};
 use datafusion::logical_expr::Accumulator;
 use datafusion::logical_expr::function::AccumulatorArgs;
 use datafusion::physical_expr::expressions::Literal;
@@ -20,6 +21,11 @@ use std::fmt;
 
 /// Up to so many values are kept as they are.
 const EXACT_MAX: usize = 10_000;
+/// The same of what is stored: 800 bytes, about what a sketch of many takes.
+const STORED_EXACT_MAX: usize = 100;
+/// The first byte of a stored state: values follow, or a sketch does.
+const VALUES: u8 = 0;
+const SKETCH: u8 = 1;
 
 pub(super) fn state() -> Vec<Field> {
     let value = Field::new_list_field(DataType::Float64, true);
@@ -27,11 +33,25 @@ pub(super) fn state() -> Vec<Field> {
 }
 
 pub(super) fn accumulator(function: &Function, arguments: &AccumulatorArgs) -> Result<Box<dyn Accumulator>> {
+    let answers = Answers::At(fraction(function, arguments)?);
+    Ok(Box::new(Percentile { values: Values::new(EXACT_MAX), takes: Takes::Numbers, answers }))
+}
+
+pub(super) fn storing(_: &Function, _: &AccumulatorArgs) -> Result<Box<dyn Accumulator>> {
+    let values = Values::new(STORED_EXACT_MAX);
+    Ok(Box::new(Percentile { values, takes: Takes::Numbers, answers: Answers::State }))
+}
+
+pub(super) fn merging(function: &Function, arguments: &AccumulatorArgs) -> Result<Box<dyn Accumulator>> {
+    let answers = Answers::At(fraction(function, arguments)?);
+    Ok(Box::new(Percentile { values: Values::new(STORED_EXACT_MAX), takes: Takes::States, answers }))
+}
+
+/// The p of a call.
+fn fraction(function: &Function, arguments: &AccumulatorArgs) -> Result<f64> {
     let constant = arguments.exprs.get(1).and_then(|p| p.downcast_ref::<Literal>()).map(Literal::value);
     match constant {
-        Some(ScalarValue::Float64(Some(p))) if (0.0..=1.0).contains(p) => {
-            Ok(Box::new(Percentile { p: *p, exact: Vec::new(), sketch: None }))
-        }
+        Some(ScalarValue::Float64(Some(p))) if (0.0..=1.0).contains(p) => Ok(*p),
         Some(p) => plan_err!(
             "{}: p is {p}; it must lie from 0 to 1, as 0.99 does for the 99th percentile",
             function.call
@@ -40,32 +60,62 @@ pub(super) fn accumulator(function: &Function, arguments: &AccumulatorArgs) -> R
     }
 }
 
+#[derive(Debug)]
 struct Percentile {
-    p: f64,
+    values: Values,
+    takes: Takes,
+    answers: Answers,
+}
+
+/// What its rows hold.
+#[derive(Clone, Copy, Debug)]
+enum Takes {
+    Numbers,
+    States,
+}
+
+/// What is asked of it.
+#[derive(Clone, Copy, Debug)]
+enum Answers {
+    /// The percentile at a fraction.
+    At(f64),
+    /// What answers later.
+    State,
+}
+
+/// Many values, or what is needed to know of them.
+struct Values {
+    exact_max: usize,
     /// All values, as long as there is no sketch; then none.
     exact: Vec<f64>,
     sketch: Option<Box<DDSketch>>,
 }
 
-impl fmt::Debug for Percentile {
+impl fmt::Debug for Values {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let sketched = self.sketch.as_ref().map_or(0, |sketch| sketch.count());
-        write!(f, "pctl of {} values at {}", self.exact.len() + sketched, self.p)
+        write!(f, "{} values", self.exact.len() + sketched)
     }
 }
 
-impl Percentile {
+impl Values {
+    const fn new(exact_max: usize) -> Self {
+        Self { exact_max, exact: Vec::new(), sketch: None }
+    }
+
     fn add(&mut self, values: &Float64Array) {
-        if self.sketch.is_none() && self.exact.len() + values.len() <= EXACT_MAX {
+        if self.sketch.is_none() && self.exact.len() + values.len() <= self.exact_max {
             self.exact.extend(finite(values));
             return;
         }
-        for value in finite(values) {
-            if self.sketch.is_none() && self.exact.len() < EXACT_MAX {
-                self.exact.push(value);
-            } else {
-                self.sketch().add(value);
-            }
+        finite(values).for_each(|value| self.add_one(value));
+    }
+
+    fn add_one(&mut self, value: f64) {
+        if self.sketch.is_none() && self.exact.len() < self.exact_max {
+            self.exact.push(value);
+        } else {
+            self.sketch().add(value);
         }
     }
 
@@ -77,6 +127,48 @@ impl Percentile {
             sketch.add(value);
         }
         sketch
+    }
+
+    fn add_sketch(&mut self, bytes: &[u8]) -> Result<()> {
+        let other = DDSketch::from_java_bytes(bytes).map_err(external)?;
+        self.sketch().merge(&other).map_err(external)
+    }
+
+    /// The same values in the same bytes, in whatever order they came; null where there are none.
+    fn stored(&mut self) -> Option<Vec<u8>> {
+        if let Some(sketch) = &self.sketch {
+            return Some([&[SKETCH], sketch.to_java_bytes().as_slice()].concat());
+        }
+        self.exact.sort_unstable_by(f64::total_cmp);
+        let values = self.exact.iter().flat_map(|value| value.to_le_bytes());
+        (!self.exact.is_empty()).then(|| std::iter::once(VALUES).chain(values).collect())
+    }
+
+    fn add_stored(&mut self, bytes: &[u8]) -> Result<()> {
+        match bytes.split_first() {
+            Some((&SKETCH, sketch)) => self.add_sketch(sketch),
+            Some((&VALUES, values)) if values.len().is_multiple_of(size_of::<f64>()) => {
+                for value in values.as_chunks().0 {
+                    self.add_one(f64::from_le_bytes(*value));
+                }
+                Ok(())
+            }
+            _ => exec_err!(
+                "pctl_merge: {} bytes are no state; it must be what pctl_state answers",
+                bytes.len()
+            ),
+        }
+    }
+
+    fn at(&mut self, p: f64) -> Result<Option<f64>> {
+        match &self.sketch {
+            Some(sketch) => at_rank(sketch, rank(p, sketch.count())),
+            None if self.exact.is_empty() => Ok(None),
+            None => {
+                let rank = rank(p, self.exact.len());
+                Ok(Some(*self.exact.select_nth_unstable_by(rank, f64::total_cmp).1))
+            }
+        }
     }
 }
 
@@ -99,44 +191,47 @@ fn rank(p: f64, n: usize) -> usize {
 
 impl Accumulator for Percentile {
     fn update_batch(&mut self, values: &[ArrayRef]) -> Result<()> {
-        let [values, ..] = values else { return plan_err!("pctl takes two arguments") };
-        self.add(as_float64_array(values)?);
+        let [values, ..] = values else { return plan_err!("pctl takes a column") };
+        match self.takes {
+            Takes::Numbers => self.values.add(as_float64_array(values)?),
+            Takes::States => {
+                for state in as_binary_array(values)?.iter().flatten() {
+                    self.values.add_stored(state)?;
+                }
+            }
+        }
         Ok(())
     }
 
     fn evaluate(&mut self) -> Result<ScalarValue> {
-        let value = match &self.sketch {
-            Some(sketch) => at_rank(sketch, rank(self.p, sketch.count()))?,
-            None if self.exact.is_empty() => None,
-            None => {
-                let rank = rank(self.p, self.exact.len());
-                Some(*self.exact.select_nth_unstable_by(rank, f64::total_cmp).1)
-            }
-        };
-        Ok(ScalarValue::Float64(value))
+        Ok(match self.answers {
+            Answers::At(p) => ScalarValue::Float64(self.values.at(p)?),
+            Answers::State => ScalarValue::Binary(self.values.stored()),
+        })
     }
 
     fn size(&self) -> usize {
-        let sketch = self.sketch.as_ref();
-        let sketch = sketch.map_or(0, |sketch| size_of::<DDSketch>() + sketch.length() * size_of::<u64>());
-        size_of_val(self) + self.exact.capacity() * size_of::<f64>() + sketch
+        let Values { exact, sketch, .. } = &self.values;
+        let sketch =
+            sketch.as_ref().map_or(0, |sketch| size_of::<DDSketch>() + sketch.length() * size_of::<u64>());
+        size_of_val(self) + exact.capacity() * size_of::<f64>() + sketch
     }
 
     fn state(&mut self) -> Result<Vec<ScalarValue>> {
-        let values: Vec<_> = self.exact.iter().map(|value| ScalarValue::Float64(Some(*value))).collect();
+        let Values { exact, sketch, .. } = &self.values;
+        let values: Vec<_> = exact.iter().map(|value| ScalarValue::Float64(Some(*value))).collect();
         let values = ScalarValue::new_list_nullable(&values, &DataType::Float64);
-        let sketch = self.sketch.as_ref().map(|sketch| sketch.to_java_bytes());
+        let sketch = sketch.as_ref().map(|sketch| sketch.to_java_bytes());
         Ok(vec![ScalarValue::List(values), ScalarValue::Binary(sketch)])
     }
 
     fn merge_batch(&mut self, states: &[ArrayRef]) -> Result<()> {
         let [values, sketches] = states else { return plan_err!("pctl has a state of two parts") };
         for values in as_list_array(values)?.iter().flatten() {
-            self.add(as_float64_array(&values)?);
+            self.values.add(as_float64_array(&values)?);
         }
         for bytes in as_binary_array(sketches)?.iter().flatten() {
-            let other = DDSketch::from_java_bytes(bytes).map_err(external)?;
-            self.sketch().merge(&other).map_err(external)?;
+            self.values.add_sketch(bytes)?;
         }
         Ok(())
     }

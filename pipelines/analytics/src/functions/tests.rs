@@ -4,6 +4,7 @@ use super::*;
 use arrow::array::{Array, BooleanArray, Float64Array, Int64Array, RecordBatch, StringArray, StructArray};
 use arrow::datatypes::Schema;
 use arrow::util::pretty::pretty_format_batches;
+use datafusion::common::cast::{as_binary_array, as_float64_array};
 use datafusion::datasource::MemTable;
 use datafusion::prelude::{SessionConfig, SessionContext};
 use forebay_estimators::{Cell, Confidence, Stratum};
@@ -245,6 +246,62 @@ async fn a_percentile_passes_over_nulls_and_what_is_no_number() {
     let running = "SELECT max(p) - min(p) AS d FROM (SELECT pctl(x, 1.0) OVER (ORDER BY x) AS p FROM t)";
     let running = pretty_format_batches(&ask(&hundred, running).await).unwrap().to_string();
     assert!(running.contains("| 99.0 |"), "{running}");
+}
+
+#[tokio::test]
+async fn stored_states_answer_as_their_values_do_however_they_were_cut() {
+    let ps = [0.0, 0.5, 0.99, 0.999, 1.0];
+    let calls: Vec<_> = ps.iter().map(|p| format!("pctl_merge(s, {p:?})")).collect();
+    for kind in ["uniform", "heavy", "signed", "constant"] {
+        for rows in [1, 100, 101, 1_000, 50_000] {
+            let values = values(kind, rows);
+            let mut answers = Vec::new();
+            for (groups, partitions) in [(1, 1), (7, 3), (rows / 2 + 1, 5)] {
+                let keys = Int64Array::from_iter_values((0..rows).map(|row| bigint((row % groups) as u64)));
+                let x: ArrayRef = Arc::new(Float64Array::from(values.clone()));
+                let context = with_table(&[("x", x), ("k", Arc::new(keys))], partitions);
+                let sql = format!(
+                    "SELECT {} FROM (SELECT k, pctl_state(x) AS s FROM t GROUP BY k)",
+                    calls.join(", ")
+                );
+                let got = ask(&context, &sql).await;
+                let got = got[0].columns().iter().map(|column| as_float64_array(column).unwrap().value(0));
+                answers.push(got.collect::<Vec<_>>());
+            }
+            assert!(answers.iter().all(|answer| *answer == answers[0]), "{kind} {rows}: {answers:?}");
+            for (got, p) in answers[0].iter().zip(ps) {
+                let wanted = exact(&values, p);
+                let allowed = if rows <= 100 { 0.0 } else { 0.010_000_001 * wanted.abs() };
+                assert!((got - wanted).abs() <= allowed, "{kind} {rows} at {p}: {got} and not {wanted}");
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_state_is_small_and_what_is_none_is_told() {
+    let size = async |rows: usize| {
+        let x: ArrayRef = Arc::new(Float64Array::from(values("uniform", rows)));
+        let got = ask(&with_table(&[("x", x)], 1), "SELECT pctl_state(x) FROM t").await;
+        as_binary_array(got[0].column(0)).unwrap().value(0).len()
+    };
+    assert_eq!((size(1).await, size(100).await), (9, 801));
+    // Of values over three powers of ten: 350 that are more than 2% apart.
+    let large = size(100_000).await;
+    assert!((500..1_500).contains(&large), "{large} bytes");
+    check("SELECT pctl_state(x) IS NULL FROM (VALUES (CAST(NULL AS DOUBLE))) AS v(x)", "true").await;
+    check("SELECT pctl_merge(s, 0.5) IS NULL FROM (VALUES (CAST(NULL AS BYTEA))) AS v(s)", "true").await;
+    for (sql, wanted) in [
+        ("SELECT pctl_merge('00', 0.5)", "it must be what pctl_state answers"),
+        ("SELECT pctl_merge(X'', 0.5)", "0 bytes are no state"),
+        ("SELECT pctl_merge(X'02', 0.5)", "1 bytes are no state"),
+        ("SELECT pctl_merge(X'0000', 0.5)", "2 bytes are no state"),
+        ("SELECT pctl_merge(X'01', 0.5)", ""),
+        ("SELECT pctl_merge(pctl_state(1), 50)", ""),
+    ] {
+        let told = refused(&context(), sql).await;
+        assert!(told.contains(wanted), "{sql}: {told}");
+    }
 }
 
 /// What a judge flags and people label, of three strata.

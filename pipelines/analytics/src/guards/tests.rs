@@ -37,8 +37,12 @@ fn of_acme(tables: &Tables) -> Session {
 async fn rows_of_other_tenants_are_not_there() {
     let tables = of_two_tenants().await;
     let (all, acme) = (tables.session(Limits::default(), Scope::All), of_acme(&tables));
-    let names: Vec<&str> =
-        Table::ALL.iter().map(|table| table.name()).chain(VIEWS.iter().map(|view| view.name)).collect();
+    let names: Vec<&str> = Table::ALL
+        .iter()
+        .chain(Table::ROLLUPS)
+        .map(|table| table.name())
+        .chain(VIEWS.iter().map(|view| view.name))
+        .collect();
     for name in &names {
         let everything = format!("SELECT * FROM {name}");
         let told = shown(&all.collect(&everything).await.unwrap());

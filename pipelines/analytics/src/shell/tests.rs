@@ -103,7 +103,7 @@ async fn the_shell_lists_and_describes_what_there_is() {
     for name in ["outcomes", "dead_letters", "cost_daily", "pctl(x, p)"] {
         assert!(listed.contains(name), "{listed}");
     }
-    let session = open(Scope::All, &parsed(&[]), &settings(&Tables::new())).unwrap();
+    let session = parsed(&[]).access.open(Scope::All, &settings(&Tables::new())).unwrap();
     let schema = session.columns("outcomes").await.unwrap().unwrap();
     let described = described("outcomes", &schema);
     let line = described.lines().find(|line| line.starts_with("billed_nano_usd")).unwrap();

@@ -11,7 +11,7 @@ mod lane;
 
 use crate::{
     compact::{self, Compacted},
-    lake,
+    lake, rollup,
     settings::{Settings, SettingsError},
     table::Table,
 };
@@ -41,6 +41,7 @@ use std::{
 use tokio::{net::TcpListener, task::JoinHandle, time::MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
+use url::Url;
 
 /// How often the loop looks what is due; also how often its life is told.
 const TICK: Duration = Duration::from_millis(100);
@@ -197,6 +198,8 @@ struct Sink {
     cluster: Arc<str>,
     source: KafkaSource,
     lanes: BTreeMap<Arc<str>, Lane>,
+    /// Where the tables lie, and what their store is told.
+    place: (Url, lake::Options),
     flush_every: Duration,
     flush_bytes: usize,
     /// What was read beyond the bound: the reading thread rests until it is told that this has gone on.
@@ -263,6 +266,7 @@ impl Sink {
             cluster,
             source,
             lanes,
+            place: (root, options),
             flush_every: settings.flush_every(),
             flush_bytes: settings.flush_bytes,
             owed: Vec::new(),
@@ -410,8 +414,15 @@ impl Sink {
             self.sweep_at = now + SWEEP_EVERY;
         }
         let tables: Vec<_> = self.lanes.values().filter_map(Lane::kept_here).collect();
+        let (root, options) = self.place.clone();
         self.keeping = Some(tokio::spawn(async move {
             for (kind, mut table) in tables {
+                // Before days are forgotten.
+                if let Err(fault) = rollup::keep(kind, (&root, &options), sweeps, now_ms()).await {
+                    let cause =
+                        std::error::Error::source(&fault).map(ToString::to_string).unwrap_or_default();
+                    warn!(table = kind.name(), error = %fault, cause, "could not roll up days of a table");
+                }
                 if let Err(fault) = keep(kind, &mut table, sweeps).await {
                     let cause =
                         std::error::Error::source(&fault).map(ToString::to_string).unwrap_or_default();

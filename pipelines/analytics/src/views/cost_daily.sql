@@ -15,15 +15,15 @@ SELECT
     sum(spent) AS calls_nano_usd -- [nano-USD] What these calls cost, wasted ones included.
 FROM (
   SELECT
-      date, tenant, 1 AS request, CASE WHEN status = 'answered' THEN 1 ELSE 0 END AS answered,
-      CASE WHEN model_served IS NOT NULL AND billed_nano_usd IS NULL THEN 1 ELSE 0 END AS unpriced,
+      date, tenant, requests AS request, CASE WHEN status = 'answered' THEN requests ELSE 0 END AS answered,
+      CASE WHEN model_served IS NOT NULL AND NOT is_priced THEN requests ELSE 0 END AS unpriced,
       input_tokens AS input, output_tokens AS output, billed_nano_usd AS billed, list_nano_usd AS list,
       saved_by_cache_nano_usd AS saved, 0 AS call, CAST(NULL AS BIGINT) AS spent
-  FROM outcomes
+  FROM outcomes_hourly
   UNION ALL
   SELECT
       date, tenant, 0, 0, 0, CAST(NULL AS BIGINT), CAST(NULL AS BIGINT), CAST(NULL AS BIGINT), CAST(NULL AS BIGINT),
-      CAST(NULL AS BIGINT), 1, cost_nano_usd
-  FROM attempts
+      CAST(NULL AS BIGINT), calls, cost_nano_usd
+  FROM attempts_hourly
 )
 GROUP BY date, tenant

@@ -14,14 +14,14 @@ SELECT
     'Usage-Based' AS "ChargeFrequency", -- Always Usage-Based.
     CAST(date AS TIMESTAMP) + INTERVAL '1 day' AS "ChargePeriodEnd", -- The first moment of the next day in UTC.
     CAST(date AS TIMESTAMP) AS "ChargePeriodStart", -- The first moment of the day in UTC.
-    sum(coalesce(input_tokens, 0) + coalesce(output_tokens, 0)) AS "ConsumedQuantity", -- [tokens] Read and written.
+    coalesce(sum(input_tokens), 0) + coalesce(sum(output_tokens), 0) AS "ConsumedQuantity", -- [tokens] Read and written.
     'Tokens' AS "ConsumedUnit", -- Always Tokens.
     usd(sum(billed_nano_usd)) AS "ContractedCost", -- [USD] As billed: the table of prices holds what was agreed.
     usd(sum(billed_nano_usd)) AS "EffectiveCost", -- [USD] As billed: nothing is paid ahead.
     coalesce(provider, 'Not Applicable') AS "HostProviderName", -- Who served the model.
     coalesce(provider, 'Not Applicable') AS "InvoiceIssuerName", -- Who served the model, and sends the bill.
     usd(sum(list_nano_usd)) AS "ListCost", -- [USD] What the answers would have cost without any cache.
-    sum(coalesce(input_tokens, 0) + coalesce(output_tokens, 0)) AS "PricingQuantity", -- [tokens] Read and written.
+    coalesce(sum(input_tokens), 0) + coalesce(sum(output_tokens), 0) AS "PricingQuantity", -- [tokens] Read and written.
     'Tokens' AS "PricingUnit", -- Always Tokens.
     coalesce(provider, 'Not Applicable') AS "ProviderName", -- As ServiceProviderName, which took its place in 1.3.
     coalesce(provider, 'Not Applicable') AS "PublisherName", -- As ServiceProviderName.
@@ -32,7 +32,7 @@ SELECT
     'Generative AI' AS "ServiceSubcategory", -- Always Generative AI.
     tenant AS "SubAccountId", -- The tenant.
     date AS "x_Date", -- The day, for a bound on time.
-    count(*) AS "x_Requests" -- [requests] How many ended.
-FROM outcomes
-WHERE billed_nano_usd IS NOT NULL
+    sum(requests) AS "x_Requests" -- [requests] How many ended.
+FROM outcomes_hourly
+WHERE is_priced
 GROUP BY date, tenant, provider, model_served

@@ -34,6 +34,7 @@ pub async fn run(command: Command, settings: &Settings) -> anyhow::Result<ExitCo
         Command::Topics(topics) => topics::run(topics, config()?).await?,
         Command::Sink(passed) => tables::run("sink", &passed.arguments, config()?).await?,
         Command::Sql(passed) => tables::run("sql", &passed.arguments, config()?).await?,
+        Command::Report(passed) => tables::run("report", &passed.arguments, config()?).await?,
         Command::Config(crate::args::ConfigCommand::Print) => config::print(&config()?),
         Command::Ledger(ledger) => return ledger::run(ledger, config()?).await,
         Command::Pool(pool) => return pool::run(pool, config()?).await,

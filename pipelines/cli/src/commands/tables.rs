@@ -1,4 +1,4 @@
-//! `forebay sink|sql`: hands over to `forebay-sql`, the program that knows tables; `up` and `demo` keep its sink at work.
+//! `forebay sink|sql|report`: hands over to `forebay-sql`, the program that knows tables; `up` and `demo` keep its sink at work.
 //!
 //! Tables and SQL are half an hour of build, which nobody should need who does not want them. So they are a program of their own,
 //! beside this one or on the PATH, and where it is missing the one command is named that builds it.
