@@ -460,7 +460,7 @@ impl Budgets {
 }
 
 /// Nothing was sent: the host waits until the counters can be read.
-fn unavailable(error: forebay_stores::Error) -> CallError {
+fn unavailable(error: Error) -> CallError {
     CallError::new(Class::Closed, "store_unavailable", "could not count what the call may spend")
         .because(error)
 }

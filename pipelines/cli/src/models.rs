@@ -39,14 +39,19 @@ const WAKE_MAX: Duration = Duration::from_secs(10);
 pub struct Client {
     pub model: Arc<dyn Model>,
     pub pools: Vec<Arc<Pool>>,
+    /// What tenants may spend, where anybody said so.
+    pub budgets: Option<Arc<Budgets>>,
 }
 
 impl Client {
-    /// The same for a process of these steps. Where none of them asks a model its pools are left alone: whoever keeps them counts
-    /// as one of those that share the limits, and looks at servers that it sends nothing.
+    /// The same for a process of these steps. Where none of them asks a model its pools and budgets are left alone: whoever keeps them
+    /// counts as one of those that share the limits, and looks at servers that it sends nothing.
     pub fn used_by(self, steps: &[&PlannedStep]) -> Self {
         let asks = |step: &&PlannedStep| catalogue::describe(&step.operator).is_some_and(|step| step.is_paid);
-        Self { pools: if steps.iter().any(asks) { self.pools } else { Vec::new() }, ..self }
+        match steps.iter().any(asks) {
+            true => self,
+            false => Self { pools: Vec::new(), budgets: None, ..self },
+        }
     }
 
     /// Looks at the endpoints of its pools for as long as the process lives.
@@ -105,20 +110,21 @@ fn standing(status: &Status) -> Standing {
 
 /// What the settings ask for.
 pub async fn model(config: &Config) -> anyhow::Result<Client> {
-    let alone = |model: Arc<dyn Model>| Client { model, pools: Vec::new() };
     if config.served.is_empty() {
-        return Ok(alone(Arc::new(Extractive)));
+        return Ok(Client { model: Arc::new(Extractive), pools: Vec::new(), budgets: None });
     }
     let name = config.model.as_deref();
     let prices = config.prices.read()?.map(Arc::new);
-    let allowances = allowances(config, prices.clone()).await?;
+    let budgets = budgets(config, prices.clone()).await?.map(Arc::new);
+    let allowances = budgets.clone().map(|budgets| budgets as Arc<dyn Allowances>);
     let Some(settings) = &config.pool else {
         let server = server(&config.served[0], name)?;
         let model: Arc<dyn Model> = Arc::new(Retry::new(priced(server, prices), Arc::default()));
-        return Ok(alone(match allowances {
+        let model = match allowances {
             Some(allowances) => Arc::new(Allowed::new(model, allowances)),
             None => model,
-        }));
+        };
+        return Ok(Client { model, pools: Vec::new(), budgets });
     };
     // Who stands in takes no other calls.
     let stands_in = |served: &Served| settings.fallbacks.iter().any(|fallback| fallback.is(served));
@@ -170,7 +176,7 @@ pub async fn model(config: &Config) -> anyhow::Result<Client> {
             tiered(named.collect(), tiers.policy.clone())
         }
     };
-    Ok(Client { model, pools })
+    Ok(Client { model, pools, budgets })
 }
 
 fn server(served: &Served, name: Option<&str>) -> anyhow::Result<Server> {
@@ -183,27 +189,27 @@ fn server(served: &Served, name: Option<&str>) -> anyhow::Result<Server> {
 }
 
 /// What tenants may spend, where anybody said so: counted in Redis where the key-value store is there, else by this process.
-async fn allowances(
-    config: &Config,
-    prices: Option<Arc<Prices>>,
-) -> anyhow::Result<Option<Arc<dyn Allowances>>> {
+async fn budgets(config: &Config, prices: Option<Arc<Prices>>) -> anyhow::Result<Option<Budgets>> {
     if config.budgets.is_empty() {
         return Ok(None);
     }
     if prices.is_none() && config.budgets.iter().any(|budget| budget.unit == Unit::Money) {
         return Err(wrong("a budget of money needs to know what models cost; name a table by prices"));
     }
-    let counters: Arc<dyn Counters> = match &config.key_value {
-        Some(url) => {
-            let prefix = format!("forebay:budgets:{}", config.topic_prefix);
-            let options = key_value::RedisOptions { prefix, ..key_value::RedisOptions::default() };
-            Arc::new(key_value::Redis::connect(url, options).await.context("stores.key_value")?)
-        }
+    let counters = match shared_counters(config).await? {
+        Some(counters) => counters,
         None => Arc::new(Local::new(wall_clock())),
     };
     let owner = format!("{:016x}", rand::random::<u64>());
-    let budgets = Budgets::new(config.budgets.clone(), prices, counters, Clock::System, owner);
-    Ok(Some(Arc::new(budgets)))
+    Ok(Some(Budgets::new(config.budgets.clone(), prices, counters, Clock::System, owner)))
+}
+
+/// Where processes count together what is spent; none where each counts for itself.
+pub async fn shared_counters(config: &Config) -> anyhow::Result<Option<Arc<dyn Counters>>> {
+    let Some(url) = &config.key_value else { return Ok(None) };
+    let prefix = format!("forebay:budgets:{}", config.topic_prefix);
+    let options = key_value::RedisOptions { prefix, ..key_value::RedisOptions::default() };
+    Ok(Some(Arc::new(key_value::Redis::connect(url, options).await.context("stores.key_value")?)))
 }
 
 /// What keeps the limits for all processes, and what this one is called there; none where no Redis is named.
