@@ -10,6 +10,8 @@
 //! Invariant: what calls under way and calls that are over take stays within each budget, but for what one answer takes beyond
 //! its estimate. A call without an answer that anybody read counts as nothing, and so does an answer that had been paid for before.
 
+pub mod watch;
+
 use forebay_calls::{
     Call, CallError, Class, Prices, Reply,
     allowance::{Allowances, Reservation},
@@ -18,8 +20,8 @@ use forebay_calls::{
 use forebay_operator::{BoxError, Clock};
 use forebay_schemas::{JobId, KeyId, Usage};
 use forebay_stores::{
-    Counters,
-    counters::{AMOUNT_MAX, GROUP_MAX, Hold, Line},
+    Counters, Error,
+    counters::{AMOUNT_MAX, Counted, GROUP_MAX, Hold, Line},
 };
 use futures::future::BoxFuture;
 use std::{
@@ -39,6 +41,10 @@ const SETTLE_MAX: Duration = Duration::from_secs(10);
 /// Nano-dollars in a dollar.
 const NANOS: u64 = 1_000_000_000;
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+/// How long the counters of a tenant's day or month stay there to be compared with the log: over the next night.
+const COMPARED: Duration = Duration::from_secs(36 * 60 * 60);
+/// The most that is read of how budgets stand.
+pub const STANDINGS_MAX: usize = 100_000;
 
 /// What is counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,8 +67,10 @@ pub enum Period {
 }
 
 /// Who has a budget.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Holder {
+    /// All tenants together.
+    All,
     /// A tenant.
     Tenant,
     /// An API key, of each tenant that has one of this id.
@@ -76,7 +84,7 @@ pub enum Holder {
 pub struct Budget {
     /// Who has it.
     pub holder: Holder,
-    /// Whose it is; none for each of them that has no such budget of its own.
+    /// Whose it is; none for each of them that has no such budget of its own, and for all.
     pub of: Option<String>,
     /// What is counted.
     pub unit: Unit,
@@ -84,6 +92,34 @@ pub struct Budget {
     pub period: Period,
     /// The most.
     pub limit: u64,
+}
+
+/// Whose spending it is.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Subject {
+    /// Of which kind.
+    pub holder: Holder,
+    /// The tenant; none for all of them.
+    pub tenant: Option<String>,
+    /// The key or the job; none for a tenant and for all.
+    pub name: Option<String>,
+}
+
+/// How somebody's budget stands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Standing {
+    /// Whose it is.
+    pub subject: Subject,
+    /// Which of [`Budgets::all`].
+    pub budget: usize,
+    /// The number of its minute, day or month, see [`Period::span`].
+    pub period: i64,
+    /// What is used.
+    pub used: u64,
+    /// What is held.
+    pub held: u64,
+    /// How many calls there was no room for.
+    pub refused: u64,
 }
 
 /// See the module.
@@ -118,6 +154,7 @@ impl Budget {
     /// Whose it is of those that the call has; none where it has no such holder.
     fn holder<'c>(&self, call: &'c Call<'_>) -> Option<&'c str> {
         match self.holder {
+            Holder::All => Some(""),
             Holder::Tenant => Some(call.tenant.as_str()),
             Holder::Key => call.key_id.as_ref().map(KeyId::as_str),
             Holder::Job => call.job.as_ref().map(JobId::as_str),
@@ -125,29 +162,88 @@ impl Budget {
     }
 
     /// The counter of a holder. Keys and jobs are a tenant's own, whose length stands before it, so that no two read the same.
-    fn counter(&self, tenant: &str, holder: &str, now_ms: i64) -> String {
-        let (word, period) = (self.word(), self.period.at(now_ms));
+    fn counter(&self, tenant: &str, holder: &str, period: i64) -> String {
+        let begin = self.begin(period);
         match self.holder {
-            Holder::Tenant => format!("{word}/{period}/{tenant}"),
-            Holder::Key | Holder::Job => {
-                format!("{}/{word}/{period}/{}:{tenant}/{holder}", self.holder, tenant.len())
-            }
+            Holder::All => begin,
+            Holder::Tenant => format!("{begin}/{tenant}"),
+            Holder::Key | Holder::Job => format!("{begin}/{}:{tenant}/{holder}", tenant.len()),
         }
+    }
+
+    /// How the names of its counters of a period begin.
+    fn begin(&self, period: i64) -> String {
+        match self.holder {
+            Holder::Tenant => format!("{}/{period}", self.word()),
+            holder => format!("{holder}/{}/{period}", self.word()),
+        }
+    }
+
+    /// Whose a counter is, by its name.
+    fn subject(&self, counter: &str, period: i64) -> Option<Subject> {
+        let rest = counter.strip_prefix(&self.begin(period))?;
+        let (tenant, name) = match self.holder {
+            Holder::All => {
+                return rest.is_empty().then(|| Subject { holder: Holder::All, tenant: None, name: None });
+            }
+            Holder::Tenant => (rest.strip_prefix('/')?, None),
+            Holder::Key | Holder::Job => {
+                let (length, rest) = rest.strip_prefix('/')?.split_once(':')?;
+                let (tenant, name) = rest.split_at_checked(length.parse().ok()?)?;
+                (tenant, Some(name.strip_prefix('/')?.to_owned()))
+            }
+        };
+        Some(Subject { holder: self.holder, tenant: Some(tenant.to_owned()), name })
+    }
+
+    /// The list of its counters of a period, and of those that are like it.
+    fn list(&self, period: i64) -> String {
+        format!("{}/{}/{period}", self.holder, self.word())
     }
 
     /// Whose counters are limited together: those of a tenant's keys or jobs, over all periods that are still kept.
     fn group(&self, tenant: &str) -> Option<String> {
-        (self.holder != Holder::Tenant).then(|| format!("{}/{}/{tenant}", self.holder, self.word()))
+        matches!(self.holder, Holder::Key | Holder::Job)
+            .then(|| format!("{}/{}/{tenant}", self.holder, self.word()))
+    }
+
+    /// How long a counter is kept after its last change. Those of keys and jobs go sooner, as only so many may be there.
+    fn keep(&self) -> Duration {
+        match (self.holder, self.period) {
+            (Holder::Key | Holder::Job, _) | (_, Period::Minute) => self.period.length() + HOLD,
+            _ => self.period.length() + COMPARED,
+        }
+    }
+}
+
+impl fmt::Display for Unit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Money => "nano-USD",
+            Self::Tokens => "tokens",
+        })
     }
 }
 
 impl fmt::Display for Holder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
+            Self::All => "all",
             Self::Tenant => "tenant",
             Self::Key => "key",
             Self::Job => "job",
         })
+    }
+}
+
+/// As it is said: `tenant "acme"`, `job "nightly" of tenant "acme"`, `all tenants`.
+impl fmt::Display for Subject {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (&self.name, &self.tenant) {
+            (Some(name), Some(tenant)) => write!(f, "{} {name:?} of tenant {tenant:?}", self.holder),
+            (None, Some(tenant)) => write!(f, "tenant {tenant:?}"),
+            _ => f.write_str("all tenants"),
+        }
     }
 }
 
@@ -172,12 +268,22 @@ impl fmt::Display for Budget {
 
 impl Period {
     /// The number of the period that a moment lies in.
-    fn at(self, now_ms: i64) -> i64 {
+    pub fn at(self, now_ms: i64) -> i64 {
         match self {
             Self::Minute => now_ms.div_euclid(60_000),
             Self::Day => now_ms.div_euclid(86_400_000),
             Self::Month => month(now_ms.div_euclid(86_400_000)),
         }
+    }
+
+    /// When the period of this number begins and when the next one does, in milliseconds since 1970.
+    pub fn span(self, number: i64) -> (i64, i64) {
+        let begins = |number: i64| match self {
+            Self::Minute => number.saturating_mul(60_000),
+            Self::Day => number.saturating_mul(86_400_000),
+            Self::Month => first_day(number).saturating_mul(86_400_000),
+        };
+        (begins(number), begins(number.saturating_add(1)))
     }
 
     fn length(self) -> Duration {
@@ -198,6 +304,13 @@ fn month(days_since_1970: i64) -> i64 {
     (era * 400 + of_400) * 12 + (5 * of_year + 2) / 153
 }
 
+/// The first day of a month by that number, since 1970 ("days_from_civil").
+fn first_day(month: i64) -> i64 {
+    let (year, of_year) = (month.div_euclid(12), month.rem_euclid(12));
+    let leap_days = year.div_euclid(4) - year.div_euclid(100) + year.div_euclid(400);
+    year.saturating_mul(365) + leap_days + (153 * of_year + 2) / 5 - 719_468
+}
+
 impl Budgets {
     /// These, kept in these counters. `owner` is no other process's.
     pub fn new(
@@ -210,18 +323,75 @@ impl Budgets {
         Self { budgets, prices, counters, clock, owner, held: AtomicU64::new(0) }
     }
 
+    /// All of them, in the order of the settings.
+    pub fn all(&self) -> &[Budget] {
+        &self.budgets
+    }
+
+    /// Where they are counted.
+    pub fn counters(&self) -> &Arc<dyn Counters> {
+        &self.counters
+    }
+
+    /// How they stand now, and how those stood in the end whose period ended since then: at most [`STANDINGS_MAX`].
+    pub async fn standings(&self, since_ms: i64, now_ms: i64) -> Result<Vec<Standing>, Error> {
+        let mut standings = Vec::new();
+        for (index, budget) in self.budgets.iter().enumerate() {
+            // Budgets that are alike stand in one list.
+            if self.budgets[..index].iter().any(|other| other.is_like(budget)) {
+                continue;
+            }
+            let (then, now) = (budget.period.at(since_ms), budget.period.at(now_ms));
+            for period in [then, now].into_iter().take(if then == now { 1 } else { 2 }) {
+                self.standings_of(budget, period, &mut standings).await?;
+            }
+        }
+        Ok(standings)
+    }
+
+    async fn standings_of(
+        &self,
+        budget: &Budget,
+        period: i64,
+        standings: &mut Vec<Standing>,
+    ) -> Result<(), Error> {
+        let (list, mut after) = (budget.list(period), String::new());
+        while standings.len() < STANDINGS_MAX {
+            let page = self.counters.listed(&list, &after).await?;
+            let Some(last) = page.last() else { break };
+            after.clone_from(&last.name);
+            let of = |counted: Counted| {
+                let Counted { name, used, held, refused } = counted;
+                let subject = budget.subject(&name, period)?;
+                let holder = subject.name.as_deref().or(subject.tenant.as_deref()).unwrap_or_default();
+                let budget = self
+                    .budgets
+                    .iter()
+                    .position(|one| one.is_like(budget) && self.falls_under(one, holder))?;
+                Some(Standing { subject, budget, period, used, held, refused })
+            };
+            standings.extend(page.into_iter().filter_map(of));
+        }
+        standings.truncate(STANDINGS_MAX);
+        Ok(())
+    }
+
+    /// Whether the budget is this holder's: the one with its name, or else the one for each.
+    fn falls_under(&self, budget: &Budget, holder: &str) -> bool {
+        match &budget.of {
+            Some(of) => of == holder,
+            None => {
+                let is_own = |own: &Budget| own.is_like(budget) && own.of.as_deref() == Some(holder);
+                !self.budgets.iter().any(is_own)
+            }
+        }
+    }
+
     /// Those that a call falls under, with whose each is.
     fn of<'b, 'c>(&'b self, call: &'c Call<'_>) -> Vec<(&'b Budget, &'c str)> {
         let held = |budget: &'b Budget| {
             let holder = budget.holder(call)?;
-            let is_its = match &budget.of {
-                Some(of) => of == holder,
-                None => {
-                    let is_own = |own: &Budget| own.is_like(budget) && own.of.as_deref() == Some(holder);
-                    !self.budgets.iter().any(is_own)
-                }
-            };
-            is_its.then_some((budget, holder))
+            self.falls_under(budget, holder).then_some((budget, holder))
         };
         self.budgets.iter().filter_map(held).collect()
     }
@@ -251,11 +421,15 @@ impl Budgets {
         let (now_ms, budgets) = (self.clock.now_ms(), self.of(call));
         let mut lines = Vec::with_capacity(budgets.len());
         for (budget, holder) in &budgets {
-            let name = budget.counter(call.tenant.as_str(), holder, now_ms);
-            let amount = self.amount(budget.unit, call, model)?;
-            let keep = budget.period.length() + HOLD;
-            let (limit, group) = (budget.limit.min(AMOUNT_MAX), budget.group(call.tenant.as_str()));
-            lines.push(Line { name, amount, limit, keep, group });
+            let (tenant, period) = (call.tenant.as_str(), budget.period.at(now_ms));
+            lines.push(Line {
+                name: budget.counter(tenant, holder, period),
+                amount: self.amount(budget.unit, call, model)?,
+                limit: budget.limit.min(AMOUNT_MAX),
+                keep: budget.keep(),
+                group: budget.group(tenant),
+                list: Some(budget.list(period)),
+            });
         }
         let id = format!("{}-{}", self.owner, self.held.fetch_add(1, Ordering::Relaxed));
         let units = budgets.iter().map(|(budget, _)| budget.unit).collect();
@@ -266,11 +440,9 @@ impl Budgets {
             held.is_open = taken == Hold::Taken;
             let refused = match taken {
                 Hold::Taken => None,
-                Hold::Over { line, .. } => budgets.get(line).map(|(budget, holder)| {
-                    format!(
-                        "{} {holder:?} has no room for this call in its budget of {budget}",
-                        budget.holder
-                    )
+                Hold::Over { line, .. } => budgets.get(line).map(|(budget, holder)| match budget.holder {
+                    Holder::All => format!("all tenants together have no room for this call in their budget of {budget}"),
+                    of => format!("{of} {holder:?} has no room for this call in its budget of {budget}"),
                 }),
                 Hold::Full { line } => budgets.get(line).map(|(budget, holder)| {
                     format!(
@@ -288,7 +460,7 @@ impl Budgets {
 }
 
 /// Nothing was sent: the host waits until the counters can be read.
-fn unavailable(error: forebay_stores::Error) -> CallError {
+fn unavailable(error: Error) -> CallError {
     CallError::new(Class::Closed, "store_unavailable", "could not count what the call may spend")
         .because(error)
 }
@@ -445,6 +617,22 @@ mod tests {
         budgets: Vec<Budget>,
         takes: impl Fn(u64) -> Option<u64> + Send + Sync + 'static,
     ) -> (Arc<Taking>, Allowed) {
+        let (taking, _, allowed) = parts_by(counters, budgets, takes);
+        (taking, allowed)
+    }
+
+    fn parts(
+        budgets: Vec<Budget>,
+        takes: impl Fn(u64) -> Option<u64> + Send + Sync + 'static,
+    ) -> (Arc<Taking>, Arc<Budgets>, Allowed) {
+        parts_by(|local| Arc::new(local), budgets, takes)
+    }
+
+    fn parts_by(
+        counters: impl FnOnce(Local) -> Arc<dyn Counters>,
+        budgets: Vec<Budget>,
+        takes: impl Fn(u64) -> Option<u64> + Send + Sync + 'static,
+    ) -> (Arc<Taking>, Arc<Budgets>, Allowed) {
         // 2026-11-30, 23:59 UTC.
         let (clock, began) = (Clock::starting_at(1_796_083_140_000), Instant::now());
         let counters = counters(Local::new(Arc::new(move || UNIX_EPOCH + began.elapsed())));
@@ -453,7 +641,8 @@ mod tests {
             .unwrap();
         let taking = Arc::new(Taking(Box::new(takes), AtomicU64::new(0), AtomicU64::new(0)));
         let budgets = Budgets::new(budgets, Some(Arc::new(prices)), counters, clock, "test".to_owned());
-        (taking.clone(), Allowed::new(taking, Arc::new(budgets)))
+        let budgets = Arc::new(budgets);
+        (taking.clone(), budgets.clone(), Allowed::new(taking, budgets))
     }
 
     async fn code(allowed: &Allowed, tenant: &str, model: &str) -> &'static str {
@@ -518,6 +707,9 @@ mod tests {
                 tokio::time::sleep(self.settle).await;
                 self.inner.settle(id, lines, used).await
             })
+        }
+        fn listed<'a>(&'a self, list: &'a str, after: &'a str) -> Answer<'a, Vec<Counted>> {
+            self.inner.listed(list, after)
         }
     }
 
@@ -640,10 +832,57 @@ mod tests {
         assert_eq!(job.counter("a", "b", 0), "job/money/day/0/1:a/b");
     }
 
+    #[tokio::test(start_paused = true)]
+    async fn how_budgets_stand_is_read_of_all_that_have_been_asked_of() {
+        let (money, tokens) = (Unit::Money, Unit::Tokens);
+        let budgets = vec![
+            budget(Some("rich"), money, Period::Day, 900),
+            budget(None, money, Period::Day, 250),
+            Budget { holder: Holder::All, ..budget(None, money, Period::Day, 2_000) },
+            of(Holder::Job, None, tokens, 150),
+        ];
+        let (_, budgets, allowed) = parts(budgets, |_| Some(100));
+        let (began_ms, day) = (budgets.clock.now_ms(), Period::Day.at(budgets.clock.now_ms()));
+        let job = Some(JobId::try_from("b/c".to_owned()).unwrap());
+        for tenant in ["rich", "a/b", "a/b", "a/b"] {
+            let _ = allowed.complete(&Call { job: job.clone(), ..call(tenant, "m") }, &Deaf).await;
+        }
+        assert_eq!(code(&allowed, "a/b", "m").await, "ok");
+        assert_eq!(code(&allowed, "a/b", "m").await, "budget_exceeded");
+        let subject = |holder, tenant: Option<&str>, name: Option<&str>| Subject {
+            holder,
+            tenant: tenant.map(str::to_owned),
+            name: name.map(str::to_owned),
+        };
+        let stood = vec![
+            (subject(Holder::Tenant, Some("a/b"), None), 1, day, 200, 1),
+            (subject(Holder::Tenant, Some("rich"), None), 0, day, 100, 0),
+            (subject(Holder::All, None, None), 2, day, 300, 0),
+            (subject(Holder::Job, Some("a/b"), Some("b/c")), 3, day, 100, 2),
+            (subject(Holder::Job, Some("rich"), Some("b/c")), 3, day, 100, 0),
+        ];
+        let read = async |since_ms| {
+            let standings = budgets.standings(since_ms, budgets.clock.now_ms()).await.unwrap();
+            let of = |one: Standing| (one.subject, one.budget, one.period, one.used + one.held, one.refused);
+            standings.into_iter().map(of).collect::<Vec<_>>()
+        };
+        assert_eq!(read(began_ms).await, stood);
+        tokio::time::advance(Duration::from_secs(60)).await;
+        assert_eq!(read(budgets.clock.now_ms()).await, [], "a new day");
+        assert_eq!(read(began_ms).await, stood, "how the last one ended");
+        tokio::time::advance(DAY + COMPARED).await;
+        assert_eq!(read(began_ms).await, [], "nobody compares it any more");
+    }
+
     #[test]
     fn months_are_those_of_the_calendar() {
         // 2024-02-29, 2024-03-01, 2024-12-31, 2025-01-01.
         let months = [19_782, 19_783, 20_088, 20_089].map(|day| month(day) - month(19_782));
         assert_eq!(months, [0, 1, 10, 11]);
+        for day in (-200_000..200_000).step_by(7) {
+            let (begins, ends) = Period::Month.span(month(day));
+            assert!((begins..ends).contains(&(day * 86_400_000)), "{day}");
+            assert!([28, 29, 30, 31].contains(&((ends - begins) / 86_400_000)), "{day}");
+        }
     }
 }

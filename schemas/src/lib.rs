@@ -7,6 +7,7 @@
 //! added to a record but never renamed or given another meaning: `golden/` keeps a sample of each released
 //! form, and all of them decode for ever.
 
+mod alert;
 mod answer;
 mod attempt;
 mod audit;
@@ -36,6 +37,7 @@ mod source;
 pub mod topics;
 mod verdict;
 
+pub use alert::{Alert, AlertKind, AlertState};
 pub use answer::{Answer, Status, TimingsUs};
 pub use attempt::Attempt;
 pub use audit::Audit;

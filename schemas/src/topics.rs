@@ -3,8 +3,8 @@
 //! Invariant: no other file of this workspace spells a topic's name, but the pipelines and the documentation.
 
 use crate::{
-    Answer, Attempt, Audit, CacheEntry, Cancel, Chunks, Completion, DeadLetter, Delta, Document, Ending,
-    Grounded, Label, LedgerEntry, Outcome, Payload, Record, Request,
+    Alert, Answer, Attempt, Audit, CacheEntry, Cancel, Chunks, Completion, DeadLetter, Delta, Document,
+    Ending, Grounded, Label, LedgerEntry, Outcome, Payload, Record, Request,
 };
 
 /// How Kafka forgets the records of a topic.
@@ -67,6 +67,8 @@ pub const AUDITS: Topic = topic::<Audit>("audits", WEEK, true);
 pub const LABELS: Topic = topic::<Label>("labels", WEEK, true);
 /// What was asked and answered, as text.
 pub const PAYLOADS: Topic = topic::<Payload>("payloads", WEEK, true);
+/// What is spent that somebody should know of.
+pub const ALERTS: Topic = topic::<Alert>("alerts", MONTH, false);
 /// Pieces of answers while they are written.
 pub const DELTAS: Topic = topic::<Delta>("deltas", Cleanup::Delete { hours: 1 }, false);
 /// Requests that their clients took back.
@@ -93,6 +95,7 @@ pub const ALL: &[Topic] = &[
     AUDITS,
     LABELS,
     PAYLOADS,
+    ALERTS,
     DELTAS,
     CANCELS,
     DOCUMENTS,

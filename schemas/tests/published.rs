@@ -6,9 +6,9 @@
 #![expect(clippy::unwrap_used, reason = "what goes wrong fails the test")]
 
 use forebay_schemas::{
-    Answer, Attempt, Audit, CacheEntry, Cancel, Chunks, Column, Completion, DeadLetter, Delta, Document,
-    Ending, Grounded, Label, LedgerEntry, Outcome, Payload, Record, Request, claim, dead_letter, header,
-    retry, topics,
+    Alert, Answer, Attempt, Audit, CacheEntry, Cancel, Chunks, Column, Completion, DeadLetter, Delta,
+    Document, Ending, Grounded, Label, LedgerEntry, Outcome, Payload, Record, Request, claim, dead_letter,
+    header, retry, topics,
 };
 use schemars::{JsonSchema, generate::SchemaSettings};
 use serde_json::{Map, Value, json};
@@ -38,6 +38,7 @@ fn records() -> Vec<Published> {
         json_schema::<Completion>(For::Readers),
         json_schema::<Ending>(For::Readers),
         json_schema::<Answer>(For::Readers),
+        json_schema::<Alert>(For::Readers),
         json_schema::<Delta>(For::Readers),
         json_schema::<Cancel>(For::Writers),
         json_schema::<Audit>(For::Writers),

@@ -10,7 +10,7 @@ use forebay_calls::{Allowed, Call, CallError, Listener, Model, Reply, Tried, Ups
 use forebay_operator::Clock;
 use forebay_operators::budgets::{Budget, Budgets, Holder, Period, Unit};
 use forebay_schemas::{JobId, Sampling, Usage};
-use forebay_stores::counters::{AMOUNT_MAX, GROUP_MAX, Hold, Line, Local, NAME_BYTES_MAX};
+use forebay_stores::counters::{AMOUNT_MAX, Counted, GROUP_MAX, Hold, Line, Local, NAME_BYTES_MAX, PAGE_MAX};
 use forebay_stores::{Counters, key_value};
 use forebay_tests::services;
 use futures::future::{BoxFuture, join_all};
@@ -33,11 +33,12 @@ async fn contract(store: &Arc<dyn Counters>, pass: Pass<'_>) -> Outcome {
     amounts_are_exact_to_the_last_unit(store.as_ref()).await?;
     a_hold_that_its_settlement_overtook_holds_nothing(store.as_ref()).await?;
     a_full_group_is_refused_new_counters_and_nobody_else_is(store.as_ref(), pass).await?;
+    a_list_has_all_of_its_counters_by_their_names_as_they_stand(store.as_ref(), pass).await?;
     what_is_over_a_limit_is_refused(store.as_ref()).await
 }
 
 fn line(name: &str, amount: u64, limit: u64) -> Line {
-    Line { name: name.to_owned(), amount, limit, keep: LONG, group: None }
+    Line { name: name.to_owned(), amount, limit, keep: LONG, group: None, list: None }
 }
 
 async fn what_is_settled_counts_as_used_and_no_longer_as_held(store: &dyn Counters) -> Outcome {
@@ -152,6 +153,35 @@ async fn a_full_group_is_refused_new_counters_and_nobody_else_is(
     assert_eq!(store.hold("2", &of("i", 0, LONG), LONG).await?, Hold::Taken, "another group");
     pass(SHORT * 5).await;
     assert_eq!(store.hold("2", &new, LONG).await?, Hold::Taken, "another one was forgotten");
+    Ok(())
+}
+
+async fn a_list_has_all_of_its_counters_by_their_names_as_they_stand(
+    store: &dyn Counters,
+    pass: Pass<'_>,
+) -> Outcome {
+    let of = |list: &str, name: &str| [Line { list: Some(list.to_owned()), ..line(name, 60, 100) }];
+    let counted = |name: &str, used, held, refused| Counted { name: name.to_owned(), used, held, refused };
+    store.hold("1", &of("k", "k/b"), LONG).await?;
+    store.hold("1", &of("k", "k/a"), SHORT).await?;
+    store.hold("1", &of("other", "k/c"), LONG).await?;
+    assert!(matches!(store.hold("2", &of("k", "k/b"), LONG).await?, Hold::Over { .. }));
+    assert_eq!(store.listed("k", "").await?, [counted("k/a", 0, 60, 0), counted("k/b", 0, 60, 1)]);
+    store.settle("1", &of("k", "k/b"), &[40]).await?;
+    pass(SHORT * 2).await;
+    assert_eq!(store.listed("k", "").await?, [counted("k/a", 0, 0, 0), counted("k/b", 40, 0, 1)]);
+    assert_eq!(store.listed("k", "k/a").await?, [counted("k/b", 40, 0, 1)]);
+    assert_eq!((store.listed("k", "k/b").await?, store.listed("none", "").await?), (vec![], vec![]));
+    let names: Vec<_> = (0..=PAGE_MAX).map(|n| format!("l/{n:05}")).collect();
+    for name in &names {
+        store.hold("1", &of("l", name), LONG).await?;
+    }
+    let page = store.listed("l", "").await?;
+    assert_eq!(
+        page.iter().map(|one| &one.name).collect::<Vec<_>>(),
+        names[..PAGE_MAX].iter().collect::<Vec<_>>()
+    );
+    assert_eq!(store.listed("l", &page[PAGE_MAX - 1].name).await?, [counted(&names[PAGE_MAX], 0, 60, 0)]);
     Ok(())
 }
 

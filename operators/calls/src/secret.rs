@@ -22,6 +22,11 @@ impl Secret {
         value
     }
 
+    /// The same as a bearer's.
+    pub fn bearer(&self) -> HeaderValue {
+        Self(format!("Bearer {}", self.0)).header()
+    }
+
     /// The key itself, for whoever sends it.
     pub(crate) fn expose(&self) -> &str {
         &self.0

@@ -23,6 +23,10 @@ pub const NAME_BYTES_MAX: usize = 768;
 pub const LINES_MAX: usize = 64;
 /// How long a settlement is remembered for a hold that may come after it: longer than one is under way.
 const OVERTAKEN: Duration = Duration::from_secs(60);
+/// The most counters of a list; more are counted and not listed.
+pub const LIST_MAX: usize = 100_000;
+/// The most counters of a page of a list.
+pub const PAGE_MAX: usize = 1_000;
 /// The most counters of a group.
 pub const GROUP_MAX: usize = 10_000;
 /// The largest amount or limit. Redis counts in its scripts by floats, which are exact up to here.
@@ -41,6 +45,21 @@ pub struct Line {
     pub keep: Duration,
     /// The group that the counter belongs to, where somebody else may make up as many of its kind as they like.
     pub group: Option<String>,
+    /// The list by which the counter is found again; it is kept as long as the counter that was changed last.
+    pub list: Option<String>,
+}
+
+/// How a counter stands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Counted {
+    /// The counter.
+    pub name: String,
+    /// What is used.
+    pub used: u64,
+    /// What is held.
+    pub held: u64,
+    /// How often there was no room, since it is there.
+    pub refused: u64,
 }
 
 /// Whether there was room.
@@ -71,6 +90,10 @@ pub trait Counters: Send + Sync + 'static {
     /// counts also where the hold had run out. Not to be repeated. A hold that arrives after its settlement, as its caller did not
     /// wait for it, holds nothing.
     fn settle<'a>(&'a self, id: &'a str, lines: &'a [Line], used: &'a [u64]) -> Answer<'a, ()>;
+
+    /// The counters of a list that come behind this name, at most [`PAGE_MAX`], in the order of their bytes; "" comes before all. One
+    /// that is no longer kept may be among them, with nothing counted.
+    fn listed<'a>(&'a self, list: &'a str, after: &'a str) -> Answer<'a, Vec<Counted>>;
 }
 
 fn check(id: &str, lines: &[Line]) -> Result<(), Error> {
@@ -80,6 +103,8 @@ fn check(id: &str, lines: &[Line]) -> Result<(), Error> {
         check_size("the name of a counter in bytes", line.name.len(), NAME_BYTES_MAX)?;
         let group_bytes = line.group.as_ref().map_or(0, String::len);
         check_size("the name of a group of counters in bytes", group_bytes, NAME_BYTES_MAX)?;
+        let list_bytes = line.list.as_ref().map_or(0, String::len);
+        check_size("the name of a list of counters in bytes", list_bytes, NAME_BYTES_MAX)?;
     }
     Ok(())
 }

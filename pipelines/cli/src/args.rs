@@ -119,6 +119,9 @@ pub enum Command {
     /// Looks at the pool of model servers of a running process.
     #[command(subcommand)]
     Pool(Pool),
+    /// Looks at what budgets have left, or whether what they counted is what the log says.
+    #[command(subcommand)]
+    Budgets(BudgetsCommand),
     /// Calibrates which model of the pool answers what, on what was answered before.
     #[command(subcommand)]
     Tiers(Tiers),
@@ -379,6 +382,72 @@ pub struct PoolStatus {
     pub json: bool,
 }
 
+/// `forebay budgets`.
+#[derive(Debug, Subcommand)]
+pub enum BudgetsCommand {
+    /// Prints how the budgets stand of this minute, day and month: used, held, and what the pace so far comes to.
+    Status(BudgetsStatus),
+    /// Compares what the budgets of a day and its month counted with the rows of `attempts`; exits with 1 where they differ.
+    Drift(BudgetsDrift),
+}
+
+/// `forebay budgets status`.
+#[derive(Debug, ClapArgs)]
+#[command(after_help = "\
+Reads the store in which processes count together (stores.key_value), and else asks the admin port of the process that
+counts, which --admin names.
+
+Examples:
+  forebay budgets status                              of `forebay up` on this machine
+  forebay budgets status --config forebay.yaml        of all processes that share a store
+  forebay budgets status --json | jq 'select(.refused > 0)'")]
+pub struct BudgetsStatus {
+    /// Prints one JSON object for each, and nothing else.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `forebay budgets drift`.
+#[derive(Debug, ClapArgs)]
+#[command(after_help = "\
+The log has what answered calls cost, and what all did, also those that failed or lost a race. Budgets count answers, and
+of one that was cut what was read. So what is counted should lie between the two; what lies beyond is drift, in percent of
+the larger. A process that counts for itself and was started again has counted less than the log, and one that died has not
+counted what it was about to. Of the day that is not over, calls of the last minute are not in their table yet.
+
+Budgets of keys and jobs are left out, as the log does not know them, and those of minutes.
+
+Examples:
+  forebay budgets drift                                yesterday: for cron, a while after midnight UTC
+  forebay budgets drift --date 2026-11-29 --over 0.1
+  forebay budgets drift --json | jq 'select(.is_over)'")]
+pub struct BudgetsDrift {
+    /// The day in UTC, as 2026-11-29; yesterday when absent. Counters are kept for a day and a half after it.
+    #[arg(long, value_name = "DATE")]
+    pub date: Option<Date>,
+    /// How much drift is too much.
+    #[arg(long, value_name = "PERCENT", default_value_t = 1.0, value_parser = amount)]
+    pub over: f64,
+    /// Prints one JSON object for each, and nothing else.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// A day in UTC, by its begin in milliseconds since 1970.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Date(pub i64);
+
+impl std::str::FromStr for Date {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match format!("{text}T00:00:00Z").parse() {
+            Ok(Since::At(ms)) => Ok(Self(ms)),
+            _ => Err(format!("{text:?} is no day like 2026-11-29")),
+        }
+    }
+}
+
 /// `forebay tiers`.
 #[derive(Debug, Subcommand)]
 pub enum Tiers {
@@ -444,7 +513,7 @@ fn part(text: &str) -> Result<f64, String> {
 
 fn amount(text: &str) -> Result<f64, String> {
     let read = text.parse().ok().filter(|amount: &f64| amount.is_finite() && *amount >= 0.0);
-    read.ok_or_else(|| format!("{text:?} is no amount of dollars"))
+    read.ok_or_else(|| format!("{text:?} is no number of 0 or more"))
 }
 
 /// `forebay topics`.
@@ -560,5 +629,11 @@ mod tests {
         assert_eq!(since("1970-01-01T00:00:01Z"), Ok(Since::At(1_000)));
         assert_eq!(since("1970-01-01 00:00:01"), Ok(Since::At(1_000)));
         assert!(since("yesterday").unwrap_err().contains("2h"));
+    }
+
+    #[test]
+    fn a_date_is_a_day() {
+        assert_eq!("1970-01-02".parse(), Ok(Date(86_400_000)));
+        assert!("2h".parse::<Date>().unwrap_err().contains("2026-11-29"));
     }
 }

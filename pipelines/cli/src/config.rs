@@ -5,6 +5,7 @@
 //!
 //! Invariant: a secret is never shown and never comes by a flag, since others see a process's arguments.
 
+pub mod alerts;
 pub mod budgets;
 pub mod pool;
 pub mod prices;
@@ -69,6 +70,14 @@ const SETTINGS: &[Setting] = &[
     setting("tiers.escalate", "FOREBAY_TIERS_ESCALATE", "schema,refusal,verdict"),
     setting("prices", "FOREBAY_PRICES", ""),
     setting("budgets", "FOREBAY_BUDGETS", ""),
+    setting("alerts.rate", "FOREBAY_ALERTS_RATE", ""),
+    setting("alerts.ewma", "FOREBAY_ALERTS_EWMA", "5"),
+    setting("alerts.floor", "FOREBAY_ALERTS_FLOOR", "0.1 USD/minute"),
+    setting("alerts.forecast", "FOREBAY_ALERTS_FORECAST", "on"),
+    setting("alerts.cap", "FOREBAY_ALERTS_CAP", "80%,100%"),
+    setting("alerts.webhook", "FOREBAY_ALERTS_WEBHOOK", ""),
+    setting("alerts.webhook_key_file", "FOREBAY_ALERTS_WEBHOOK_KEY_FILE", ""),
+    Setting { path: "alerts.webhook_key", variable: "FOREBAY_ALERTS_WEBHOOK_KEY", default: "", secret: true },
     setting("stores.key_value", "FOREBAY_STORES_KEY_VALUE", ""),
     setting("memory.records", "FOREBAY_MEMORY_RECORDS", "256MiB"),
     setting("claims.over", "FOREBAY_CLAIMS_OVER", "256KiB"),
@@ -119,6 +128,8 @@ pub struct Config {
     pub prices: prices::PriceFiles,
     /// What tenants may spend.
     pub budgets: Vec<forebay_operators::budgets::Budget>,
+    /// What is told of what they spend, and where.
+    pub alerts: alerts::AlertSettings,
     pub key_value: Option<String>,
     pub memory_bytes: usize,
     /// Bodies of more bytes go to the object store; none where all stay in their messages.
@@ -296,6 +307,7 @@ impl Config {
         let kafka = values.iter().filter_map(|(path, sourced)| {
             Some((path.strip_prefix(KAFKA)?.to_owned(), sourced.value.clone()))
         });
+        let budgets = budgets::of(&text("budgets").unwrap_or_default(), from("budgets"))?;
         let prefix = text("topic_prefix").unwrap_or_default();
         let legal = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
         if !prefix.chars().all(legal) || prefix.len() > forebay_plan::PREFIX_CHARS_MAX {
@@ -318,7 +330,8 @@ impl Config {
             tiers,
             rerank,
             prices: prices::PriceFiles::of(&text("prices").unwrap_or_default()),
-            budgets: budgets::of(&text("budgets").unwrap_or_default(), from("budgets"))?,
+            alerts: alerts::AlertSettings::of(&values, !budgets.is_empty())?,
+            budgets,
             key_value: text("stores.key_value"),
             memory_bytes,
             claims_over,
@@ -348,7 +361,8 @@ impl Config {
         };
         let show = |(path, sourced): (&String, &Sourced)| {
             let mut sourced = sourced.clone();
-            if !sourced.value.is_empty() && hide(path) {
+            // Whoever knows the path of a webhook may often post there.
+            if !sourced.value.is_empty() && (hide(path) || path == alerts::WEBHOOK) {
                 sourced.value = "(hidden)".to_owned();
             } else {
                 sourced.value = without_password(&sourced.value);
@@ -434,10 +448,14 @@ mod tests {
     #[test]
     fn secrets_are_not_shown() {
         let file = "kafka: {sasl.password: canary, ssl.key.password: canary}\notlp_endpoint: 'http://u:canary@h'\n\
-                    stores: {key_value: 'redis://:canary@h:1?password=canary'}\n";
-        let keys = [("FOREBAY_MODEL_API_KEY", "canary"), ("FOREBAY_RERANK_API_KEY", "canary")];
-        let file = format!("{file}rerank: {{url: 'http://h/v1', model: m}}\n");
-        let config = merged(&file, &keys, &[]).unwrap();
+                    stores: {key_value: 'redis://:canary@h:1?password=canary'}\nbudgets: '* 9 tokens/day'\n\
+                    alerts: {webhook: 'https://hooks.example.com/canary'}\nrerank: {url: 'http://h/v1', model: m}\n";
+        let variables = [
+            ("FOREBAY_MODEL_API_KEY", "canary"),
+            ("FOREBAY_RERANK_API_KEY", "canary"),
+            ("FOREBAY_ALERTS_WEBHOOK_KEY", "canary"),
+        ];
+        let config = merged(file, &variables, &[]).unwrap();
         assert!(!format!("{:?}", config.shown()).contains("canary"));
         assert_eq!(config.kafka["sasl.password"], "canary");
     }
@@ -450,6 +468,8 @@ mod tests {
         );
         assert!(refused("model: {key: abc}").contains("model.key_file"));
         assert!(refused("rerank: {key: abc}").contains("rerank.key_file"));
+        assert!(refused("alerts: {webhook_key: abc}").contains("alerts.webhook_key_file"));
+        assert!(refused("alerts: {forcast: off}").contains("did you mean \"alerts.forecast\"?"));
         assert!(refused("partitions: none").contains("1 to 10000"));
         assert!(refused("memory: {records: 12}").contains("256MiB"));
         assert!(refused("claims: {over: never}").contains("or off"));

@@ -5,6 +5,7 @@
 //! Exit codes: 0 done; 1 could not be done; 2 the command line, the configuration or a pipeline is wrong;
 //! 70 stood still and is to be started anew; 130 stopped by a second Ctrl-C.
 
+mod alerts;
 mod args;
 mod build;
 mod client;
@@ -19,6 +20,7 @@ mod offsets;
 mod scan;
 mod shipped;
 mod shutdown;
+mod standings;
 mod watchdog;
 
 use args::{Args, Command};

@@ -42,13 +42,16 @@ pub struct Client {
     pub reranker: Option<Arc<dyn Model>>,
     /// Each with what it is asked as.
     pools: Vec<(Asks, Arc<Pool>)>,
+    /// What tenants may spend, where anybody said so.
+    pub budgets: Option<Arc<Budgets>>,
 }
 
 impl Client {
-    /// The same for a process of these steps. Pools that none of them asks are left alone: whoever keeps them counts as one of
-    /// those that share the limits, and looks at servers that it sends nothing.
+    /// The same for a process of these steps. Pools that none of them asks are left alone, and budgets where none asks anything: whoever
+    /// keeps them counts as one of those that share the limits, and looks at servers that it sends nothing.
     pub fn used_by(mut self, steps: &[&PlannedStep]) -> Self {
         self.pools.retain(|(asked, _)| steps.iter().any(|step| asks(step) == Some(*asked)));
+        self.budgets = self.budgets.filter(|_| steps.iter().any(|step| asks(step).is_some()));
         self
     }
 
@@ -146,10 +149,11 @@ pub async fn client(config: &Config) -> anyhow::Result<Client> {
     let mut model: Arc<dyn Model> = Arc::new(Extractive);
     let (mut reranker, mut pools) = (None, Vec::new());
     if config.served.is_empty() && config.rerank.is_none() {
-        return Ok(Client { model, reranker, pools });
+        return Ok(Client { model, reranker, pools, budgets: None });
     }
     let prices = config.prices.read()?.map(Arc::new);
-    let allowances = allowances(config, prices.clone()).await?;
+    let budgets = budgets(config, prices.clone()).await?.map(Arc::new);
+    let allowances = budgets.clone().map(|budgets| budgets as Arc<dyn Allowances>);
     let shared = match config.pool.is_some() || config.rerank.is_some() {
         true => shared(config).await?,
         false => None,
@@ -167,7 +171,7 @@ pub async fn client(config: &Config) -> anyhow::Result<Client> {
         reranker = Some(forebay_calls::client(making.parts(&pool, &settings.pool, &[])));
         pools.push((Asks::Reranker, pool));
     }
-    Ok(Client { model, reranker, pools })
+    Ok(Client { model, reranker, pools, budgets })
 }
 
 /// What all pools have in common.
@@ -296,27 +300,27 @@ fn server(served: &Served, name: Option<&str>) -> anyhow::Result<Server> {
 }
 
 /// What tenants may spend, where anybody said so: counted in Redis where the key-value store is there, else by this process.
-async fn allowances(
-    config: &Config,
-    prices: Option<Arc<Prices>>,
-) -> anyhow::Result<Option<Arc<dyn Allowances>>> {
+async fn budgets(config: &Config, prices: Option<Arc<Prices>>) -> anyhow::Result<Option<Budgets>> {
     if config.budgets.is_empty() {
         return Ok(None);
     }
     if prices.is_none() && config.budgets.iter().any(|budget| budget.unit == Unit::Money) {
         return Err(wrong("a budget of money needs to know what models cost; name a table by prices"));
     }
-    let counters: Arc<dyn Counters> = match &config.key_value {
-        Some(url) => {
-            let prefix = format!("forebay:budgets:{}", config.topic_prefix);
-            let options = key_value::RedisOptions { prefix, ..key_value::RedisOptions::default() };
-            Arc::new(key_value::Redis::connect(url, options).await.context("stores.key_value")?)
-        }
+    let counters = match shared_counters(config).await? {
+        Some(counters) => counters,
         None => Arc::new(Local::new(wall_clock())),
     };
     let owner = format!("{:016x}", rand::random::<u64>());
-    let budgets = Budgets::new(config.budgets.clone(), prices, counters, Clock::System, owner);
-    Ok(Some(Arc::new(budgets)))
+    Ok(Some(Budgets::new(config.budgets.clone(), prices, counters, Clock::System, owner)))
+}
+
+/// Where processes count together what is spent; none where each counts for itself.
+pub async fn shared_counters(config: &Config) -> anyhow::Result<Option<Arc<dyn Counters>>> {
+    let Some(url) = &config.key_value else { return Ok(None) };
+    let prefix = format!("forebay:budgets:{}", config.topic_prefix);
+    let options = key_value::RedisOptions { prefix, ..key_value::RedisOptions::default() };
+    Ok(Some(Arc::new(key_value::Redis::connect(url, options).await.context("stores.key_value")?)))
 }
 
 /// What keeps the limits for all processes, and what this one is called there; none where no Redis is named.

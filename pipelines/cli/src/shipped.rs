@@ -34,6 +34,7 @@ pub fn names() -> impl Iterator<Item = &'static str> {
 
 /// Forebay's own guides: file name and text.
 pub const GUIDES: &[(&str, &str)] = &[
+    ("alerts.md", include_str!("../../guides/alerts.md")),
     ("cache.md", include_str!("../../guides/cache.md")),
     ("delivery.md", include_str!("../../guides/delivery.md")),
     ("embedded-broker.md", include_str!("../../guides/embedded-broker.md")),

@@ -165,6 +165,7 @@ impl From<&topics::Topic> for PlannedTopic {
             topics::AUDITS,
             topics::LABELS,
             topics::PAYLOADS,
+            topics::ALERTS,
             topics::DELTAS,
             topics::DEAD_LETTERS,
         ];
@@ -179,12 +180,13 @@ impl From<&topics::Topic> for PlannedTopic {
 }
 
 /// What the host of any pipeline reads and writes beside its steps, and what anyone may add to its tables.
-pub(crate) const HOST_TOPICS: [topics::Topic; 8] = [
+pub(crate) const HOST_TOPICS: [topics::Topic; 9] = [
     topics::ENDINGS,
     topics::ATTEMPTS,
     topics::AUDITS,
     topics::LABELS,
     topics::PAYLOADS,
+    topics::ALERTS,
     topics::DELTAS,
     topics::CANCELS,
     topics::DEAD_LETTERS,

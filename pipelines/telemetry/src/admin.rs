@@ -1,4 +1,4 @@
-//! The admin port: `/metrics`, `/healthz`, `/readyz`, `/pool`, and `/`, which names them.
+//! The admin port: `/metrics`, `/healthz`, `/readyz`, `/pool`, `/budgets`, and `/`, which names them.
 //!
 //! Invariant: it answers from memory, in a bounded time, to a bounded number of connections, whatever the process does.
 
@@ -37,19 +37,36 @@ const GRACE: Duration = Duration::from_secs(1);
 const INDEX: &str = "/metrics  metrics in the Prometheus text format\n\
                      /healthz  whether the process lives; 503 names what does not\n\
                      /readyz   whether it can work; 503 names what is missing\n\
-                     /pool     how the model servers of its pool stand, as JSON\n";
+                     /pool     how the model servers of its pool stand, as JSON\n\
+                     /budgets  how the budgets stand that it counts, as JSON\n";
 
 const JSON: &str = "application/json";
 
 /// Gives a page of JSON from memory.
 pub type Page = Arc<dyn Fn() -> String + Send + Sync>;
 
+/// The pages that say how something stands.
+#[derive(Clone)]
+pub struct Pages {
+    /// The model servers of a pool.
+    pub pool: Page,
+    /// Budgets.
+    pub budgets: Page,
+}
+
+/// The pages of who counts no budgets.
+impl<P: Fn() -> String + Send + Sync + 'static> From<Arc<P>> for Pages {
+    fn from(pool: Arc<P>) -> Self {
+        Self { pool, budgets: Arc::new(|| "[]".to_owned()) }
+    }
+}
+
 /// Serves the admin port until `shutdown`.
 pub async fn serve(
     listener: TcpListener,
     telemetry: Telemetry,
     health: Health,
-    pool: Page,
+    pages: impl Into<Pages>,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> io::Result<()> {
     let (ending, ended) = oneshot::channel();
@@ -59,7 +76,8 @@ pub async fn serve(
         let _ = ending.send(());
     };
     let bounded = Bounded { listener, free: Arc::new(Semaphore::new(CONNECTIONS_MAX)) };
-    let server = axum::serve(bounded, routes(telemetry, health, pool)).with_graceful_shutdown(shutdown);
+    let server =
+        axum::serve(bounded, routes(telemetry, health, pages.into())).with_graceful_shutdown(shutdown);
     // A client that never finishes its request must not keep the process from ending.
     let patience = async {
         if ended.await.is_err() {
@@ -73,7 +91,7 @@ pub async fn serve(
     }
 }
 
-fn routes(telemetry: Telemetry, health: Health, pool: Page) -> Router {
+fn routes(telemetry: Telemetry, health: Health, pages: Pages) -> Router {
     Router::new()
         .route("/", get(async || INDEX))
         .route("/metrics", get(metrics))
@@ -81,12 +99,17 @@ fn routes(telemetry: Telemetry, health: Health, pool: Page) -> Router {
         .route("/healthz", get(async |State(health): State<Health>| report(health.liveness())))
         .route("/readyz", get(async |State(health): State<Health>| report(health.readiness())))
         .with_state(health)
-        .route("/pool", get(async |State(pool): State<Page>| ([(header::CONTENT_TYPE, JSON)], pool())))
-        .with_state(pool)
+        .route("/pool", get(async |State(pages): State<Pages>| json((pages.pool)())))
+        .route("/budgets", get(async |State(pages): State<Pages>| json((pages.budgets)())))
+        .with_state(pages)
 }
 
 async fn metrics(State(telemetry): State<Telemetry>) -> impl IntoResponse {
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], telemetry.prometheus())
+}
+
+fn json(page: String) -> impl IntoResponse {
+    ([(header::CONTENT_TYPE, JSON)], page)
 }
 
 fn report(report: Report) -> impl IntoResponse {

@@ -590,6 +590,23 @@ pub(crate) const TABLE_FRESHNESS: Declared = Declared {
     ..LINE
 };
 
+pub(crate) const ALERTS: Declared = Declared {
+    name: "forebay.alerts",
+    unit: "{alert}",
+    labels: &["kind", "state"],
+    meaning: "Alerts that this process wrote to their topic, by kind (rate, ewma, forecast or cap) and state (firing or resolved).",
+    ..LINE
+};
+pub(crate) const ALERTS_LOST: Declared = Declared {
+    name: "forebay.alerts.lost",
+    unit: "{alert}",
+    labels: &["why"],
+    meaning: "Alerts that did not come where they should: `topic`, too many waited for their topic; `webhook`, it did not take them; \
+              `queue`, too many waited for the webhook. Beside them `counters`, minutes in which the counters of budgets could not \
+              be read.",
+    ..LINE
+};
+
 /// The table.
 pub(crate) const DECLARED: &[Declared] = &[
     RECEIVED_RECORDS,
@@ -654,6 +671,8 @@ pub(crate) const DECLARED: &[Declared] = &[
     TABLE_REJECTED,
     TABLE_LOST,
     TABLE_FRESHNESS,
+    ALERTS,
+    ALERTS_LOST,
 ];
 
 impl Declared {

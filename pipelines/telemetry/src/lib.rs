@@ -8,6 +8,7 @@
 //! tenant or a text of a client.
 
 pub mod admin;
+mod alerts;
 mod events;
 mod health;
 mod instruments;
@@ -20,6 +21,7 @@ mod tables;
 mod telemetry;
 mod words;
 
+pub use alerts::{AlertMeter, Lost};
 pub use health::{BEAT_AGE_MAX, Component, Health, Readiness, Report};
 pub use instruments::GenAi;
 pub use meter::{Outcome, StepMeter};

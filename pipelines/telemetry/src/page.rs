@@ -82,7 +82,7 @@ mod tests {
     use super::*;
     use crate::TableFlush;
     use crate::{
-        Outcome, Settings, StepMeter, Telemetry,
+        Lost, Outcome, Settings, StepMeter, Telemetry,
         pool::{Endpoint, EndpointModel},
         words,
     };
@@ -235,6 +235,8 @@ mod tests {
         table.flushed(TableFlush { rows: 12, rejected: 1, ..TableFlush::default() });
         table.fresh(Duration::from_secs(3));
         table.lost(0);
+        telemetry.alerts().told("cap", "firing");
+        telemetry.alerts().lost(1, Lost::Webhook);
         telemetry.watch_pool(|| {
             let at = [
                 ("http://a:1", "m", "closed"),

@@ -6,7 +6,7 @@
 //! Invariant: where no collector is set, nothing is sent and no span is made.
 
 use crate::{
-    GenAi, StepMeter,
+    AlertMeter, GenAi, StepMeter,
     events::Events,
     instruments::DECLARED,
     meter::Instruments,
@@ -122,6 +122,7 @@ struct Inner {
     steps: Arc<Instruments>,
     events: Events,
     tables: Arc<tables::Instruments>,
+    alerts: AlertMeter,
 }
 
 impl Telemetry {
@@ -141,6 +142,7 @@ impl Telemetry {
             steps: Arc::new(Instruments::new(&meter)),
             events: Events::new(&meter, settings.gen_ai),
             tables: Arc::new(tables::Instruments::new(&meter)),
+            alerts: AlertMeter::new(&meter),
             meters,
         })))
     }
@@ -154,6 +156,11 @@ impl Telemetry {
     /// What the sink of a table counts with.
     pub fn table(&self, name: &'static str) -> TableMeter {
         TableMeter::new(Arc::clone(&self.0.tables), name)
+    }
+
+    /// What alerts are counted with.
+    pub fn alerts(&self) -> AlertMeter {
+        self.0.alerts.clone()
     }
 
     /// Counts what an operator reported; of a model call a span is made too, where spans are.

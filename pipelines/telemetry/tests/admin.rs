@@ -55,7 +55,15 @@ async fn each_path_answers() {
     let index = get(address, "/").await;
     let pool = get(address, "/pool").await;
     assert!(pool.contains("content-type: application/json\r\n") && pool.ends_with("\r\n\r\n[]"), "{pool}");
-    assert!(["/metrics", "/healthz", "/readyz", "/pool"].iter().all(|path| index.contains(path)), "{index}");
+    let budgets = get(address, "/budgets").await;
+    assert!(
+        budgets.contains("content-type: application/json\r\n") && budgets.ends_with("\r\n\r\n[]"),
+        "{budgets}"
+    );
+    assert!(
+        ["/budgets", "/metrics", "/healthz", "/readyz", "/pool"].iter().all(|path| index.contains(path)),
+        "{index}"
+    );
     assert!(get(address, "/else").await.starts_with("HTTP/1.1 404 "));
 }
 

@@ -173,6 +173,7 @@ fn a_field_that_a_younger_version_added_is_no_fault() {
     check::<Chunks>("chunks.json");
     check::<Delta>("delta.json");
     check::<Cancel>("cancel.json");
+    check::<Alert>("alert.json");
     check::<Audit>("audit.json");
     check::<Label>("label.json");
     check::<Payload>("payload.json");

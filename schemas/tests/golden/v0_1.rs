@@ -106,6 +106,8 @@ pub fn samples() -> Vec<Sample> {
             "{\"request_id\": \"order-17\", \"prompt\": \"Häh?\"}\n",
             payload_of_little(),
         ),
+        written("alert.json", alert()),
+        written("alert-of-all.json", alert_of_all()),
         headers("envelope.headers.json", envelope()),
     ]
 }
@@ -566,6 +568,36 @@ fn label_of_little() -> Label {
         labelled_at: None,
         ..label()
     }
+}
+
+fn alert() -> Alert {
+    Alert {
+        id: "0f0e0d0c0b0a09080706050403020100".into(),
+        state: AlertState::Firing,
+        kind: AlertKind::Forecast,
+        holder: "job".into(),
+        tenant: Some(tenant("shop")),
+        name: Some("nightly".into()),
+        budget: "20 USD/day".into(),
+        unit: "nano-USD".into(),
+        seen_at: 1_795_500_060_000_000,
+        began_at: 1_795_500_060_000_000,
+        spent: 40_000_000,
+        pace: 25_000_000,
+        used: 9_000_000_000,
+        held: 12_000_000,
+        limit: 20_000_000_000,
+        value: 31_500_000_000,
+        threshold: 20_000_000_000,
+        reached_at: Some(1_795_526_400_000_000),
+        message: "job \"nightly\" of tenant \"shop\" will have used up its budget".into(),
+    }
+}
+
+fn alert_of_all() -> Alert {
+    let (holder, unit, kind) = ("all".into(), "tokens".into(), AlertKind::Cap);
+    let alert = Alert { holder, unit, kind, tenant: None, name: None, reached_at: None, ..alert() };
+    Alert { state: AlertState::Resolved, seen_at: 1_795_500_240_000_000, ..alert }
 }
 
 fn payload() -> Payload {

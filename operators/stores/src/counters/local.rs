@@ -1,10 +1,11 @@
 //! The counters of one process, in memory: they begin at 0 with it.
 
-use super::{AMOUNT_MAX, Counters, GROUP_MAX, Hold, Line, OVERTAKEN, check};
+use super::{AMOUNT_MAX, Counted, Counters, GROUP_MAX, Hold, LIST_MAX, Line, OVERTAKEN, PAGE_MAX, check};
 use crate::clock::{ttl_ms, unix_ms};
 use crate::{Answer, Clock, Error};
 use futures::FutureExt;
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
+use std::ops::Bound;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -26,6 +27,8 @@ struct Map {
     counters: HashMap<String, Counter>,
     /// How many counters each group has; those of none are under "".
     groups: HashMap<Arc<str>, usize>,
+    /// The counters of each list.
+    lists: HashMap<Arc<str>, BTreeSet<String>>,
     /// When there are so many, those that are no longer kept are thrown away.
     sweep_at: usize,
     swept_at_ms: u64,
@@ -34,10 +37,12 @@ struct Map {
 #[derive(Default)]
 struct Counter {
     used: u64,
+    refused: u64,
     /// Amount and end of each, in milliseconds since 1970.
     holds: HashMap<String, (u64, u64)>,
     kept_until_ms: u64,
     group: Arc<str>,
+    list: Option<Arc<str>>,
 }
 
 impl Counter {
@@ -78,6 +83,9 @@ impl Local {
             }
             let counted = map.counted(&line.name, now_ms);
             if counted.saturating_add(line.amount) > line.limit.min(AMOUNT_MAX) {
+                if let Some(counter) = map.counters.get_mut(&line.name) {
+                    counter.refused = counter.refused.saturating_add(1);
+                }
                 return Ok(Hold::Over { line: index, counted });
             }
         }
@@ -121,14 +129,22 @@ impl Map {
 
     /// The counter as it is now: one that is no longer kept begins at 0.
     fn current(&mut self, line: &Line, now_ms: u64) -> &mut Counter {
-        let Self { counters, groups, .. } = self;
+        let Self { counters, groups, lists, .. } = self;
         let counter = counters.entry(line.name.clone()).or_insert_with(|| {
             let group: Arc<str> = line.group.as_deref().unwrap_or_default().into();
             *groups.entry(Arc::clone(&group)).or_default() += 1;
-            Counter { group, ..Counter::default() }
+            let list: Option<Arc<str>> = line.list.as_deref().map(Arc::from);
+            if let Some(list) = &list {
+                let listed = lists.entry(Arc::clone(list)).or_default();
+                if listed.len() < LIST_MAX {
+                    listed.insert(line.name.clone());
+                }
+            }
+            Counter { group, list, ..Counter::default() }
         });
         if counter.kept_until_ms <= now_ms {
-            *counter = Counter { group: Arc::clone(&counter.group), ..Counter::default() };
+            let (group, list) = (Arc::clone(&counter.group), counter.list.clone());
+            *counter = Counter { group, list, ..Counter::default() };
         }
         counter
     }
@@ -152,8 +168,30 @@ impl Map {
         }
     }
 
+    fn page(&mut self, list: &str, after: &str, now_ms: u64) -> Vec<Counted> {
+        let Self { counters, lists, .. } = self;
+        let behind = (Bound::Excluded(after), Bound::Unbounded);
+        let names = lists.get(list).into_iter().flat_map(|names| names.range::<str, _>(behind));
+        let counted = names.filter_map(|name| {
+            let counter = counters.get_mut(name).filter(|counter| counter.kept_until_ms > now_ms)?;
+            let held = counter.counted(now_ms) - counter.used;
+            Some(Counted { name: name.clone(), used: counter.used, held, refused: counter.refused })
+        });
+        counted.take(PAGE_MAX).collect()
+    }
+
     fn sweep(&mut self, now_ms: u64) {
-        self.counters.retain(|_, counter| counter.kept_until_ms > now_ms);
+        let Self { counters, lists, .. } = self;
+        counters.retain(|name, counter| {
+            let is_kept = counter.kept_until_ms > now_ms;
+            if let (false, Some(list)) = (is_kept, &counter.list)
+                && let Some(names) = lists.get_mut(list)
+            {
+                names.remove(name);
+            }
+            is_kept
+        });
+        lists.retain(|_, names| !names.is_empty());
         self.groups.clear();
         for counter in self.counters.values() {
             *self.groups.entry(Arc::clone(&counter.group)).or_default() += 1;
@@ -171,5 +209,9 @@ impl Counters for Local {
 
     fn settle<'a>(&'a self, id: &'a str, lines: &'a [Line], used: &'a [u64]) -> Answer<'a, ()> {
         async move { self.give_back(id, lines, used) }.boxed()
+    }
+
+    fn listed<'a>(&'a self, list: &'a str, after: &'a str) -> Answer<'a, Vec<Counted>> {
+        async move { Ok(self.lock().page(list, after, self.now_ms())) }.boxed()
     }
 }

@@ -1,6 +1,7 @@
 //! One file a command, or a few where they belong together.
 
 mod ask;
+mod budgets;
 mod completions;
 mod config;
 mod demo;
@@ -37,6 +38,7 @@ pub async fn run(command: Command, settings: &Settings) -> anyhow::Result<ExitCo
         Command::Report(passed) => tables::run("report", &passed.arguments, config()?).await?,
         Command::Config(crate::args::ConfigCommand::Print) => config::print(&config()?),
         Command::Ledger(ledger) => return ledger::run(ledger, config()?).await,
+        Command::Budgets(command) => return budgets::run(command, config()?).await,
         Command::Pool(pool) => return pool::run(pool, config()?).await,
         Command::Tiers(tiers) => return tiers::run(tiers, config).await,
         // It has settings of its own, which stand where Forebay's would.

@@ -1,4 +1,5 @@
-//! `forebay sink|sql|report`: hands over to `forebay-sql`, the program that knows tables; `up` and `demo` keep its sink at work.
+//! `forebay sink|sql|report`: hands over to `forebay-sql`, the program that knows tables; `up` and `demo` keep its sink at work, and
+//! other commands ask it.
 //!
 //! Tables and SQL are half an hour of build, which nobody should need who does not want them. So they are a program of their own,
 //! beside this one or on the PATH, and where it is missing the one command is named that builds it.
@@ -11,9 +12,10 @@ use crate::{
     console::{say, wrong},
     embedded,
 };
+use anyhow::Context as _;
 use forebay_runtime::host::kafka::Kafka;
 use forebay_telemetry::logging::FILTER_VARIABLE;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::{
     ffi::OsString,
     os::unix::process::CommandExt as _,
@@ -49,6 +51,13 @@ fn program() -> Option<PathBuf> {
     places.find(|place| place.is_file())
 }
 
+/// The same, or an error that says how to have it.
+fn found() -> anyhow::Result<PathBuf> {
+    program().ok_or_else(|| {
+        wrong(format!("{PROGRAM} is not beside this program, nor on the PATH; build it by `{BUILD}`"))
+    })
+}
+
 /// The settings, as they are handed over.
 fn settings(config: &Config, servers: Option<&str>, admin: Option<&str>, flush: Duration) -> String {
     json!({
@@ -67,9 +76,7 @@ fn settings(config: &Config, servers: Option<&str>, admin: Option<&str>, flush: 
 
 /// Becomes the program, with these arguments. Does not come back where that works.
 pub async fn run(command: &str, arguments: &[OsString], config: Config) -> anyhow::Result<()> {
-    let program = program().ok_or_else(|| {
-        wrong(format!("{PROGRAM} is not beside this program, nor on the PATH; build it by `{BUILD}`"))
-    })?;
+    let program = found()?;
     // SQL over tables needs no broker; the sink says itself that it does.
     let servers = match &config.bootstrap_servers {
         Some(servers) => Some(servers.clone()),
@@ -78,6 +85,25 @@ pub async fn run(command: &str, arguments: &[OsString], config: Config) -> anyho
     let settings = settings(&config, servers.as_deref(), config.admin.as_deref(), config.sink_flush);
     let fault = Command::new(&program).arg(command).args(arguments).env(VARIABLE, settings).exec();
     Err(anyhow::anyhow!(fault).context(format!("could not start {}", program.display())))
+}
+
+/// The rows that a query gives, as the program answers it.
+pub async fn ask(query: &str, config: &Config) -> anyhow::Result<Vec<Value>> {
+    let settings = settings(config, None, None, config.sink_flush);
+    let mut command = Command::new(found()?);
+    command.args(["sql", "--format", "json", "--command", query]).env(VARIABLE, settings);
+    command.stdin(Stdio::null()).stderr(Stdio::inherit());
+    // It says itself what is wrong, and has a deadline.
+    let answer =
+        tokio::task::spawn_blocking(move || command.output()).await?.context("could not ask the tables")?;
+    anyhow::ensure!(
+        answer.status.success(),
+        "the tables could not be asked: {PROGRAM} ended with {}",
+        answer.status
+    );
+    let text = String::from_utf8_lossy(&answer.stdout);
+    let row = |line: &str| serde_json::from_str(line).context("an answer of the tables");
+    text.lines().filter(|line| !line.is_empty()).map(row).collect()
 }
 
 /// A sink beside this process, for as long as that runs.
@@ -193,7 +219,7 @@ mod tests {
     fn what_is_handed_over_is_what_the_other_side_reads() {
         let file = "kafka: {sasl.password: canary}\ntables: s3://bucket/log\nsink: {flush_every: 5s}\n";
         let config = merge(Some(("f.yaml", file)), |_| None, &[]).unwrap();
-        let handed: serde_json::Value =
+        let handed: Value =
             serde_json::from_str(&settings(&config, Some("k:9092"), None, config.sink_flush)).unwrap();
         let expected = json!({
             "bootstrap_servers": "k:9092", "kafka": {"sasl.password": "canary"}, "topic_prefix": "", "data": ".forebay",

@@ -2,12 +2,13 @@
 
 use super::{tables, topics};
 use crate::{
+    alerts,
     args::{PipelineArg, Run},
     build,
     config::{self, ADMIN_DEFAULT, Config},
     console::{say, wrong},
     embedded::{Cluster, Embedded, cluster},
-    models, shutdown,
+    models, shutdown, standings,
     watchdog::Watchdog,
 };
 use anyhow::Context as _;
@@ -18,7 +19,10 @@ use forebay_runtime::{
     host::kafka::Kafka,
     process::{Launch, LaunchError, Running},
 };
-use forebay_telemetry::{Health, Settings, Telemetry, admin};
+use forebay_telemetry::{
+    Health, Settings, Telemetry,
+    admin::{self, Pages},
+};
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -101,7 +105,10 @@ impl Up {
             listener,
             telemetry.clone(),
             health.clone(),
-            Arc::new(client.status()),
+            Pages {
+                pool: Arc::new(client.status()),
+                budgets: standings::page(client.budgets.clone(), Clock::System),
+            },
             gone.clone().cancelled_owned(),
         ));
         let Cluster { kafka, broker } = cluster(&config, embedded).await?;
@@ -112,6 +119,9 @@ impl Up {
         }
         let resources = build::resources(&config, &plan, &cluster, &client).await?;
         client.keep();
+        if let Some(budgets) = client.budgets {
+            alerts::start(budgets, &config, &kafka, telemetry.alerts(), Clock::System, shutdown.clone())?;
+        }
         let launch = Launch {
             kafka: &kafka,
             cluster,

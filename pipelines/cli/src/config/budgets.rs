@@ -1,5 +1,5 @@
 //! The setting of what may be spent: by a tenant, as in `acme 20 USD/day`, or `* 100000 tokens/minute` for each of the others;
-//! by a key or a job of a tenant's, as in `job nightly 5 USD/day` or `key * 1 USD/month`.
+//! by a key or a job of a tenant's, as in `job nightly 5 USD/day` or `key * 1 USD/month`; by all together, as in `all 100 USD/day`.
 
 use crate::console::wrong;
 use forebay_calls::prices;
@@ -20,7 +20,7 @@ pub fn of(text: &str, from: &str) -> anyhow::Result<Vec<Budget>> {
             wrong(format!(
                 "budgets has {item:?} (from {from}); write a tenant, or * for each, and what it may spend, as in \
                  \"acme 20 USD/day\" or \"* 100000 tokens/minute\", or the same with \"key\" or \"job\" before it, as in \
-                 \"job nightly 5 USD/day\"; the times are minute, day and month"
+                 \"job nightly 5 USD/day\", or \"all\" for all together; the times are minute, day and month"
             ))
         })
     };
@@ -53,6 +53,7 @@ fn budget(item: &str) -> Option<Budget> {
         _ => return None,
     };
     let (holder, of) = match who.split_once(' ') {
+        None if who == "all" => (Holder::All, "*"),
         Some(("tenant", tenant)) => (Holder::Tenant, tenant),
         Some(("key", key)) => (Holder::Key, key),
         Some(("job", job)) => (Holder::Job, job),
@@ -88,6 +89,9 @@ mod tests {
             [job, key, tenant].map(|budget| budget.to_string()).join(", "),
             "0.5 USD/day, 1 tokens/month, 2 tokens/day"
         );
+        let said = of("all 9 USD/day, tenant all 2 USD/day", "f.yaml:3").unwrap();
+        let holders: Vec<_> = said.iter().map(|budget| (budget.holder, budget.of.as_deref())).collect();
+        assert_eq!(holders, [(Holder::All, None), (Holder::Tenant, Some("all"))]);
         let twice = of("acme 1 USD/day, acme 2 USD/day", "f.yaml:3").unwrap_err().to_string();
         assert!(twice.starts_with("budgets has \"acme 2 USD/day\" (from f.yaml:3), and has said"), "{twice}");
         for refused in

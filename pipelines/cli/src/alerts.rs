@@ -1,0 +1,340 @@
+//! Tells of what budgets spend: at the end of each minute, on the topic `alerts` and to a webhook.
+//!
+//! Every process that calls a model reads the counters and watches. Where they share counters, one of them tells: it holds a counter
+//! of the minute that has room for one, and settles it once its alerts are on their topic. The one that told the last minute asks
+//! first; the others wait for a while, and so take over from one that is gone, and know by then what it knew.
+//!
+//! Invariant: no call waits for anything here, and whatever is away, a bounded number of alerts waits for it. An alert is told at least
+//! once while a process is there; told twice, as by one that was cut off in between, both have one id.
+
+use crate::config::{Config, alerts::Webhook};
+use anyhow::Context as _;
+use forebay_operator::Clock;
+use forebay_operators::budgets::{Budgets, watch::Watch};
+use forebay_runtime::host::kafka::{Kafka, LogContext};
+use forebay_schemas::{Alert, Record as _, topics};
+use forebay_stores::{
+    Counters, Error as StoreError,
+    counters::{Hold, Line},
+};
+use forebay_telemetry::{AlertMeter, Lost};
+use futures::future::join_all;
+use rdkafka::producer::{FutureProducer, FutureRecord};
+use reqwest::{StatusCode, header::AUTHORIZATION};
+use std::{sync::Arc, time::Duration};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+const MINUTE_MS: i64 = 60_000;
+/// After the minute has ended: a timer may be early by a little.
+const READ_AFTER_MS: i64 = 200;
+/// How long reading the counters may take.
+const READ_MAX: Duration = Duration::from_secs(20);
+/// How long the others leave a minute to the one that told the last.
+const FOLLOW_AFTER: Duration = Duration::from_secs(20);
+/// How long a minute is held for telling; shorter than the others wait.
+const TELL_HOLD: Duration = Duration::from_secs(15);
+/// How long the topic may take.
+const TOPIC_MAX: Duration = Duration::from_secs(10);
+/// How long it is known which minute was told.
+const TOLD_KEEP: Duration = Duration::from_secs(10 * 60);
+/// The most alerts that wait for the topic: those of ten minutes at the worst.
+const WAITING_MAX: usize = 10_000;
+/// The most alerts that wait for the webhook.
+const QUEUE_MAX: usize = 1_000;
+/// How long the webhook may take for one try.
+const POST_MAX: Duration = Duration::from_secs(5);
+const POST_TRIES_MAX: u32 = 5;
+/// How long to wait before the second try; twice as long before each further one.
+const POST_PAUSE: Duration = Duration::from_secs(1);
+
+/// Watches what a process spends.
+struct Watcher {
+    budgets: Arc<Budgets>,
+    watch: Watch,
+    clock: Clock,
+    turns: Turns,
+    /// Whether others see the same counters.
+    is_shared: bool,
+    producer: FutureProducer<LogContext>,
+    topic: String,
+    hook: Option<mpsc::Sender<Alert>>,
+    meter: AlertMeter,
+}
+
+/// Watches until `stop`.
+pub fn start(
+    budgets: Arc<Budgets>,
+    config: &Config,
+    kafka: &Kafka,
+    meter: AlertMeter,
+    clock: Clock,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
+    let mut producer = kafka.producer_config();
+    // What took longer is tried again with the next minute.
+    producer.set("message.timeout.ms", TOPIC_MAX.as_millis().to_string());
+    let hook = match &config.alerts.webhook {
+        Some(webhook) => {
+            let client = reqwest::Client::builder().timeout(POST_MAX).build().context("alerts.webhook")?;
+            let (hook, queue) = mpsc::channel(QUEUE_MAX);
+            tokio::spawn(post_all(client, webhook.clone(), queue, meter.clone()));
+            Some(hook)
+        }
+        None => None,
+    };
+    let watcher = Watcher {
+        watch: Watch::new(budgets.all().to_vec(), config.alerts.rules.clone()),
+        clock,
+        turns: Turns {
+            counters: Arc::clone(budgets.counters()),
+            owner: format!("{:016x}", rand::random::<u64>()),
+        },
+        is_shared: config.key_value.is_some(),
+        producer: producer.create_with_context(LogContext).context("alerts")?,
+        topic: config.topic(topics::ALERTS.name),
+        hook,
+        meter,
+        budgets,
+    };
+    tokio::spawn(async move { stop.run_until_cancelled(watcher.run()).await });
+    Ok(())
+}
+
+impl Watcher {
+    async fn run(mut self) {
+        let mut since_ms = self.clock.now_ms();
+        let (mut waiting, mut is_teller) = (Vec::new(), !self.is_shared);
+        self.read(since_ms, since_ms).await;
+        loop {
+            let rest_ms = MINUTE_MS - self.clock.now_ms().rem_euclid(MINUTE_MS) + READ_AFTER_MS;
+            tokio::time::sleep(Duration::from_millis(rest_ms.unsigned_abs())).await;
+            let now_ms = self.clock.now_ms();
+            let Some(alerts) = self.read(since_ms, now_ms).await else { continue };
+            since_ms = now_ms;
+            waiting.extend(alerts);
+            if let Some(over) = waiting.len().checked_sub(WAITING_MAX).filter(|over| *over > 0) {
+                warn!(lost = over, "too many alerts wait for their topic");
+                waiting.drain(..over);
+                self.meter.lost(over, Lost::Topic);
+            }
+            if !is_teller {
+                tokio::time::sleep(FOLLOW_AFTER).await;
+            }
+            match self.take_turn(now_ms.div_euclid(MINUTE_MS), &waiting).await {
+                Ok(Turn::Told) => {
+                    is_teller = true;
+                    waiting.clear();
+                }
+                Ok(Turn::NotOurs) => {
+                    is_teller = false;
+                    waiting.clear();
+                }
+                Ok(Turn::Failed) => {}
+                Err(fault) => {
+                    warn!(error = %fault, waiting = waiting.len(), "could not find out who tells of what is spent; alerts wait");
+                }
+            }
+        }
+    }
+
+    /// Reads the counters; nothing where that is not possible, and the next reading stands for this minute too.
+    async fn read(&mut self, since_ms: i64, now_ms: i64) -> Option<Vec<Alert>> {
+        let read = tokio::time::timeout(READ_MAX, self.budgets.standings(since_ms, now_ms)).await;
+        let fault: forebay_operator::BoxError = match read {
+            Ok(Ok(standings)) => {
+                let alerts = self.watch.read(now_ms, &standings);
+                if self.watch.left_out() > 0 {
+                    warn!(left_out = self.watch.left_out(), "more budgets than can be watched");
+                }
+                return Some(alerts);
+            }
+            Ok(Err(fault)) => fault.into(),
+            Err(late) => late.into(),
+        };
+        warn!(error = %fault, "could not read what budgets have spent");
+        self.meter.lost(1, Lost::Counters);
+        None
+    }
+
+    /// Tells a minute, where nobody else does.
+    async fn take_turn(&self, minute: i64, waiting: &[Alert]) -> Result<Turn, StoreError> {
+        if !self.turns.take(minute).await? {
+            return Ok(Turn::NotOurs);
+        }
+        let is_told = self.tell(waiting).await;
+        self.turns.end(minute, is_told).await?;
+        Ok(if is_told { Turn::Told } else { Turn::Failed })
+    }
+
+    /// Writes alerts to the topic, and then hands them to the webhook.
+    async fn tell(&self, alerts: &[Alert]) -> bool {
+        let sent = join_all(alerts.iter().map(|alert| self.write(alert))).await;
+        let faults: Vec<_> = sent.into_iter().filter_map(Result::err).collect();
+        if let Some(fault) = faults.first() {
+            warn!(
+                error = format!("{fault:#}"),
+                not_written = faults.len(),
+                topic = self.topic,
+                "could not write alerts; they wait"
+            );
+            return false;
+        }
+        for alert in alerts {
+            let (kind, state) = (alert.kind.as_str(), alert.state.as_str());
+            info!(id = alert.id, kind, state, holder = alert.holder, "alert");
+            self.meter.told(kind, state);
+            if let Some(Err(_)) = self.hook.as_ref().map(|hook| hook.try_send(alert.clone())) {
+                warn!(id = alert.id, "the webhook is too slow; an alert is on its topic only");
+                self.meter.lost(1, Lost::Queue);
+            }
+        }
+        true
+    }
+
+    async fn write(&self, alert: &Alert) -> anyhow::Result<()> {
+        let body = alert.encode()?.unwrap_or_default();
+        let record = FutureRecord::to(&self.topic).key(&alert.id).payload(&body);
+        self.producer.send(record, TOPIC_MAX).await.map_err(|(fault, _)| fault)?;
+        Ok(())
+    }
+}
+
+/// Who tells a minute.
+struct Turns {
+    counters: Arc<dyn Counters>,
+    /// No other process's.
+    owner: String,
+}
+
+impl Turns {
+    /// Whether it is for this process to tell the minute, within [`TELL_HOLD`].
+    async fn take(&self, minute: i64) -> Result<bool, StoreError> {
+        let (id, lines) = self.hold(minute);
+        Ok(self.counters.hold(&id, &lines, TELL_HOLD).await? == Hold::Taken)
+    }
+
+    /// It is told, and by nobody else; or it is not, and whoever comes next may tell it.
+    async fn end(&self, minute: i64, is_told: bool) -> Result<(), StoreError> {
+        let (id, lines) = self.hold(minute);
+        self.counters.settle(&id, &lines, &[u64::from(is_told)]).await
+    }
+
+    fn hold(&self, minute: i64) -> (String, [Line; 1]) {
+        let name = format!("alerts/{minute}");
+        let line = Line { name, amount: 1, limit: 1, keep: TOLD_KEEP, group: None, list: None };
+        (format!("{}-{minute}", self.owner), [line])
+    }
+}
+
+/// What became of a minute.
+enum Turn {
+    /// It is on its topic.
+    Told,
+    /// Another process told it, or does.
+    NotOurs,
+    /// It could not be told.
+    Failed,
+}
+
+/// Posts one alert after the other.
+async fn post_all(
+    client: reqwest::Client,
+    webhook: Webhook,
+    mut queue: mpsc::Receiver<Alert>,
+    meter: AlertMeter,
+) {
+    while let Some(alert) = queue.recv().await {
+        if let Err(fault) = post(&client, &webhook, &alert).await {
+            // Whoever knows the address may post there, so only its host is said.
+            let host = webhook.url.host_str().unwrap_or_default();
+            warn!(
+                host,
+                id = alert.id,
+                error = fault,
+                tries_max = POST_TRIES_MAX,
+                "the webhook did not take an alert; it is on its topic only"
+            );
+            meter.lost(1, Lost::Webhook);
+        }
+    }
+}
+
+/// Posts an alert, again where that may help.
+async fn post(client: &reqwest::Client, webhook: &Webhook, alert: &Alert) -> Result<(), String> {
+    let mut pause = POST_PAUSE;
+    for tried in 1.. {
+        let mut request = client.post(webhook.url.clone()).json(alert).header("idempotency-key", key(alert));
+        if let Some(key) = &webhook.key {
+            request = request.header(AUTHORIZATION, key.bearer());
+        }
+        let (fault, may_help) = match request.send().await {
+            Ok(answer) if answer.status().is_success() => return Ok(()),
+            Ok(answer) => (format!("it answered {}", answer.status()), may_help(answer.status())),
+            Err(fault) => (fault.without_url().to_string(), true),
+        };
+        if !may_help || tried == POST_TRIES_MAX {
+            return Err(fault);
+        }
+        tokio::time::sleep(pause).await;
+        pause *= 2;
+    }
+    Ok(())
+}
+
+/// What tells posts apart of which one may be a repetition.
+fn key(alert: &Alert) -> String {
+    format!("{}-{}-{}", alert.id, alert.state.as_str(), alert.seen_at)
+}
+
+/// Whether the same would be answered otherwise a little later.
+fn may_help(status: StatusCode) -> bool {
+    status.is_server_error() || matches!(status, StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_MANY_REQUESTS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use forebay_stores::counters::Local;
+    use std::time::UNIX_EPOCH;
+    use tokio::time::Instant;
+
+    fn processes() -> [Turns; 2] {
+        let began = Instant::now();
+        let counters: Arc<dyn Counters> =
+            Arc::new(Local::new(Arc::new(move || UNIX_EPOCH + began.elapsed())));
+        ["a", "b"].map(|owner| Turns { counters: Arc::clone(&counters), owner: owner.to_owned() })
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_of_several_tells_a_minute() {
+        let [a, b] = processes();
+        assert!(a.take(1).await.unwrap());
+        assert!(!b.take(1).await.unwrap(), "it is being told");
+        a.end(1, true).await.unwrap();
+        tokio::time::advance(TELL_HOLD * 2).await;
+        assert!(!b.take(1).await.unwrap(), "it was told");
+        assert!(b.take(2).await.unwrap(), "nobody has told the next one");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_minute_that_was_not_told_is_told_by_the_next_to_come() {
+        let [a, b] = processes();
+        assert!(a.take(1).await.unwrap());
+        a.end(1, false).await.unwrap();
+        assert!(b.take(1).await.unwrap(), "its topic was away");
+        assert!(a.take(2).await.unwrap());
+        tokio::time::advance(FOLLOW_AFTER).await;
+        assert!(b.take(2).await.unwrap(), "it died in between");
+    }
+
+    #[test]
+    fn only_what_may_be_mended_is_posted_again() {
+        let may = |status: u16| may_help(StatusCode::from_u16(status).unwrap());
+        assert_eq!(
+            [500, 503, 408, 429, 400, 401, 404, 302].map(may),
+            [true, true, true, true, false, false, false, false]
+        );
+    }
+}
