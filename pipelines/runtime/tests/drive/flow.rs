@@ -90,7 +90,9 @@ async fn a_backlog_leaves_others_their_turn_however_much_it_computes() {
     });
     let world = World::new();
     let member = world.join(&Spec { limits: Limits::new(256), ..Spec::new(busy) });
-    (0..RECORDS).for_each(|n| drop(world.write("requests", None, &n.to_string())));
+    for n in 0..RECORDS {
+        world.write("requests", None, &n.to_string());
+    }
     let mut before = 0;
     while before < RECORDS {
         tokio::task::yield_now().await;
