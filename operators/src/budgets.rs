@@ -184,7 +184,7 @@ impl Budget {
         let rest = counter.strip_prefix(&self.begin(period))?;
         let (tenant, name) = match self.holder {
             Holder::All => {
-                return rest.is_empty().then(|| Subject { holder: Holder::All, tenant: None, name: None });
+                return rest.is_empty().then_some(Subject { holder: Holder::All, tenant: None, name: None });
             }
             Holder::Tenant => (rest.strip_prefix('/')?, None),
             Holder::Key | Holder::Job => {
