@@ -9,7 +9,7 @@
 
 use crate::{
     decode::padded,
-    encode::{Encoded, encode},
+    encode::{Encoded, LARGE_BYTES, encode, is_large},
     table::{DATE, Table},
 };
 use arrow::{
@@ -29,7 +29,11 @@ use deltalake_core::{
     table::state::DeltaTableState,
 };
 use forebay_runtime::crash::crash_point;
-use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+use parquet::{
+    arrow::arrow_reader::ParquetRecordBatchReaderBuilder,
+    basic::Type,
+    file::metadata::{ColumnChunkMetaData, ParquetMetaData},
+};
 use std::{
     collections::{BTreeMap, HashMap},
     sync::Arc,
@@ -39,8 +43,11 @@ use tracing::info;
 
 /// A file of more bytes is left as it is.
 const SMALL_BYTES: i64 = 16 << 20;
-/// So many bytes are joined at a time: they are in memory, unpacked, which is some hundred megabytes.
+/// So many bytes are joined at a time.
 const JOINED_BYTES_MAX: i64 = 32 << 20;
+/// So much is joined at a time, unpacked: it is in memory three times while it is sorted and written. Texts that are alike take next
+/// to nothing packed, so their bytes there bound nothing. Two files that are not large fit always.
+const UNPACKED_BYTES_MAX: usize = 2 * LARGE_BYTES;
 /// So many files are joined at a time.
 const JOINED_FILES_MAX: usize = 512;
 /// Of a day that is over, two small files are worth joining; of one that still gets rows, only many.
@@ -127,11 +134,21 @@ pub enum Error {
     },
 }
 
-/// Joins what is small, forgets what is old and sweeps what nobody names, each as far as it is worth it now.
+/// Joins what is small and forgets what is old, each as far as it is worth it now.
 pub async fn keep(kind: Table, table: &mut DeltaTable, now_ms: i64) -> Result<Compacted, Error> {
+    keep_within(UNPACKED_BYTES_MAX, kind, table, now_ms).await
+}
+
+/// The same, with so much unpacked at a time.
+async fn keep_within(
+    unpacked_max: usize,
+    kind: Table,
+    table: &mut DeltaTable,
+    now_ms: i64,
+) -> Result<Compacted, Error> {
     let mut done = Compacted { forgotten: forget(kind, table, now_ms).await?, ..Compacted::default() };
     for _ in 0..COMMITS_MAX {
-        let Some((joined, into)) = join(kind, table, now_ms).await? else { break };
+        let Some((joined, into)) = join(unpacked_max, kind, table, now_ms).await? else { break };
         done.joined += joined;
         done.into += into;
     }
@@ -212,22 +229,40 @@ async fn forget(kind: Table, table: &mut DeltaTable, now_ms: i64) -> Result<usiz
 }
 
 /// Joins one group of small files; how many, and into how many. Nothing where no group is worth it.
-async fn join(kind: Table, table: &mut DeltaTable, now_ms: i64) -> Result<Option<(usize, usize)>, Error> {
+async fn join(
+    unpacked_max: usize,
+    kind: Table,
+    table: &mut DeltaTable,
+    now_ms: i64,
+) -> Result<Option<(usize, usize)>, Error> {
     let (version, count) = newest(kind, table).await?;
-    let Some((date, files)) = group(&version, now_ms) else { return Ok(None) };
-    let counted = files.iter().map(|(_, rows)| rows).sum();
-    let mut batches = Vec::new();
+    let Some((date, mut files)) = group(&version, now_ms) else { return Ok(None) };
+    let (mut batches, mut unpacked) = (Vec::new(), 0_usize);
+    let mut fit = 0;
     for (remove, _) in &files {
-        batches.extend(read(kind, table, &remove.path).await?);
+        let packed = Packed::read(kind, table, &remove.path).await?;
+        unpacked = unpacked.saturating_add(packed.unpacked);
+        // One is unpacked whatever it takes: it was in memory when it was written.
+        if fit > 0 && unpacked > unpacked_max {
+            break;
+        }
+        batches.extend(packed.unpack(kind)?);
+        fit += 1;
     }
+    // What comes of it is large then, whatever it measures: or the same files were looked at with every round.
+    let is_over = fit < files.len();
+    files.truncate(fit);
+    let counted = files.iter().map(|(_, rows)| rows).sum();
     let day = date.clone();
     let encoded = tokio::task::spawn_blocking(move || rewrite(kind, &day, &batches, counted)).await;
     let encoded = encoded.map_err(|source| Error::CutOff { table: kind.name(), source })??;
     let store = table.object_store();
     let mut actions: Vec<Action> = files.iter().map(|(remove, _)| Action::Remove(remove.clone())).collect();
     let joined = actions.len();
-    for Encoded { date, stats, bytes, .. } in encoded {
-        let path = format!("{DATE}={date}/joined-{}.parquet", uuid::Uuid::now_v7());
+    for file in encoded {
+        let is_large = is_over || file.unpacked >= unpacked_max / 2;
+        let path = file.path(&format!("joined-{}", uuid::Uuid::now_v7()), is_large);
+        let Encoded { date, stats, bytes, .. } = file;
         let size = i64::try_from(bytes.len()).unwrap_or(i64::MAX);
         let create = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
         let put = store.put_opts(&Path::from(path.as_str()), bytes.into(), create).await;
@@ -262,7 +297,8 @@ fn group(
 ) -> Option<(String, Vec<(deltalake_core::kernel::Remove, usize)>)> {
     let open = day_of(now_ms - CLOSED_AFTER_MS).to_string();
     let mut days: BTreeMap<String, Vec<LogicalFileView>> = BTreeMap::new();
-    for file in version.log_data().iter().filter(|file| file.size() < SMALL_BYTES) {
+    let is_small = |file: &LogicalFileView| file.size() < SMALL_BYTES && !is_large(&file.path());
+    for file in version.log_data().iter().filter(is_small) {
         if let Some(date) = date(&file) {
             days.entry(date).or_default().push(file);
         }
@@ -285,13 +321,46 @@ fn group(
     None
 }
 
-async fn read(kind: Table, table: &DeltaTable, path: &str) -> Result<Vec<RecordBatch>, Error> {
-    let failed = |source| not_file(kind, "read", path, source);
-    let bytes = table.object_store().get(&Path::from(path)).await.map_err(failed)?;
-    let bytes = bytes.bytes().await.map_err(failed)?;
-    let unpack =
-        || ParquetRecordBatchReaderBuilder::try_new(bytes)?.build()?.collect::<Result<Vec<_>, ArrowError>>();
-    unpack().map_err(|source| Error::Rows { table: kind.name(), source })
+/// A file that is read and not unpacked yet.
+struct Packed {
+    file: ParquetRecordBatchReaderBuilder<bytes::Bytes>,
+    /// What it takes in memory once it is.
+    unpacked: usize,
+}
+
+impl Packed {
+    async fn read(kind: Table, table: &DeltaTable, path: &str) -> Result<Self, Error> {
+        let failed = |source| not_file(kind, "read", path, source);
+        let bytes = table.object_store().get(&Path::from(path)).await.map_err(failed)?;
+        let bytes = bytes.bytes().await.map_err(failed)?;
+        let file = ParquetRecordBatchReaderBuilder::try_new(bytes)
+            .map_err(|source| Error::Rows { table: kind.name(), source: source.into() })?;
+        let unpacked = unpacked(file.metadata());
+        Ok(Self { file, unpacked })
+    }
+
+    fn unpack(self, kind: Table) -> Result<Vec<RecordBatch>, Error> {
+        let unpack = || self.file.build()?.collect::<Result<Vec<_>, ArrowError>>();
+        unpack().map_err(|source| Error::Rows { table: kind.name(), source })
+    }
+}
+
+/// What the rows of a file take in memory, by its footer.
+fn unpacked(metadata: &ParquetMetaData) -> usize {
+    let of_column = |column: &ColumnChunkMetaData| {
+        let texts = || column.unencoded_byte_array_data_bytes().unwrap_or_else(|| column.uncompressed_size());
+        let (each, more) = match column.column_type() {
+            Type::BOOLEAN => (1, 0),
+            Type::INT32 | Type::FLOAT => (4, 0),
+            // And where each of them ends.
+            Type::BYTE_ARRAY => (4, texts()),
+            _ => (8, 0),
+        };
+        column.num_values().saturating_mul(each).saturating_add(more)
+    };
+    let columns = metadata.row_groups().iter().flat_map(|group| group.columns());
+    let bytes = columns.map(of_column).fold(0, i64::saturating_add);
+    usize::try_from(bytes).unwrap_or(usize::MAX)
 }
 
 /// The same rows in as few files as may be.
@@ -321,10 +390,13 @@ fn rewrite(kind: Table, date: &str, batches: &[RecordBatch], counted: usize) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::decode::Message;
     use crate::sink::{
         delta::tests::{Place, part},
         flush::flush,
     };
+    use forebay_schemas::Headers;
+    use serde_json::json;
 
     const DAY_MS: i64 = 86_400_000;
 
@@ -353,6 +425,49 @@ mod tests {
         table.update_state().await.unwrap();
         assert_eq!((place.rows().await, files(&table)), ((30, 30), 3));
         assert_eq!(keep(Table::Labels, &mut table, 10 * DAY_MS).await.unwrap(), Compacted::default());
+    }
+
+    #[tokio::test]
+    async fn no_more_is_joined_at_a_time_than_fits_unpacked_however_small_it_is_packed() {
+        let place = Place::new();
+        let mut log = place.log().await;
+        // 24 files of one day, each with 20 rows of a text of 1 KiB that is always the same.
+        for file in 0..24_i64 {
+            let mut rows = part(0, 0..0);
+            for row in 0..20 {
+                let offset = file * 20 + row;
+                let value = json!({"request_id": format!("order-{offset}"), "wrong": true, "note": "x".repeat(1024), "labelled_at": 0});
+                let value = Some(value.to_string().into());
+                rows.push(Message { offset, timestamp_ms: 0, key: None, value, headers: Headers::new() });
+            }
+            flush(&mut log, &mut [rows]).await.unwrap();
+        }
+        let mut table = log.table();
+        table.update_state().await.unwrap();
+        let sizes = |table: &DeltaTable| {
+            let known = table.snapshot().unwrap().log_data();
+            known.iter().map(|file| (file.path().into_owned(), file.size())).collect::<Vec<_>>()
+        };
+        let packed: i64 = sizes(&table).iter().map(|(_, size)| size).sum();
+        assert!(packed < 24 * 20 * 1024 / 2, "{packed} bytes");
+        // Six files are some 130 KB, seven are more than it.
+        let unpacked_max = 145_000;
+        let done = keep_within(unpacked_max, Table::Labels, &mut table, 10 * DAY_MS).await.unwrap();
+        assert_eq!((done.joined, done.into), (24, 4));
+        table.update_state().await.unwrap();
+        assert_eq!(place.rows().await, (480, 480));
+        for (path, _) in sizes(&table) {
+            let packed = Packed::read(Table::Labels, &table, &path).await.unwrap();
+            assert!(packed.unpacked <= unpacked_max && packed.unpacked > 100_000, "{}", packed.unpacked);
+            // What the footer tells is what it comes to.
+            let rows = packed.unpacked;
+            let held: usize =
+                packed.unpack(Table::Labels).unwrap().iter().map(RecordBatch::get_array_memory_size).sum();
+            assert!(held > rows / 2 && held < rows * 3, "{held} for {rows}");
+        }
+        // They are not looked at again.
+        let again = keep_within(unpacked_max, Table::Labels, &mut table, 10 * DAY_MS).await.unwrap();
+        assert_eq!(again, Compacted::default());
     }
 
     #[tokio::test]
@@ -391,7 +506,8 @@ mod tests {
         let (date, chosen) = group(&version, 10 * DAY_MS).unwrap();
         let mut batches = Vec::new();
         for (remove, _) in &chosen {
-            batches.extend(read(Table::Labels, &table, &remove.path).await.unwrap());
+            let packed = Packed::read(Table::Labels, &table, &remove.path).await.unwrap();
+            batches.extend(packed.unpack(Table::Labels).unwrap());
         }
         assert!(rewrite(Table::Labels, &date, &batches, 10).is_ok());
         let short = rewrite(Table::Labels, &date, &batches[1..], 10).unwrap_err();

@@ -52,6 +52,31 @@ pub struct Message {
     pub headers: Headers,
 }
 
+impl Message {
+    /// What it holds.
+    pub fn bytes(&self) -> usize {
+        let length = |bytes: &Option<Bytes>| bytes.as_ref().map_or(0, Bytes::len);
+        let headers = self.headers.iter().map(|(name, value)| name.len() + length(value));
+        length(&self.key) + length(&self.value) + headers.sum::<usize>()
+    }
+}
+
+/// Runs of messages that are read together: each of no more bytes than this, or of one message that has more.
+pub fn runs(messages: &[Message], bytes_max: usize) -> Vec<Range<usize>> {
+    let (mut runs, mut start, mut bytes) = (Vec::new(), 0, 0_usize);
+    for (index, message) in messages.iter().enumerate() {
+        bytes += message.bytes();
+        if bytes > bytes_max && index > start {
+            runs.push(start..index);
+            (start, bytes) = (index, message.bytes());
+        }
+    }
+    if start < messages.len() {
+        runs.push(start..messages.len());
+    }
+    runs
+}
+
 /// A message that is no row, though it should be.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Reject {
@@ -611,6 +636,19 @@ mod tests {
             prop_assert_eq!(rows.batch.num_rows() + timely.len(), known.len());
             let good = messages.iter().filter(|message| good.contains(&message.offset)).cloned().collect::<Vec<_>>();
             agree::<Attempt>(Table::Attempts, &Rows { rejects: Vec::new(), ..rows }, &good);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn messages_are_read_in_runs_that_are_no_larger_than_the_bound(sizes in vec(0..40_usize, 0..40), bytes_max in 0..100_usize) {
+            let messages: Vec<Message> =
+                (0..).zip(&sizes).map(|(offset, size)| message(offset, Some(&vec![b'x'; *size]))).collect();
+            let runs = runs(&messages, bytes_max);
+            prop_assert_eq!(runs.iter().flat_map(Clone::clone).collect::<Vec<_>>(), (0..messages.len()).collect::<Vec<_>>());
+            let bytes = |run: &Range<usize>| sizes[run.clone()].iter().sum::<usize>();
+            prop_assert!(runs.iter().all(|run| !run.is_empty() && (bytes(run) <= bytes_max || run.len() == 1)));
+            prop_assert!(runs.windows(2).all(|two| bytes(&two[0]) + sizes[two[1].start] > bytes_max), "as few as may be");
         }
     }
 

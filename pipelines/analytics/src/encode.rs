@@ -24,6 +24,11 @@ use parquet::{
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
 
+/// A file that unpacks to so much is large, however small it is packed: it is not joined with others.
+pub const LARGE_BYTES: usize = 128 << 20;
+/// What the name of such a file ends with. The log knows what a file takes packed, and nothing else.
+const LARGE: &str = ".large.parquet";
+
 /// A text that is longer has no bound: nobody looks for a prompt by its bounds.
 const BOUND_BYTES_MAX: usize = 64;
 /// Rows that are read or skipped together: a tenant's hour, rather than all of a day.
@@ -38,8 +43,22 @@ pub struct Encoded {
     pub rows: usize,
     /// The bounds and nulls of its columns, as Delta keeps them.
     pub stats: String,
+    /// What its rows take in memory, as bytes.
+    pub unpacked: usize,
     /// Its bytes.
     pub bytes: Vec<u8>,
+}
+
+impl Encoded {
+    /// Its path in the table, where `name` is nobody else's.
+    pub fn path(&self, name: &str, is_large: bool) -> String {
+        format!("{DATE}={}/{name}{}", self.date, if is_large { LARGE } else { ".parquet" })
+    }
+}
+
+/// Whether the file of this path was large when it was written.
+pub fn is_large(path: &str) -> bool {
+    path.ends_with(LARGE)
 }
 
 /// The files of these rows.
@@ -83,9 +102,14 @@ fn file(rows: &RecordBatch, date: String) -> Result<Encoded, ArrowError> {
         .set_compression(Compression::ZSTD(ZstdLevel::try_new(1)?))
         .set_max_row_group_row_count(Some(ROW_GROUP_ROWS))
         .build();
+    let mut unpacked = 0;
+    for column in rows.columns() {
+        unpacked += column.to_data().get_slice_memory_size()?;
+    }
     let mut writer = ArrowWriter::try_new(Vec::new(), rows.schema(), Some(properties))?;
     writer.write(&rows)?;
-    Ok(Encoded { date, rows: rows.num_rows(), stats: stats(&rows).to_string(), bytes: writer.into_inner()? })
+    let (stats, bytes) = (stats(&rows).to_string(), writer.into_inner()?);
+    Ok(Encoded { date, rows: rows.num_rows(), stats, unpacked, bytes })
 }
 
 fn stats(rows: &RecordBatch) -> Value {

@@ -47,6 +47,8 @@ pub struct Limits {
     pub scan_bytes: u64,
     /// Over how many days of a table a query may go without a bound on its time.
     pub scan_days: u32,
+    /// A table of no more bytes is read whole in a moment, over however many days it goes: labels of a year are less.
+    pub whole_bytes: u64,
     /// How many messages of a topic a query may read by `kafka`.
     pub messages: u64,
 }
@@ -59,6 +61,7 @@ impl Default for Limits {
             deadline: Duration::from_secs(300),
             scan_bytes: 8 << 30,
             scan_days: 92,
+            whole_bytes: 256 << 20,
             messages: 10_000_000,
         }
     }
@@ -168,9 +171,10 @@ pub struct Guarded {
 
 impl Guarded {
     fn check_bound(&self, filters: &[Expr]) -> Result<(), Refused> {
-        let Limits { scan_bytes, scan_days, .. } = self.limits;
+        let Limits { scan_bytes, scan_days, whole_bytes, .. } = self.limits;
         let Extent { days, bytes } = self.extent;
-        let is_small = bytes <= scan_bytes && u32::try_from(days).is_ok_and(|days| days <= scan_days);
+        let is_short = bytes <= whole_bytes || u32::try_from(days).is_ok_and(|days| days <= scan_days);
+        let is_small = bytes <= scan_bytes && is_short;
         let time = self.table.time_column();
         if is_small || filters.iter().any(|filter| is_bound(filter, time)) {
             return Ok(());

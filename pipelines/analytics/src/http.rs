@@ -1,13 +1,14 @@
 //! `POST /v1/sql`: a query in the body, its rows as Arrow IPC, JSON or CSV, by what the client accepts.
 //!
-//! A bearer token says who asks, and the file of users whose rows they see. Rows are sent as they come; a query whose client is gone is
-//! stopped.
+//! A bearer token says who asks, and the file of users whose rows they see. Rows are sent as they come; a query whose client is gone, or
+//! reads no more, is stopped.
 //!
 //! Invariant: nothing is answered without a user, and no token is kept: the file has its BLAKE3 hash, which is compared in constant time.
 //! Queries at once, the bytes of a query and the batches that wait are bounded.
 
 use crate::guards::{Scope, Users};
 use crate::session::{Answer, Error as QueryError, Session};
+use crate::stall::{STALL_MAX, Stalling};
 use arrow::array::RecordBatch;
 use arrow::csv::{Writer as CsvWriter, WriterBuilder as CsvBuilder};
 use arrow::error::ArrowError;
@@ -17,14 +18,16 @@ use axum::body::{Body, Bytes};
 use axum::extract::{DefaultBodyLimit, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use axum::serve::Listener;
 use axum::{Json, Router, routing::post};
 use futures::stream;
 use serde_json::json;
 use std::future::{Future, IntoFuture as _};
 use std::io::{self, Write};
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tracing::info;
 
@@ -55,6 +58,7 @@ pub async fn serve(
     users: Users,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> io::Result<()> {
+    let listener = Bounded(listener);
     let server = Arc::new(Server { session, users, places: Arc::new(Semaphore::new(QUERIES_MAX)) });
     let routes = Router::new()
         .route("/v1/sql", post(answer))
@@ -77,6 +81,23 @@ pub async fn serve(
     tokio::select! {
         served = serving => served,
         () = patience => Ok(()),
+    }
+}
+
+/// Takes connections whose clients must read.
+struct Bounded(TcpListener);
+
+impl Listener for Bounded {
+    type Io = Stalling<TcpStream>;
+    type Addr = SocketAddr;
+
+    async fn accept(&mut self) -> (Stalling<TcpStream>, SocketAddr) {
+        let (stream, peer) = Listener::accept(&mut self.0).await;
+        (Stalling::new(stream, STALL_MAX), peer)
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.0.local_addr()
     }
 }
 

@@ -28,5 +28,6 @@ pub mod session;
 pub mod settings;
 pub mod shell;
 pub mod sink;
+mod stall;
 pub mod table;
 pub mod views;

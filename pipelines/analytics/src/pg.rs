@@ -3,10 +3,12 @@
 //! A user of the file of users logs in by name, with the token as password. It comes in clear text, so this listens on the machine itself
 //! or behind what ends TLS. Cursors are not known, and nothing can be written.
 //!
-//! Invariant: every query passes the guards of its user's [`Session`] and sees the newest tables, each in one version. Connections are bounded.
+//! Invariant: every query passes the guards of its user's [`Session`] and sees the newest tables, each in one version. Connections are
+//! bounded, and one whose client reads nothing more ends.
 
 use crate::guards::{self, Users};
 use crate::session::{CATALOG, Error as SessionError, SCHEMA, Session};
+use crate::stall::{STALL_MAX, Stalling};
 use arrow::array::StringArray;
 use arrow::datatypes::DataType;
 use async_trait::async_trait;
@@ -30,20 +32,24 @@ use datafusion_postgres::pgwire::api::auth::{
     DefaultServerParameterProvider, StartupHandler, finish_authentication, protocol_negotiation,
     save_startup_parameters_to_metadata,
 };
-use datafusion_postgres::pgwire::api::cancel::{CancelHandler, DefaultCancelHandler};
+use datafusion_postgres::pgwire::api::cancel::DefaultCancelHandler;
 use datafusion_postgres::pgwire::api::portal::{Format, Portal};
 use datafusion_postgres::pgwire::api::query::{ExtendedQueryHandler, SimpleQueryHandler};
 use datafusion_postgres::pgwire::api::results::{FieldInfo, QueryResponse, Response};
 use datafusion_postgres::pgwire::api::stmt::QueryParser;
 use datafusion_postgres::pgwire::api::store::PortalStore;
 use datafusion_postgres::pgwire::api::{
-    ClientInfo, ClientPortalStore, ConnectionGuard, ConnectionHandle, ConnectionManager, METADATA_USER,
-    PgWireConnectionState, PgWireServerHandlers, PidSecretKeyGenerator, RandomPidSecretKeyGenerator, Type,
+    ClientInfo, ClientPortalStore, ConnectionGuard, ConnectionHandle, ConnectionManager, DefaultClient,
+    METADATA_USER, NoopHandler, PgWireConnectionState, PidSecretKeyGenerator, RandomPidSecretKeyGenerator,
+    Type,
 };
 use datafusion_postgres::pgwire::error::{ErrorInfo, PgWireError, PgWireResult};
+use datafusion_postgres::pgwire::messages::response::{GssEncResponse, SslResponse};
 use datafusion_postgres::pgwire::messages::startup::Authentication;
-use datafusion_postgres::pgwire::messages::{PgWireBackendMessage, PgWireFrontendMessage};
-use datafusion_postgres::pgwire::tokio::process_socket;
+use datafusion_postgres::pgwire::messages::{
+    PgWireBackendMessage, PgWireFrontendMessage, SslNegotiationMetaMessage,
+};
+use datafusion_postgres::pgwire::tokio::server::{PgWireMessageServerCodec, process_error, process_message};
 use datafusion_postgres::pgwire::types::format::FormatOptions;
 use datafusion_postgres::{DfSessionService, Parser};
 use futures::{Sink, SinkExt as _, StreamExt as _, stream};
@@ -51,15 +57,19 @@ use std::collections::HashMap;
 use std::fmt::Debug;
 use std::future::Future;
 use std::io;
+use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
+use tokio_util::codec::Framed;
 use tracing::{debug, info, warn};
 
 /// Connections at once; who comes when all are taken is turned away.
 const CONNECTIONS_MAX: usize = 64;
+/// How long a client may take to log in.
+const LOGIN_MAX: Duration = Duration::from_secs(60);
 /// How long connections may still be used once the process ends.
 const GRACE: Duration = Duration::from_secs(5);
 
@@ -93,11 +103,14 @@ pub async fn serve(
             warn!(%peer, connections = CONNECTIONS_MAX, "turned a connection away: all places are taken");
             continue;
         };
-        let door =
-            Door { session: Arc::clone(&session), users: Arc::clone(&users), cancels: Arc::clone(&cancels) };
-        let connection = Arc::new(Connection::new(door));
+        let login = Login {
+            session: Arc::clone(&session),
+            users: Arc::clone(&users),
+            cancels: Arc::clone(&cancels),
+            queries: Arc::new(Queries { user: OnceLock::new(), describing: describing() }),
+        };
         connections.spawn(async move {
-            if let Err(fault) = process_socket(socket, None, connection).await {
+            if let Err(fault) = converse(login, socket, peer).await {
                 debug!(%peer, error = %fault, "a connection ended");
             }
             drop(place);
@@ -107,46 +120,56 @@ pub async fn serve(
     Ok(())
 }
 
-/// What a connection starts from.
-struct Door {
-    session: Arc<Session>,
-    users: Arc<Users>,
-    cancels: Arc<ConnectionManager>,
-}
-
-/// One connection, and whose it is.
-struct Connection {
-    door: Door,
-    queries: Arc<Queries>,
-}
-
-impl Connection {
-    fn new(door: Door) -> Self {
-        let queries = Queries { user: OnceLock::new(), describing: describing() };
-        Self { door, queries: Arc::new(queries) }
+/// Answers message after message. As pgwire does it for a bare socket, which may stall for ever; TLS is not offered.
+async fn converse(login: Login, socket: TcpStream, peer: SocketAddr) -> io::Result<()> {
+    socket.set_nodelay(true)?;
+    let codec = PgWireMessageServerCodec::new(DefaultClient::new(peer, false));
+    let mut socket = Framed::new(Stalling::new(socket, STALL_MAX), codec);
+    let login_until = tokio::time::Instant::now() + LOGIN_MAX;
+    // Clients ask for TLS and for GSS, each once at most, before they say who they are.
+    for _ in 0..2 {
+        let asked = tokio::time::timeout_at(login_until, socket.next()).await?;
+        let refusal = match asked {
+            Some(Ok(PgWireFrontendMessage::SslNegotiation(SslNegotiationMetaMessage::PostgresSsl(_)))) => {
+                PgWireBackendMessage::SslResponse(SslResponse::Refuse)
+            }
+            Some(Ok(PgWireFrontendMessage::SslNegotiation(SslNegotiationMetaMessage::PostgresGss(_)))) => {
+                PgWireBackendMessage::GssEncResponse(GssEncResponse::Refuse)
+            }
+            _ => break,
+        };
+        socket.send(refusal).await?;
     }
-}
-
-impl PgWireServerHandlers for Connection {
-    fn simple_query_handler(&self) -> Arc<impl SimpleQueryHandler> {
-        Arc::clone(&self.queries)
-    }
-
-    fn extended_query_handler(&self) -> Arc<impl ExtendedQueryHandler> {
-        Arc::clone(&self.queries)
-    }
-
-    fn startup_handler(&self) -> Arc<impl StartupHandler> {
-        Arc::new(Login {
-            session: Arc::clone(&self.door.session),
-            users: Arc::clone(&self.door.users),
-            cancels: Arc::clone(&self.door.cancels),
-            queries: Arc::clone(&self.queries),
-        })
-    }
-
-    fn cancel_handler(&self) -> Arc<impl CancelHandler> {
-        Arc::new(DefaultCancelHandler::new(Arc::clone(&self.door.cancels)))
+    socket.set_state(PgWireConnectionState::AwaitingStartup);
+    let queries = Arc::clone(&login.queries);
+    let cancel = Arc::new(DefaultCancelHandler::new(Arc::clone(&login.cancels)));
+    let (login, copy) = (Arc::new(login), Arc::new(NoopHandler));
+    loop {
+        let is_at_the_door = matches!(
+            socket.state(),
+            PgWireConnectionState::AwaitingStartup | PgWireConnectionState::AuthenticationInProgress
+        );
+        let message = match is_at_the_door {
+            true => tokio::time::timeout_at(login_until, socket.next()).await?,
+            false => socket.next().await,
+        };
+        let message = match message {
+            None | Some(Err(_) | Ok(PgWireFrontendMessage::Terminate(_))) => return Ok(()),
+            Some(Ok(message)) => message,
+        };
+        let is_extended = message.is_extended_query();
+        let answered = process_message(
+            message,
+            &mut socket,
+            Arc::clone(&login),
+            Arc::clone(&queries),
+            Arc::clone(&queries),
+            Arc::clone(&copy),
+            Arc::clone(&cancel),
+        );
+        if let Err(fault) = answered.await {
+            process_error(&mut socket, fault, is_extended).await?;
+        }
     }
 }
 
@@ -544,3 +567,6 @@ fn told(fault: PgWireError) -> PgWireError {
 fn error(code: &str, text: String) -> PgWireError {
     PgWireError::UserError(Box::new(ErrorInfo::new("ERROR".to_owned(), code.to_owned(), text)))
 }
+
+#[cfg(test)]
+mod tests;

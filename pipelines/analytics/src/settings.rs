@@ -57,6 +57,9 @@ pub struct Settings {
     pub compact_ms: u64,
 }
 
+/// As much may wait at most: texts of a column are numbered by their bytes, up to 2 GiB, and what is being read comes on top.
+const FLUSH_BYTES_MAX: usize = 1 << 30;
+
 fn data() -> PathBuf {
     PathBuf::from(".forebay")
 }
@@ -142,8 +145,8 @@ impl Settings {
             let (setting, range) = ("compact_ms", "1000 to 86400000");
             return Err(SettingsError::Range { setting, value: settings.compact_ms, range });
         }
-        if !((1 << 20)..=(4 << 30)).contains(&settings.flush_bytes) {
-            let (setting, range) = ("flush_bytes", "1 MiB to 4 GiB");
+        if !((1 << 20)..=FLUSH_BYTES_MAX).contains(&settings.flush_bytes) {
+            let (setting, range) = ("flush_bytes", "1 MiB to 1 GiB, as a column holds 2 GiB of text at most");
             return Err(SettingsError::Range { setting, value: settings.flush_bytes as u64, range });
         }
         Ok(settings)
@@ -228,6 +231,12 @@ mod tests {
             |json: &str| std::error::Error::source(&handed_down(json).unwrap_err()).unwrap().to_string();
         assert!(cause(r#"{"bootstrap_server": "x"}"#).contains("bootstrap_servers"));
         assert!(handed_down(r#"{"flush_ms": 1}"#).unwrap_err().to_string().contains("flush_ms is 1"));
+        let much = handed_down(r#"{"flush_bytes": 1073741825}"#).unwrap_err().to_string();
+        assert_eq!(
+            much,
+            "flush_bytes is 1073741825; it may be 1 MiB to 1 GiB, as a column holds 2 GiB of text at most"
+        );
+        assert!(handed_down(r#"{"flush_bytes": 1073741824}"#).is_ok());
         let secret = handed_down(r#"{"kafka": {"sasl.password": "canary"}}"#).unwrap();
         assert!(!format!("{secret:?}").contains("canary"));
     }

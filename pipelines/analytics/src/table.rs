@@ -103,7 +103,12 @@ pub struct Column {
 
 /// A dead letter is read from its headers, so its columns are declared here and not by its record.
 const DEAD_LETTERS: &[Column] = &[
-    text("letter", false, "The key of the letter: step, topic, partition and offset of what was given up."),
+    text(
+        "letter",
+        false,
+        "The key of the letter: step, topic, partition and offset of what was given up. After a crash a letter may be here twice, with the \
+         same `redrives`; the view given_up has it once.",
+    ),
     text("request_id", false, "The request's id; derived where the record did not say."),
     text(TENANT, false, "Whose request it was."),
     column("generation", Kind::Int, false, "redrives", "Counts redrives of the request."),

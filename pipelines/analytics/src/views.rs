@@ -29,6 +29,7 @@ pub const VIEWS: &[View] = views![
     "cache_savings",
     "judged",
     "quality",
+    "given_up",
     "focus_1_3",
 ];
 

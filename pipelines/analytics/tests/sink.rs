@@ -14,7 +14,9 @@ use arrow::util::display::{ArrayFormatter, FormatOptions};
 use datafusion::prelude::SessionContext;
 use forebay_analytics::{
     decode::{Decoder, Message},
+    guards::{Limits, Scope},
     lake,
+    session::Session,
     table::Table,
 };
 use forebay_broker::{Broker, Config};
@@ -25,6 +27,7 @@ use rdkafka::{
     admin::{AdminClient, AdminOptions, NewTopic, TopicReplication},
     client::DefaultClientContext,
     producer::{FutureProducer, FutureRecord},
+    types::RDKafkaErrorCode,
 };
 use serde_json::json;
 use std::{
@@ -34,8 +37,8 @@ use std::{
     time::Duration,
 };
 use tokio::{
-    io::{AsyncBufReadExt as _, BufReader},
-    process::{Child, Command},
+    io::{AsyncBufReadExt as _, BufReader, Lines},
+    process::{Child, ChildStderr, Command},
     time::timeout,
 };
 use url::Url;
@@ -84,12 +87,8 @@ impl World {
         client.set("bootstrap.servers", &servers);
         let admin: AdminClient<DefaultClientContext> = client.create().unwrap();
         let names: Vec<_> = Table::ALL.iter().map(|table| format!("{prefix}{}", table.topic())).collect();
-        let new = |(table, name)| {
-            let partitions = if table == Table::Attempts { PARTITIONS } else { 1 };
-            NewTopic::new(name, partitions, TopicReplication::Fixed(1))
-        };
         let topics: Vec<_> =
-            Table::ALL.iter().copied().zip(names.iter().map(String::as_str)).map(new).collect();
+            Table::ALL.iter().zip(&names).map(|(table, name)| new_topic(*table, name)).collect();
         for made in admin.create_topics(&topics, &AdminOptions::new()).await.unwrap() {
             made.unwrap();
         }
@@ -116,6 +115,37 @@ impl World {
             self.producer.send(record, LIMIT).await.map(drop).map_err(|(fault, _)| fault)
         });
         futures::future::try_join_all(sending).await.unwrap();
+    }
+
+    /// Deletes the topic and makes it again, empty.
+    async fn make_anew(&self) {
+        let admin: AdminClient<DefaultClientContext> =
+            ClientConfig::new().set("bootstrap.servers", &self.servers).create().unwrap();
+        let (topic, options) = (format!("{}{}", self.prefix, Table::Attempts.topic()), AdminOptions::new());
+        for deleted in admin.delete_topics(&[&topic], &options).await.unwrap() {
+            deleted.unwrap();
+        }
+        let made = async {
+            // Apache Kafka says that it is deleted before it is.
+            while let Err((_, fault)) =
+                admin.create_topics(&[new_topic(Table::Attempts, &topic)], &options).await.unwrap().remove(0)
+            {
+                assert_eq!(fault, RDKafkaErrorCode::TopicAlreadyExists);
+            }
+        };
+        timeout(LIMIT, made).await.expect("the topic is made");
+    }
+
+    /// Waits until a sink has written all that was written to the topic so far, by what it says.
+    async fn written_by(&self, told: &mut Lines<BufReader<ChildStderr>>) {
+        while self.table().await.len() < self.written.len() {
+            loop {
+                let line = timeout(LIMIT, told.next_line()).await.expect("it writes rows").unwrap();
+                if line.expect("it runs until it is told to leave").contains("rows are in their table") {
+                    break;
+                }
+            }
+        }
     }
 
     /// Starts a sink that writes every 100 ms, as a member of this group.
@@ -196,6 +226,13 @@ impl World {
         let hash = |lines: &[String]| blake3::hash(lines.join("\n").as_bytes());
         assert_eq!(hash(&table), hash(&topic), "rows differ");
     }
+}
+
+/// Dead letters are small, so that what is too large for them need not be large.
+fn new_topic(table: Table, name: &str) -> NewTopic<'_> {
+    let partitions = if table == Table::Attempts { PARTITIONS } else { 1 };
+    let topic = NewTopic::new(name, partitions, TopicReplication::Fixed(1));
+    if table == Table::DeadLetters { topic.set("max.message.bytes", "4096") } else { topic }
 }
 
 fn lines(batches: &[arrow::array::RecordBatch]) -> Vec<String> {
@@ -310,14 +347,64 @@ async fn a_message_that_is_no_row_becomes_a_dead_letter_and_the_others_their_row
     world.write(10).await;
     let topic = format!("{}{}", world.prefix, Table::Attempts.topic());
     world.producer.send(FutureRecord::to(&topic).key("k").payload("{"), LIMIT).await.unwrap();
+    let large = "x".repeat(100_000);
+    world.producer.send(FutureRecord::to(&topic).key("k").payload(&large), LIMIT).await.unwrap();
     world.write(10).await;
+    // It dies with the letters written and their offsets not committed, so that they are written again.
+    let ended = world.to_the_end("dies", Some("sink.checked:1")).await;
+    assert_eq!(ended.signal(), Some(SIGABRT));
     // What the first run sets aside, the second brings into the table of letters.
     for group in ["first", "second"] {
         assert!(world.to_the_end(group, None).await.success());
     }
     world.check().await;
-    let letters = world.sql(Table::DeadLetters, "stage, record, origin_topic, class, attempts").await;
-    assert_eq!(letters, [format!("sink|attempts|{topic}|undecodable|1")]);
+    let letters = world
+        .sql(
+            Table::DeadLetters,
+            "stage, record, origin_topic, class, attempts, split_part(body_at, ' at ', 1)",
+        )
+        .await;
+    let letter = format!("sink|attempts|{topic}|undecodable|1");
+    let (small, large) = (format!("{letter}|NULL"), format!("{letter}|omitted, 100001 bytes"));
+    assert_eq!(letters.iter().collect::<BTreeSet<_>>(), BTreeSet::from([&small, &large]));
+    assert!(letters.len() > 2, "none is on the topic twice");
+    let tables = Url::from_directory_path(world.folder.path().join("tables")).unwrap();
+    let session =
+        Session::open(tables, lake::Options::new(), Limits::default(), Scope::All, None, None).unwrap();
+    let once = session
+        .collect("SELECT letter, redrives FROM given_up WHERE date >= current_date - 1")
+        .await
+        .unwrap();
+    let once = lines(&once);
+    let partition = once[0].split('/').nth(2).unwrap();
+    assert!(once.iter().all(|line| line.starts_with(&format!("sink/{topic}/{partition}/"))), "{once:?}");
+    assert_eq!(once.len(), 2, "{once:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_topic_that_is_made_anew_while_it_is_read_is_another_topic() {
+    for (before, after) in [(400, 120), (120, 400)] {
+        for mut world in World::everywhere().await {
+            world.write(before).await;
+            let mut sink = world.sink("one", &[], Some("nowhere:1"));
+            let mut told = BufReader::new(sink.stderr.take().unwrap()).lines();
+            world.written_by(&mut told).await;
+            // It stands still meanwhile, so that it finds the new topic where the old one was: behind its end, or in its middle.
+            signal(&sink, "-STOP");
+            world.make_anew().await;
+            world.write(after).await;
+            signal(&sink, "-CONT");
+            world.written_by(&mut told).await;
+            world.check().await;
+            tokio::spawn(async move { while let Ok(Some(_)) = told.next_line().await {} });
+            signal(&sink, "-TERM");
+            assert!(timeout(LIMIT, sink.wait()).await.expect("the sink leaves").unwrap().success());
+            // Whoever comes next begins where the table ends.
+            world.write(50).await;
+            assert!(world.to_the_end("last", None).await.success());
+            world.check().await;
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -369,6 +456,10 @@ async fn move_partitions(mut world: World) {
 }
 
 fn terminate(sink: &Child) {
+    signal(sink, "-TERM");
+}
+
+fn signal(sink: &Child, signal: &str) {
     let id = sink.id().expect("it runs").to_string();
-    assert!(std::process::Command::new("kill").args(["-TERM", &id]).status().unwrap().success());
+    assert!(std::process::Command::new("kill").args([signal, &id]).status().unwrap().success());
 }

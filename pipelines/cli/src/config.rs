@@ -294,9 +294,9 @@ impl Config {
         })?;
         let waiting = text("sink.flush_bytes").unwrap_or_default();
         let sink_bytes =
-            bytes(&waiting).filter(|bytes| (1 << 20..=4_usize << 30).contains(bytes)).ok_or_else(|| {
+            bytes(&waiting).filter(|bytes| (1 << 20..=1_usize << 30).contains(bytes)).ok_or_else(|| {
                 wrong(format!(
-                    "sink.flush_bytes is {waiting:?} (from {}); write 1MiB to 4GiB, such as 128MiB",
+                    "sink.flush_bytes is {waiting:?} (from {}); write 1MiB to 1GiB, such as 128MiB",
                     from("sink.flush_bytes")
                 ))
             })?;
@@ -474,7 +474,8 @@ mod tests {
         assert!(refused("memory: {records: 12}").contains("256MiB"));
         assert!(refused("claims: {over: never}").contains("or off"));
         assert!(refused("sink: {flush_every: 2h}").contains("100ms to 1h"));
-        assert!(refused("sink: {flush_bytes: 1KiB}").contains("1MiB to 4GiB"));
+        assert!(refused("sink: {flush_bytes: 1KiB}").contains("1MiB to 1GiB"));
+        assert!(refused("sink: {flush_bytes: 2GiB}").contains("1MiB to 1GiB"));
         assert!(refused("model: {url: 'http://h'}").contains("/v1"));
         assert!(refused("model: {url: ['http://a/v1', 'http://b']}").contains("\"http://b\""));
         assert!(

@@ -101,7 +101,7 @@ async fn not_even_an_error_or_a_plan_tells_of_others() {
 #[tokio::test]
 async fn a_query_over_too_much_needs_a_bound_on_its_time() {
     let tables = of_two_tenants().await;
-    let limits = Limits { scan_days: 2, ..Limits::default() };
+    let limits = Limits { scan_days: 2, whole_bytes: 0, ..Limits::default() };
     for (limits, scope) in [
         (limits, Scope::All),
         (limits, Scope::Tenants(vec!["acme".to_owned()])),
@@ -143,6 +143,40 @@ async fn a_query_over_too_much_needs_a_bound_on_its_time() {
         "{told}"
     );
     tables.session(Limits::default(), Scope::All).collect("SELECT 1 FROM outcomes").await.unwrap();
+}
+
+#[tokio::test]
+async fn views_over_few_labels_of_many_days_are_answered() {
+    let tables = Tables::new();
+    let day = |day: i64| {
+        (chrono::DateTime::<chrono::Utc>::default() + chrono::TimeDelta::days(20_000 + day))
+            .date_naive()
+            .to_string()
+    };
+    let of = |table: Table, number: i64| {
+        json!({
+            "tenant": "acme", "request_id": format!("r-{number}"), "date": day(number), (table.time_column()): format!("{}T12:00:00Z", day(number)),
+        })
+    };
+    let with = |mut row: serde_json::Value, more: serde_json::Value| {
+        row.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        row
+    };
+    let audit = |number| {
+        with(of(Table::Audits, number), json!({"judge": "j", "judge_version": "1", "flagged": true}))
+    };
+    let label = |number| with(of(Table::Labels, number), json!({"wrong": true}));
+    tables.add(Table::Audits, &(0..120).map(audit).collect::<Vec<_>>()).await;
+    tables.add(Table::Labels, &(0..120).map(label).collect::<Vec<_>>()).await;
+    let session = tables.session(Limits::default(), Scope::All);
+    let counted = session.collect("SELECT count(*), sum(labelled) FROM quality").await.unwrap();
+    assert_eq!(shown(&counted), "120 120");
+    let bound = format!("SELECT count(label) FROM judged WHERE date >= '{}'", day(100));
+    assert_eq!(shown(&session.collect(&bound).await.unwrap()), "20");
+    // The labels are read whole by the views, so it is they that would be refused.
+    let session = tables.session(Limits { whole_bytes: 0, ..Limits::default() }, Scope::All);
+    let refused = session.collect(&bound).await.unwrap_err().to_string();
+    assert!(refused.starts_with("table labels holds 120 days"), "{refused}");
 }
 
 #[test]

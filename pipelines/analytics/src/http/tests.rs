@@ -6,7 +6,6 @@ use crate::session::tests::Tables;
 use crate::table::Table;
 use arrow::ipc::reader::StreamReader;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::TcpStream;
 use tokio::sync::oneshot;
 
 const ANA: &str = "ana-token-of-at-least-32-characters";
@@ -25,7 +24,7 @@ impl Asked {
 }
 
 struct World {
-    address: std::net::SocketAddr,
+    address: SocketAddr,
     /// Dropped, it stops the server.
     _stop: oneshot::Sender<()>,
     _tables: Tables,

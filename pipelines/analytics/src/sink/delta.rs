@@ -5,8 +5,8 @@
 
 use super::flush::{Commit, Log, Part};
 use crate::{
-    decode::{self, Decoder, Message, Reject},
-    encode::{Encoded, encode},
+    decode::{self, Decoder, Message, Reject, runs},
+    encode::{Encoded, LARGE_BYTES, encode},
     table::{DATE, Table},
 };
 use arrow::error::ArrowError;
@@ -24,6 +24,7 @@ use forebay_runtime::{
     message::Outgoing,
 };
 use forebay_schemas::{DeadLetter, NanoUsd, RequestId, Tenant};
+use futures::future::join_all;
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, PoisonError},
@@ -34,6 +35,9 @@ use tracing::warn;
 
 /// What stands as the step of a dead letter whose record could not become a row.
 pub const STAGE: &str = "sink";
+
+/// So many bytes of messages become rows together: of a column all texts together must stay below 2 GiB.
+const RUN_BYTES_MAX: usize = 1 << 30;
 
 /// What cannot be mended by looking again at once.
 #[derive(Debug, thiserror::Error)]
@@ -75,7 +79,9 @@ pub enum Error {
         source: Box<DeltaTableError>,
     },
     /// A message that is no row could not be set aside.
-    #[error("could not write a dead letter for a message that table {table} cannot take")]
+    #[error(
+        "could not write a dead letter for a message that table {table} cannot take; check that Kafka can be reached, and that topic dead-letters takes messages of 16 KiB"
+    )]
     Letter {
         /// The table.
         table: &'static str,
@@ -134,6 +140,15 @@ pub struct DeltaLog {
     letters: Letters,
     now_ms: fn() -> i64,
     counted: Counted,
+    run_bytes_max: usize,
+}
+
+/// How much of a message goes into its letter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Copied {
+    Whole,
+    WithoutValue,
+    HeadersAlone,
 }
 
 impl DeltaLog {
@@ -146,7 +161,8 @@ impl DeltaLog {
         now_ms: fn() -> i64,
     ) -> Result<Self, Error> {
         let decoder = Arc::new(Mutex::new(Decoder::new(kind)?));
-        Ok(Self { kind, table, topic, decoder, letters, now_ms, counted: Counted::default() })
+        let (counted, run_bytes_max) = (Counted::default(), RUN_BYTES_MAX);
+        Ok(Self { kind, table, topic, decoder, letters, now_ms, counted, run_bytes_max })
     }
 
     /// The table itself, for who looks after its files.
@@ -174,13 +190,18 @@ impl DeltaLog {
         &self,
         messages: Vec<Message>,
     ) -> Result<(Vec<Encoded>, Vec<Reject>, Vec<Message>), Error> {
-        let (kind, decoder) = (self.kind, Arc::clone(&self.decoder));
+        let (kind, decoder, bytes_max) = (self.kind, Arc::clone(&self.decoder), self.run_bytes_max);
         let work = move || {
             let mut decoder = decoder.lock().unwrap_or_else(PoisonError::into_inner);
-            let rows = decoder.read(&messages)?;
-            let files =
-                encode(kind, &rows.batch).map_err(|source| Error::Encode { table: kind.name(), source })?;
-            Ok((files, rows.rejects, messages))
+            let (mut files, mut rejects) = (Vec::new(), Vec::new());
+            for run in runs(&messages, bytes_max) {
+                let rows = decoder.read(&messages[run.clone()])?;
+                let encoded = encode(kind, &rows.batch);
+                files.extend(encoded.map_err(|source| Error::Encode { table: kind.name(), source })?);
+                let of_all = |reject: Reject| Reject { index: run.start + reject.index, ..reject };
+                rejects.extend(rows.rejects.into_iter().map(of_all));
+            }
+            Ok((files, rejects, messages))
         };
         let done = tokio::task::spawn_blocking(work).await;
         done.map_err(|source| Error::CutOff { table: kind.name(), source })?
@@ -194,25 +215,49 @@ impl DeltaLog {
         rejects: &[Reject],
         messages: &[Message],
     ) -> Result<(), Error> {
-        let mut letters = Vec::with_capacity(rejects.len());
-        for Reject { index, reason } in rejects {
-            let Some(message) = messages.get(*index) else { continue };
+        self.counted.rejects += rejects.len() as u64;
+        let aside =
+            rejects.iter().filter_map(|Reject { index, reason }| Some((messages.get(*index)?, reason)));
+        // Each for itself, or nobody knew which of them is too large.
+        let sent = join_all(aside.clone().map(|(message, reason)| {
             warn!(topic = %self.topic, partition, offset = message.offset, reason,
                 "a message is no row of its table; it goes to the dead letters");
-            letters.push(self.letter(partition, message, reason));
+            self.letters.sink.send(vec![self.letter(partition, message, reason, Copied::Whole)])
+        }));
+        for ((message, reason), sent) in aside.zip(sent.await) {
+            match sent {
+                Err(SendError::TooLarge { .. }) => self.set_aside_in_part(partition, message, reason).await,
+                sent => sent,
+            }
+            .map_err(|source| Error::Letter { table: self.kind.name(), source })?;
         }
-        self.counted.rejects += letters.len() as u64;
-        if letters.is_empty() {
-            return Ok(());
-        }
-        let sent = self.letters.sink.send(letters).await;
-        sent.map_err(|source| Error::Letter { table: self.kind.name(), source })
+        Ok(())
     }
 
-    fn letter(&self, partition: i32, message: &Message, reason: &str) -> Outgoing {
+    /// As much of a message as the topic of dead letters takes. What is left out is where it was, for as long as its topic keeps it.
+    async fn set_aside_in_part(
+        &self,
+        partition: i32,
+        message: &Message,
+        reason: &str,
+    ) -> Result<(), SendError> {
+        // Whole once more: what goes to the broker together is refused together.
+        let mut sent = Ok(());
+        for copied in [Copied::Whole, Copied::WithoutValue, Copied::HeadersAlone] {
+            sent = self.letters.sink.send(vec![self.letter(partition, message, reason, copied)]).await;
+            if !matches!(sent, Err(SendError::TooLarge { .. })) {
+                break;
+            }
+            warn!(topic = %self.topic, partition, offset = message.offset, bytes = message.bytes(), ?copied,
+                "a dead letter is larger than its topic takes; it goes there with less of the message");
+        }
+        sent
+    }
+
+    fn letter(&self, partition: i32, message: &Message, reason: &str, copied: Copied) -> Outgoing {
         let Letters { topic, cluster, .. } = &self.letters;
         let Message { offset, timestamp_ms, .. } = *message;
-        let letter = DeadLetter {
+        let mut letter = DeadLetter {
             schema: self.kind.name().to_owned(),
             id: RequestId::derived(cluster, &self.topic, partition, offset, timestamp_ms),
             tenant: Tenant::default(),
@@ -234,11 +279,20 @@ impl DeltaLog {
             redrives: 0,
             body: None,
         };
+        let (mut key, mut value) = (message.key.as_ref(), message.value.as_ref());
+        if copied != Copied::Whole {
+            let bytes = [key, value].into_iter().flatten().map(|part| part.len()).sum();
+            letter.body = Some(DeadLetter::omitted(bytes, &letter.source()));
+            value = None;
+        }
+        if copied == Copied::HeadersAlone {
+            key = None;
+        }
         Outgoing {
             topic: Arc::clone(topic),
             key: Some(letter.message_key().into_bytes()),
-            value: message.value.as_ref().map(|value| value.to_vec()),
-            headers: letter.write(message.key.as_ref()),
+            value: value.map(|value| value.to_vec()),
+            headers: letter.write(key),
         }
     }
 }
@@ -255,9 +309,10 @@ impl Log for DeltaLog {
         self.set_aside(partition, &rejects, &messages).await?;
         let store = self.table.object_store();
         let mut files = Vec::with_capacity(encoded.len());
-        for Encoded { date, stats, bytes, .. } in encoded {
-            let name = uuid::Uuid::now_v7();
-            let path = format!("{DATE}={date}/{}-{partition}-{first}-{last}-{name}.parquet", self.topic);
+        for file in encoded {
+            let name = format!("{}-{partition}-{first}-{last}-{}", self.topic, uuid::Uuid::now_v7());
+            let path = file.path(&name, file.unpacked >= LARGE_BYTES);
+            let Encoded { date, stats, bytes, .. } = file;
             let size = bytes.len() as u64;
             let create = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
             let put = store.put_opts(&Path::from(path.as_str()), bytes.into(), create).await;
@@ -331,17 +386,28 @@ pub(crate) mod tests {
     use datafusion::prelude::SessionContext;
     use forebay_schemas::{Headers, Label, Record as _};
     use futures::future::BoxFuture;
-    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
     use url::Url;
 
-    /// Keeps what would be written, or never answers.
+    /// Keeps what would be written, or never answers. Takes messages of so many bytes, where that is not 0.
     #[derive(Default)]
-    pub(crate) struct Kept(Mutex<Vec<Outgoing>>, pub(crate) AtomicBool);
+    pub(crate) struct Kept(Mutex<Vec<Outgoing>>, pub(crate) AtomicBool, AtomicUsize);
 
     impl Sink for Kept {
         fn send(&self, messages: Vec<Outgoing>) -> BoxFuture<'_, Result<(), SendError>> {
             if self.1.load(Ordering::Relaxed) {
                 return Box::pin(std::future::pending());
+            }
+            let bytes = |message: &Outgoing| {
+                let headers = message.headers.iter();
+                let headers =
+                    headers.map(|(name, value)| name.len() + value.as_ref().map_or(0, |value| value.len()));
+                message.value.as_ref().map_or(0, Vec::len) + headers.sum::<usize>()
+            };
+            let (most, bytes_max) = (messages.iter().map(bytes).max(), self.2.load(Ordering::Relaxed));
+            if let Some(bytes) = most.filter(|bytes| bytes_max > 0 && *bytes > bytes_max) {
+                let topic = "dead-letters".to_owned();
+                return Box::pin(async move { Err(SendError::TooLarge { topic, bytes }) });
             }
             self.0.lock().unwrap().extend(messages);
             Box::pin(async { Ok(()) })
@@ -468,6 +534,52 @@ pub(crate) mod tests {
         assert_eq!((letter.topic.as_str(), letter.partition, letter.offset), ("x-labels", 0, 1));
         assert!(letter.message.contains("line 1 column 1"), "{}", letter.message);
         assert_eq!(letters[0].value.as_deref(), Some(&b"{"[..]));
+    }
+
+    #[tokio::test]
+    async fn a_message_that_is_no_row_and_too_large_to_copy_is_told_of_and_stops_nobody() {
+        let place = Place::new();
+        let mut log = place.log().await;
+        place.kept.2.store(1_500, Ordering::Relaxed);
+        let mut bad = part(0, 0..5);
+        bad.messages[1].value = Some("{".into());
+        bad.messages[2].value = Some("x".repeat(3_000).into());
+        bad.messages[3] = Message {
+            key: Some("k".repeat(2_000).into()),
+            value: Some("x".repeat(3_000).into()),
+            ..bad.messages[3].clone()
+        };
+        let flushed = flush(&mut log, &mut [bad]).await.unwrap();
+        assert_eq!((flushed.committed, place.rows().await), (5, (2, 2)));
+        let letters = std::mem::take(&mut *place.kept.0.lock().unwrap());
+        let told =
+            letters.iter().map(|letter| (DeadLetter::read(&letter.headers).unwrap(), letter.value.clone()));
+        let told: Vec<_> = told.map(|(letter, value)| (letter.offset, letter.body, value)).collect();
+        let omitted =
+            |bytes: usize, offset: i64| Some(format!("omitted, {bytes} bytes at x-labels/0/{offset}@0"));
+        let expected =
+            [(1, None, Some(b"{".to_vec())), (2, omitted(3_000, 2), None), (3, omitted(5_000, 3), None)];
+        assert_eq!(told, expected);
+        assert_eq!(log.counted().rejects, 3);
+    }
+
+    #[tokio::test]
+    async fn more_than_a_column_holds_is_written_in_several_files() {
+        let place = Place::new();
+        let mut log = place.log().await;
+        let mut large = part(0, 0..9);
+        log.run_bytes_max = large.messages[0].bytes() * 3;
+        large.messages[4].value = Some("{".repeat(log.run_bytes_max * 2).into());
+        large.messages[8].value = Some("{".into());
+        let files = log.write(&large).await.unwrap();
+        // No two rows of a day are in one run; all at once they were three files.
+        assert_eq!(files.len(), 7);
+        let version = log.newest().await.unwrap();
+        assert!(matches!(log.commit(version, files, vec![("c/t/0".to_owned(), 8)]).await, Commit::Done));
+        assert_eq!(place.rows().await, (7, 7));
+        let letters = std::mem::take(&mut *place.kept.0.lock().unwrap());
+        let offset = |letter: &Outgoing| DeadLetter::read(&letter.headers).unwrap().offset;
+        assert_eq!(letters.iter().map(offset).collect::<Vec<_>>(), [4, 8]);
     }
 
     #[tokio::test]

@@ -117,6 +117,14 @@ impl<F> Part<F> {
         self.messages.last().map(|message| message.offset)
     }
 
+    /// Keeps so many of the first messages.
+    pub fn truncate(&mut self, messages: usize) {
+        if messages < self.messages.len() {
+            self.messages.truncate(messages);
+            self.files = None;
+        }
+    }
+
     /// Drops what is at or below `offset`; how many messages that were.
     fn cut(&mut self, offset: Option<i64>) -> usize {
         let Some(offset) = offset else { return 0 };

@@ -1,7 +1,8 @@
 //! What waits for one table: of each of its topic's partitions, what was read and is not in the table yet.
 //!
 //! Invariant: a message goes into its part only while the partition is ours and read from where the table ends; what comes before
-//! the partition was set there is dropped, since it comes again.
+//! the partition was set there is dropped, since it comes again. What was read of a topic before it was made anew waits beside what is
+//! read of the new one, each under its own name.
 
 use super::{
     delta::{DeltaLog, Error},
@@ -57,6 +58,8 @@ pub struct Lane {
     places: BTreeMap<i32, Place>,
     /// Bytes that wait.
     bytes: usize,
+    /// Whether a topic went back, as one does that was made anew.
+    went_back: bool,
     /// Since when the oldest waits here, and when it was written to its topic.
     oldest: Option<(Instant, i64)>,
     /// After a flush that failed: when to try again, and how long to wait after the next.
@@ -66,7 +69,7 @@ pub struct Lane {
 impl Lane {
     pub fn new(log: DeltaLog, meter: TableMeter) -> Self {
         let (parts, places) = (Vec::new(), BTreeMap::new());
-        Self { log, meter, parts, places, bytes: 0, oldest: None, pause: None }
+        Self { log, meter, parts, places, bytes: 0, went_back: false, oldest: None, pause: None }
     }
 
     /// These partitions are ours; nothing of them is taken before [`Self::find`] has said where they begin.
@@ -74,10 +77,14 @@ impl Lane {
         self.places.extend(partitions.map(|partition| (partition, Place::Unknown)));
     }
 
-    /// These partitions are no longer ours, nor is what waits of them.
+    /// A partition is no longer ours, nor is what waits of it. What waits of a topic that it belonged to before is nobody else's: it stays
+    /// until it is written.
     pub fn give_up(&mut self, partition: i32) {
-        self.places.remove(&partition);
-        self.parts.retain(|part| part.partition != partition);
+        let is_read = self.places.remove(&partition).is_some_and(|place| place != Place::Unknown);
+        if let (true, Some(last)) = (is_read, self.parts.iter().rposition(|part| part.partition == partition))
+        {
+            self.parts.remove(last);
+        }
         self.count();
     }
 
@@ -96,12 +103,53 @@ impl Lane {
             let application = application(partition);
             let offset = self.log.offset(&version, &application).await?;
             let next = offset.map_or(0, |offset| offset.saturating_add(1));
-            self.parts.retain(|part| part.partition != partition);
+            // What waits under another name was read before the topic was made anew, and is nowhere else any more.
+            let is_kept = |part: &Part<Add>| part.application != application && part.last().is_some();
+            self.parts.retain(|part| part.partition != partition || is_kept(part));
             self.parts.push(Part::new(application, partition));
             self.places.insert(partition, Place::Seeking { next, began: offset.is_some() });
             starts.push((partition, next));
         }
         Ok(starts)
+    }
+
+    /// Whether a topic went back since this was last asked.
+    pub fn went_back(&mut self) -> bool {
+        std::mem::take(&mut self.went_back)
+    }
+
+    /// The partitions that are read under another name than their topic has now. One that is being set is read before it is looked at:
+    /// set a second time meanwhile, it would be taken for set at the first.
+    pub fn outdated(&self, application: impl Fn(i32) -> String) -> Vec<i32> {
+        let is_another = |partition: &i32| {
+            self.current(*partition).is_some_and(|part| part.application != application(*partition))
+        };
+        self.reading().filter(is_another).collect()
+    }
+
+    /// The partitions that are ours and read from where the table ends.
+    fn reading(&self) -> impl Iterator<Item = i32> + '_ {
+        let read = self.places.iter().filter(|(_, place)| matches!(place, Place::Reading { .. }));
+        read.map(|(partition, _)| *partition)
+    }
+
+    /// What waits of a partition, under the name under which it is read.
+    pub fn waiting(&self, partition: i32) -> &[Message] {
+        self.current(partition).map_or(&[], |part| part.messages.as_slice())
+    }
+
+    /// The topic was made anew: of what waits so many messages are of the one before, and what follows them comes again.
+    pub fn begin_anew(&mut self, partition: i32, before: usize) {
+        if let Some(part) = self.parts.iter_mut().rev().find(|part| part.partition == partition) {
+            part.truncate(before);
+        }
+        self.places.insert(partition, Place::Unknown);
+        self.count();
+    }
+
+    /// The part into which messages of a partition go: the last one of it.
+    fn current(&self, partition: i32) -> Option<&Part<Add>> {
+        self.parts.iter().rev().find(|part| part.partition == partition)
     }
 
     /// A partition is read from where the table ends, from now on.
@@ -120,17 +168,15 @@ impl Lane {
         let Place::Reading { next, first } = *place else { return None };
         let Incoming { offset, timestamp_ms, key, value, headers, .. } = incoming;
         if offset < next {
+            self.went_back = true;
             debug!(partition, offset, next, "a message comes once more; its row is known");
             return None;
         }
         *place = Place::Reading { next: offset.saturating_add(1), first: false };
-        let part = self.parts.iter_mut().find(|part| part.partition == partition)?;
-        let headers_bytes: usize = headers
-            .iter()
-            .map(|(name, value)| name.len() + value.as_ref().map_or(0, bytes::Bytes::len))
-            .sum();
-        self.bytes += size(key.as_ref(), value.as_ref()) + headers_bytes;
-        part.push(Message { offset, timestamp_ms, key, value, headers });
+        let part = self.parts.iter_mut().rev().find(|part| part.partition == partition)?;
+        let message = Message { offset, timestamp_ms, key, value, headers };
+        self.bytes += size(&message);
+        part.push(message);
         let (since, written) = self.oldest.unwrap_or_else(|| (Instant::now(), timestamp_ms));
         self.oldest = Some((since, written.min(timestamp_ms)));
         (first && offset > next).then_some(Gap { partition, expected: next, found: offset })
@@ -183,11 +229,8 @@ impl Lane {
 
     /// Writes what waits; gives how far each partition has come, as its next offset.
     pub async fn flush(&mut self, now_ms: fn() -> i64) -> Vec<(i32, i64)> {
-        let ends: Vec<(i32, i64)> = self
-            .parts
-            .iter()
-            .filter_map(|part| Some((part.partition, part.last()?.saturating_add(1))))
-            .collect();
+        let end = |partition: i32| Some((partition, self.current(partition)?.last()?.saturating_add(1)));
+        let ends: Vec<(i32, i64)> = self.reading().filter_map(end).collect();
         let written = self.oldest.map(|(_, written)| written);
         let table = self.log.kind().name();
         // Cut off, it is as after a crash: its rows are in the table or are not, and the next flush finds out.
@@ -239,15 +282,15 @@ impl Lane {
     /// Counts anew what waits.
     fn count(&mut self) {
         let messages = || self.parts.iter().flat_map(|part| &part.messages);
-        self.bytes = messages().map(|message| size(message.key.as_ref(), message.value.as_ref())).sum();
+        self.bytes = messages().map(size).sum();
         let written = messages().map(|message| message.timestamp_ms).min();
         let since = self.oldest.map(|(since, _)| since);
         self.oldest = since.zip(written);
     }
 }
 
-fn size(key: Option<&bytes::Bytes>, value: Option<&bytes::Bytes>) -> usize {
-    OVERHEAD + key.map_or(0, bytes::Bytes::len) + value.map_or(0, bytes::Bytes::len)
+fn size(message: &Message) -> usize {
+    OVERHEAD + message.bytes()
 }
 
 #[cfg(test)]
@@ -308,6 +351,46 @@ mod tests {
         assert!(lane.has_read(0, 0, 10) && !lane.has_read(0, 0, 11) && lane.has_read(0, 11, 11));
         lane.flush(|| 6).await;
         assert_eq!(folder.rows().await, (3, 3));
+    }
+
+    #[tokio::test]
+    async fn a_topic_that_was_made_anew_begins_under_another_name_and_what_was_read_before_stays() {
+        let folder = Folder::new();
+        let mut lane = lane(&folder).await;
+        read_from_the_end_of_the_table(&mut lane).await;
+        (0..5).for_each(|offset| _ = lane.take(incoming(offset)));
+        lane.flush(|| 6).await;
+        (5..8).for_each(|offset| _ = lane.take(incoming(offset)));
+        assert!(!lane.went_back() && lane.outdated(|partition| format!("c/t/{partition}")).is_empty());
+        // It begins again at 0; that 6 and 7 are of the new one, whoever compares finds out.
+        assert_eq!(lane.take(incoming(0)), None);
+        assert!(lane.went_back() && !lane.went_back());
+        assert_eq!(lane.outdated(|partition| format!("c/anew/{partition}")), [0]);
+        assert_eq!(lane.waiting(0).iter().map(|message| message.offset).collect::<Vec<_>>(), [5, 6, 7]);
+        lane.begin_anew(0, 1);
+        assert!(lane.has_unknown() && !lane.is_empty());
+        // What is nowhere else any more stays also where the partition goes and comes.
+        lane.give_up(0);
+        lane.take_on(std::iter::once(0));
+        assert_eq!(lane.take(incoming(9)), None, "it is not known yet where the new one begins");
+        let again = |offset: i64| Incoming {
+            value: Some(format!(r#"{{"request_id": "new-{offset}", "wrong": true}}"#).into()),
+            ..incoming(offset)
+        };
+        // Also where the old rows are not written before the new ones come.
+        let starts = lane.find(|partition| format!("c/anew/{partition}")).await.unwrap();
+        assert_eq!(starts, [(0, 0)]);
+        lane.found(0);
+        (0..9).for_each(|offset| _ = lane.take(again(offset)));
+        assert_eq!(lane.flush(|| 6).await, [(0, 9)]);
+        assert_eq!(folder.rows().await, (6 + 9, 6 + 9));
+        lane.give_up(0);
+        // Each has its end, so that nothing comes a second time.
+        lane.take_on(std::iter::once(0));
+        assert_eq!(lane.find(|partition| format!("c/t/{partition}")).await.unwrap(), [(0, 6)]);
+        lane.give_up(0);
+        lane.take_on(std::iter::once(0));
+        assert_eq!(lane.find(|partition| format!("c/anew/{partition}")).await.unwrap(), [(0, 9)]);
     }
 
     #[tokio::test(start_paused = true)]

@@ -5,6 +5,7 @@
 //!
 //! Invariant: where a partition is read from is what its table says. A committed offset of the group is for people who look at lag.
 
+mod anew;
 pub(crate) mod delta;
 pub mod flush;
 mod lane;
@@ -23,7 +24,7 @@ use forebay_runtime::{
     drive::{Event, Progress, Source as _},
     host::kafka::{
         Kafka, KafkaSink, KafkaSource, LogContext, ReadBounds, Reading, SettingsError as KafkaError,
-        TopicIdsError, UnreachableError, topic_ids,
+        TopicIdsError, UnreachableError,
         topics::{TopicsError, existing},
     },
     message::{Channel, Group, Incoming, Input, Partition},
@@ -57,6 +58,8 @@ const LAST_FLUSH_MAX: Duration = Duration::from_secs(8);
 const KAFKA_WAIT: Duration = Duration::from_secs(10);
 /// How long to wait until looking where a table ends is tried again.
 const FIND_AGAIN: Duration = Duration::from_secs(1);
+/// How often it is asked whether topics were made anew, where nothing is written meanwhile.
+const ASK_EVERY: Duration = Duration::from_secs(30);
 /// How often files are swept that no version names: all files of the table are listed for it.
 const SWEEP_EVERY: Duration = Duration::from_secs(24 * 3_600);
 /// With `--once`: how long other members of the group may keep partitions from us, or a topic may be silent before its end.
@@ -113,6 +116,19 @@ pub enum Error {
     Ends {
         /// The topic.
         topic: String,
+        /// What happened.
+        #[source]
+        source: rdkafka::error::KafkaError,
+    },
+    /// A topic that was made anew could not be compared with what was read before.
+    #[error(
+        "could not read partition {partition} of topic {topic}, which was made anew, to tell its messages from those before"
+    )]
+    Compare {
+        /// The topic.
+        topic: String,
+        /// The partition.
+        partition: i32,
         /// What happened.
         #[source]
         source: rdkafka::error::KafkaError,
@@ -206,6 +222,9 @@ struct Sink {
     owed: Vec<(Channel, usize)>,
     /// When looking where tables end is tried again.
     find_at: Instant,
+    /// When it is asked at the latest whether topics were made anew; and, where nobody answered, when that is tried again.
+    ask_at: Instant,
+    ask_again_at: Instant,
     /// Given when the process is to leave, and when it must be gone.
     shutdown: CancellationToken,
     hurry: CancellationToken,
@@ -271,6 +290,8 @@ impl Sink {
             flush_bytes: settings.flush_bytes,
             owed: Vec::new(),
             find_at: Instant::now(),
+            ask_at: Instant::now() + ASK_EVERY,
+            ask_again_at: Instant::now(),
             shutdown: shutdown.clone(),
             hurry: CancellationToken::new(),
             keeping: None,
@@ -394,6 +415,11 @@ impl Sink {
     /// What is due, and what could not be done before.
     async fn look(&mut self) {
         self.source.commit();
+        let went_back = self.lanes.values_mut().fold(false, |any, lane| lane.went_back() | any);
+        if went_back || Instant::now() >= self.ask_at {
+            // With nothing to write, for what it asks first.
+            self.write(|_| false).await;
+        }
         self.find().await;
         let (now, wait_max, is_full) = (Instant::now(), self.flush_every, self.is_full());
         self.flush(|lane| lane.is_due(wait_max, now) || is_full && lane.may_flush(now)).await;
@@ -441,17 +467,16 @@ impl Sink {
             let cause = std::error::Error::source(&fault).map(ToString::to_string).unwrap_or_default();
             error!(error = %fault, cause, "could not look where the tables end; will try again");
             self.health.set_ready("tables", Err("could not look where the tables end"));
-            self.find_at = Instant::now() + FIND_AGAIN;
         } else {
             self.health.set_ready("tables", true);
         }
+        // What is not known yet: all where nobody answered, or a topic that is gone.
+        self.find_at = Instant::now() + FIND_AGAIN;
     }
 
     async fn try_find(&mut self) -> Result<(), Error> {
         // Asked anew each time: a topic that was made anew has another id, and begins anew.
-        let (kafka, names) =
-            (self.kafka.clone(), self.lanes.keys().map(ToString::to_string).collect::<Vec<_>>());
-        let ids = tokio::task::spawn_blocking(move || topic_ids(&kafka, &names, KAFKA_WAIT)).await??;
+        let ids = anew::ids(&self.kafka, self.lanes.keys()).await?;
         let cluster = Arc::clone(&self.cluster);
         for (topic, lane) in self.lanes.iter_mut().filter(|(_, lane)| lane.has_unknown()) {
             let Some(id) = ids.get(&**topic) else { continue };
@@ -462,11 +487,27 @@ impl Sink {
         Ok(())
     }
 
-    /// Writes what waits for some tables, side by side; meanwhile the group is told that we live.
+    /// Writes what waits for some tables, where anything does.
     async fn flush(&mut self, which: impl Fn(&Lane) -> bool) {
-        let due = self.lanes.iter_mut().filter(|(_, lane)| which(lane));
-        let due = due.map(|(topic, lane)| async { (Arc::clone(topic), lane.flush(now_ms).await) });
-        let flushing = join_all(due);
+        if self.lanes.values().any(&which) {
+            self.write(which).await;
+        }
+    }
+
+    /// Asks whether the topics are those that were read, and writes what waits for some tables, side by side; meanwhile the group is told
+    /// that we live.
+    async fn write(&mut self, which: impl Fn(&Lane) -> bool) {
+        if Instant::now() < self.ask_again_at {
+            return;
+        }
+        self.ask_at = Instant::now() + ASK_EVERY;
+        let (kafka, cluster, lanes) = (&self.kafka, &self.cluster, &mut self.lanes);
+        let flushing = async {
+            anew::renew(kafka, cluster, lanes).await?;
+            let due = lanes.iter_mut().filter(|(_, lane)| which(lane));
+            let due = due.map(|(topic, lane)| async { (Arc::clone(topic), lane.flush(now_ms).await) });
+            Ok::<_, Error>(join_all(due).await)
+        };
         tokio::pin!(flushing);
         let hurry = self.hurry.clone();
         let mut ticks = tokio::time::interval(TICK);
@@ -475,9 +516,15 @@ impl Sink {
                 flushed = &mut flushing => break flushed,
                 _ = ticks.tick() => self.source.commit(),
                 // The store does not answer, and the time to leave is over.
-                () = hurry.cancelled() => break Vec::new(),
+                () = hurry.cancelled() => break Ok(Vec::new()),
             }
         };
+        let flushed = flushed.unwrap_or_else(|fault| {
+            let cause = std::error::Error::source(&fault).map(ToString::to_string).unwrap_or_default();
+            error!(error = %fault, cause, "could not ask which topics these are; what waits for its tables is kept and tried again");
+            self.ask_again_at = Instant::now() + FIND_AGAIN;
+            Vec::new()
+        });
         for (topic, ends) in flushed {
             let progress = |(number, offset): (i32, i64)| Progress {
                 partition: Partition { topic: Arc::clone(&topic), number },
