@@ -13,10 +13,10 @@
 
 use crate::{
     compact,
-    encode::encode,
+    encode::{Encoded, encode},
     guards::{Limits, Scope},
     lake,
-    session::{self, Session},
+    session::{self, Answer, Session},
     table::{Column, DATE, Kind, TENANT, TIME_UNIT, Table, column},
 };
 use arrow::{
@@ -25,6 +25,7 @@ use arrow::{
     datatypes::Int64Type,
     error::ArrowError,
 };
+use datafusion::prelude::SessionContext;
 use deltalake_core::{
     DeltaTable,
     kernel::{Action, Add, LogicalFileView},
@@ -51,8 +52,8 @@ const DAYS_MAX: usize = 8;
 /// What rolling one day up may take. It runs beside what writes rows.
 const MEMORY_BYTES: usize = 256 << 20;
 const DEADLINE: Duration = Duration::from_secs(600);
-/// What it may come to, unpacked. A day of more kinds of rows than that is no shorter rolled up.
-const DAY_BYTES_MAX: usize = 256 << 20;
+/// So many bytes of rows, unpacked, go into a file.
+const FILE_BYTES: usize = 64 << 20;
 
 /// A column, and what it is made of.
 struct Rolled {
@@ -248,16 +249,19 @@ pub enum Error {
         #[source]
         source: Box<session::Error>,
     },
-    /// It would be no shorter than its rows.
+    /// What was added up are not the rows that there are.
     #[error(
-        "{date} is not rolled up for table {table}: it would take more than {} MiB, unpacked; answers are worked out from its rows",
-        DAY_BYTES_MAX >> 20
+        "{date} has {rows} rows of table {source_table}, and {counted} were added up; nothing is changed"
     )]
-    Large {
-        /// The roll-up.
-        table: &'static str,
+    Count {
+        /// What was rolled up.
+        source_table: &'static str,
         /// The day.
         date: String,
+        /// Rows that there are.
+        rows: i64,
+        /// Rows that were added up.
+        counted: i64,
     },
     /// What was worked out does not fit the table.
     #[error("could not put rows of {date} into table {table}")]
@@ -395,37 +399,47 @@ async fn roll_up(
     now_ms: i64,
 ) -> Result<bool, Error> {
     // Looked at first: who commits behind it is noticed, and then this one is refused.
-    let on = compact::newest(rollup, table).await?;
-    let batches = worked_out(rollup, source, session, day).await?;
+    let (on, count) = compact::newest(rollup, table).await?;
+    let not_day = |fault| day_fault(rollup, day, fault);
     let not_rows = |source| Error::Rows { table: rollup.name(), date: day.to_owned(), source };
-    let (batch, rows) = stored_form(rollup, &batches).map_err(not_rows)?;
-    let was = rows_stored(&on.0).get(day).copied().flatten();
+    // One for both queries, so that they see one version.
+    let context = session.context();
+    let sql_of_rows = format!("SELECT count(*) FROM {} WHERE {DATE} = DATE '{day}'", source.name());
+    let mut answer = ask(session, &context, &sql_of_rows).await.map_err(not_day)?;
+    let mut rows = 0;
+    while let Some(batch) = answer.next().await.map_err(not_day)? {
+        rows += batch.column(0).as_primitive::<Int64Type>().iter().flatten().sum::<i64>();
+    }
+    let was = rows_stored(&on).get(day).copied().flatten();
     if rows == 0 || was.is_some_and(|was| was >= rows) {
         return Ok(false);
     }
-    let old: Vec<_> =
-        on.0.log_data().iter().filter(|file| compact::date(file).as_deref() == Some(day)).collect();
-    let mut actions: Vec<Action> = old.iter().map(|file| Action::Remove(file.remove_action(true))).collect();
-    let store = table.object_store();
-    for file in encode(rollup, &batch).map_err(not_rows)? {
-        let path = format!("{DATE}={day}/rolled-{}.parquet", uuid::Uuid::now_v7());
-        let size = i64::try_from(file.bytes.len()).unwrap_or(i64::MAX);
-        let create = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
-        let put = store.put_opts(&Path::from(path.as_str()), file.bytes.into(), create).await;
-        put.map_err(|source| compact::not_file(rollup, "write", &path, source))?;
-        actions.push(Action::Add(Add {
-            path,
-            partition_values: HashMap::from([(DATE.to_owned(), Some(file.date))]),
-            size,
-            modification_time: now_ms,
-            data_change: true,
-            stats: Some(file.stats),
-            tags: None,
-            deletion_vector: None,
-            base_row_id: None,
-            default_row_commit_version: None,
-            clustering_provider: None,
-        }));
+    let files = on.log_data();
+    let old = files.iter().filter(|file| compact::date(file).as_deref() == Some(day));
+    let mut actions: Vec<Action> = old.map(|file| Action::Remove(file.remove_action(true))).collect();
+    let mut answer = ask(session, &context, &sql(rollup, source, Some(day))).await.map_err(not_day)?;
+    let (mut held, mut bytes, mut counted, mut hours) = (Vec::new(), 0, 0, 0);
+    loop {
+        let next = answer.next().await.map_err(not_day)?;
+        let is_last = next.is_none();
+        if let Some(batch) = next {
+            bytes += batch.get_array_memory_size();
+            held.push(batch);
+        }
+        if is_last || bytes > FILE_BYTES {
+            let (batch, added_up) = stored_form(rollup, &held, rows).map_err(not_rows)?;
+            (counted, hours, bytes) = (counted + added_up, hours + batch.num_rows(), 0);
+            held.clear();
+            for file in encode(rollup, &batch).map_err(not_rows)? {
+                actions.push(Action::Add(write(rollup, table, file, now_ms).await?));
+            }
+        }
+        if is_last {
+            break;
+        }
+    }
+    if counted != rows {
+        return Err(Error::Count { source_table: source.name(), date: day.to_owned(), rows, counted });
     }
     crash_point("rollup.written");
     let operation = DeltaOperation::Write {
@@ -433,43 +447,46 @@ async fn roll_up(
         partition_by: Some(vec![DATE.to_owned()]),
         predicate: Some(format!("{DATE} = '{day}'")),
     };
-    compact::commit(rollup, table, (&on.0, on.1), actions, operation).await?;
+    compact::commit(rollup, table, (&on, count), actions, operation).await?;
     crash_point("rollup.committed");
-    info!(
-        table = rollup.name(),
-        date = day,
-        rows,
-        into = batch.num_rows(),
-        again = was.is_some(),
-        "rolled up a day"
-    );
+    info!(table = rollup.name(), date = day, rows, into = hours, again = was.is_some(), "rolled up a day");
     Ok(true)
 }
 
-/// What the newest rows of a day come to.
-async fn worked_out(
-    rollup: Table,
-    source: Table,
-    session: &Session,
-    day: &str,
-) -> Result<Vec<RecordBatch>, Error> {
-    let not_day = |fault| day_fault(rollup, day, fault);
-    let (mut batches, mut bytes) = (Vec::new(), 0);
-    for statement in session.parse(&sql(rollup, source, Some(day))).map_err(not_day)? {
-        let mut answer = session.query(statement).await.map_err(not_day)?;
-        while let Some(batch) = answer.next().await.map_err(not_day)? {
-            bytes += batch.get_array_memory_size();
-            if bytes > DAY_BYTES_MAX {
-                return Err(Error::Large { table: rollup.name(), date: day.to_owned() });
-            }
-            batches.push(batch);
-        }
-    }
-    Ok(batches)
+async fn ask(session: &Session, context: &SessionContext, sql: &str) -> Result<Answer, session::Error> {
+    let unwritten = || session::Error::Query { message: "there is no query".to_owned(), at: None };
+    let statement = session.parse(sql)?.pop_front().ok_or_else(unwritten)?;
+    session.answer(context.clone(), statement, None).await
 }
 
-/// Rows in the types of the table, each with the number of rows that they were made of.
-fn stored_form(rollup: Table, batches: &[RecordBatch]) -> Result<(RecordBatch, i64), ArrowError> {
+/// Writes a file that no version names yet.
+async fn write(rollup: Table, table: &DeltaTable, file: Encoded, now_ms: i64) -> Result<Add, Error> {
+    let path = format!("{DATE}={}/rolled-{}.parquet", file.date, uuid::Uuid::now_v7());
+    let size = i64::try_from(file.bytes.len()).unwrap_or(i64::MAX);
+    let create = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
+    let put = table.object_store().put_opts(&Path::from(path.as_str()), file.bytes.into(), create).await;
+    put.map_err(|source| compact::not_file(rollup, "write", &path, source))?;
+    Ok(Add {
+        path,
+        partition_values: HashMap::from([(DATE.to_owned(), Some(file.date))]),
+        size,
+        modification_time: now_ms,
+        data_change: true,
+        stats: Some(file.stats),
+        tags: None,
+        deletion_vector: None,
+        base_row_id: None,
+        default_row_commit_version: None,
+        clustering_provider: None,
+    })
+}
+
+/// Rows in the types of the table, each with the number of rows that their day has; and how many rows were added up to these.
+fn stored_form(
+    rollup: Table,
+    batches: &[RecordBatch],
+    day_rows: i64,
+) -> Result<(RecordBatch, i64), ArrowError> {
     let schema = rollup.schema();
     let Some(first) = batches.first() else { return Ok((RecordBatch::new_empty(schema), 0)) };
     let batch = concat_batches(&first.schema(), batches)?;
@@ -477,19 +494,19 @@ fn stored_form(rollup: Table, batches: &[RecordBatch]) -> Result<(RecordBatch, i
         let found = batch.column_by_name(name);
         found.ok_or_else(|| ArrowError::SchemaError(format!("the roll-up lacks column {name}")))
     };
-    let mut rows = 0;
-    if let Some(counted) = declared(rollup).iter().find(|rolled| matches!(rolled.made, Made::Count)) {
-        rows = of(counted.column.name)?.as_primitive::<Int64Type>().iter().flatten().sum();
+    let mut added_up = 0;
+    for counted in declared(rollup).iter().filter(|rolled| matches!(rolled.made, Made::Count)) {
+        added_up += of(counted.column.name)?.as_primitive::<Int64Type>().iter().flatten().sum::<i64>();
     }
     let column = |name: &String, kind| -> Result<ArrayRef, ArrowError> {
         match name.as_str() {
-            DAY_ROWS => Ok(Arc::new(Int64Array::from(vec![rows; batch.num_rows()]))),
+            DAY_ROWS => Ok(Arc::new(Int64Array::from(vec![day_rows; batch.num_rows()]))),
             _ => cast(of(name)?, kind),
         }
     };
     let columns = schema.fields().iter().map(|field| column(field.name(), field.data_type()));
     let columns = columns.collect::<Result<_, _>>()?;
-    Ok((RecordBatch::try_new(schema, columns)?, rows))
+    Ok((RecordBatch::try_new(schema, columns)?, added_up))
 }
 
 #[cfg(test)]
