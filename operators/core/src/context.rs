@@ -31,6 +31,7 @@ pub trait Host: Send + Sync {
 
 /// Something that happened inside an operator and that somebody counts.
 #[derive(Clone, Debug, PartialEq)]
+#[expect(clippy::large_enum_variant, reason = "none is kept: each is told of by reference")]
 pub enum Event {
     /// The cache was asked.
     CacheLookedUp {
