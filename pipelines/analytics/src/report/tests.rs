@@ -260,7 +260,7 @@ async fn what_is_refused_is_told_in_its_place() {
         json!({"request_id": "r1", "tenant": "acme", "wrong": true, "labelled_at": format!("{day}T02:00:00Z"), "date": day})
     });
     tables.add(Table::Labels, &labels).await;
-    let narrow = Limits { scan_days: 0, scan_bytes: 0, ..Limits::default() };
+    let narrow = Limits { scan_days: 0, scan_bytes: 0, whole_bytes: 0, ..Limits::default() };
     let page = page(&tables.session(narrow, Scope::All), &span("7d", None)).await.unwrap();
     let read = read(&page);
     assert!(!read.section("Cost by model").text.contains("Not answered"));

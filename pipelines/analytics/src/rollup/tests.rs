@@ -153,7 +153,7 @@ async fn a_user_sees_their_own_hours_and_years_may_be_read_where_they_are_rolled
     tables
         .add(Table::Outcomes, &[outcome(17, 3, "a", 10), outcome(18, 3, "b", 30), outcome(18, 5, "a", 30)])
         .await;
-    let narrow = Limits { scan_days: 1, ..Limits::default() };
+    let narrow = Limits { scan_days: 1, whole_bytes: 0, ..Limits::default() };
     let refused = tables.session(narrow, Scope::All).collect("SELECT * FROM cost_daily").await.unwrap_err();
     assert!(
         matches!(refused, SessionError::Refused(Refused::Unbounded { table: "outcomes", .. })),
