@@ -469,7 +469,7 @@ mod tests {
         assert!(refused("model: {key: abc}").contains("model.key_file"));
         assert!(refused("rerank: {key: abc}").contains("rerank.key_file"));
         assert!(refused("alerts: {webhook_key: abc}").contains("alerts.webhook_key_file"));
-        assert!(refused("alerts: {forcast: off}").contains("did you mean \"alerts.forecast\"?"));
+        assert!(refused("alerts: {forecat: off}").contains("did you mean \"alerts.forecast\"?"));
         assert!(refused("partitions: none").contains("1 to 10000"));
         assert!(refused("memory: {records: 12}").contains("256MiB"));
         assert!(refused("claims: {over: never}").contains("or off"));
