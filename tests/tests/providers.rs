@@ -4,8 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on says why by panicking")]
 
 use forebay_calls::{
-    Api, Call, CallError, Embeddings, Listener, Model, Reply, Reranker, Secret, Server, Tried, TryId,
-    Upstream,
+    Api, Call, CallError, Embeddings, Listener, Model, Reply, Secret, Server, Task, Tried, TryId, Upstream,
     batch::{Asker, Size},
     server::Timeouts,
 };
@@ -237,7 +236,7 @@ async fn until(is_so: impl Fn() -> bool) {
 }
 
 #[tokio::test]
-async fn vectors_and_scores_come_in_lots() {
+async fn vectors_come_in_lots_and_scores_in_one_call() {
     let up = Up::with(&[("embedding.dimensions", "256")]).await;
     let size = Size { texts: 40, ..Size::default() };
     let embeddings =
@@ -252,12 +251,13 @@ async fn vectors_and_scores_come_in_lots() {
     assert_ne!(vectors[7], vectors[8]);
     assert_eq!(up.calls().len(), 3, "100 texts in lots of 40");
 
-    let documents = ["Kafka keeps offsets", "cats sleep", "committed offsets of Kafka groups"];
-    let documents: Vec<String> = documents.map(str::to_owned).into();
+    let documents = &["Kafka keeps offsets", "cats sleep", "committed offsets of Kafka groups"];
     let mut both = Vec::new();
     for api in [Api::Rerank, Api::RerankTei] {
-        let reranker = Reranker::new(Arc::new(up.server(api)), size, Arc::new(|| Box::new(Heard::default())));
-        let scores = reranker.rank("offsets of Kafka".to_owned(), documents.clone(), &asker).await.unwrap();
+        let task = Task::Rank { query: "offsets of Kafka", documents };
+        let call = Call { task, ..Call::default() };
+        let reply = up.server(api).complete(&call, &Heard::default()).await.unwrap();
+        let scores: Vec<f32> = reply.vectors.concat();
         assert!(scores[1] < scores[0] && scores[1] < scores[2], "{scores:?}");
         both.push(scores);
     }

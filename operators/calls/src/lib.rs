@@ -4,7 +4,7 @@
 //! `Model`, stacked by [`client`](client()), here from the outside in:
 //!
 //! ```text
-//! Embeddings, Reranker   texts of many callers in few calls; for vectors and scores only
+//! Embeddings  texts of many callers in few calls; for vectors only
 //! Tiers       the cheapest model that is good enough; around a client for each of them
 //! Allowed     a tenant spends what it may, and no more
 //! Fallback    where a model is given up, the next one is asked
@@ -45,7 +45,7 @@ pub mod tiers;
 mod window;
 
 pub use allowance::Allowed;
-pub use batch::{Embeddings, Reranker};
+pub use batch::Embeddings;
 pub use budget::Budget;
 pub use client::client;
 pub use error::{CODES, CallError, Class, Health};

@@ -1,4 +1,5 @@
-//! Joins the texts of many callers into few calls: vectors and scores cost a server little more for many texts than for one.
+//! Joins the texts of many callers into few calls: vectors cost a server little more for many texts than for one. Scores need no
+//! such thing, as the documents of a query are one caller's and travel in one call.
 //!
 //! A lot is sent when it has its most texts or tokens, or soon after its first. Beneath lies any [`Model`], so the layers that
 //! calls for answers go through serve these calls too. Where a server refuses a lot as somebody's fault, it is halved until
@@ -66,28 +67,7 @@ impl Embeddings {
 
     /// The vector of each text.
     pub async fn embed(&self, texts: Vec<String>, asker: &Asker) -> Result<Vec<Vec<f32>>, CallError> {
-        self.0.answer(None, texts, asker).await
-    }
-}
-
-/// How well documents answer a query.
-pub struct Reranker(Lots);
-
-impl Reranker {
-    /// By this model, which takes [`Task::Rank`].
-    pub fn new(model: Arc<dyn Model>, size: Size, listeners: Listeners) -> Self {
-        Self(Lots { model, size, listeners, open: Mutex::default() })
-    }
-
-    /// The score of each document. Documents of equal queries share a lot.
-    pub async fn rank(
-        &self,
-        query: String,
-        documents: Vec<String>,
-        asker: &Asker,
-    ) -> Result<Vec<f32>, CallError> {
-        let scores = self.0.answer(Some(query), documents, asker).await?;
-        Ok(scores.into_iter().flatten().collect())
+        self.0.answer(texts, asker).await
     }
 }
 
@@ -96,7 +76,6 @@ impl Reranker {
 struct Kind {
     tenant: String,
     is_backfill: bool,
-    query: Option<String>,
 }
 
 /// One answer or error for each text of a lot.
@@ -129,17 +108,9 @@ struct Inside {
 }
 
 impl Lots {
-    async fn answer(
-        &self,
-        query: Option<String>,
-        texts: Vec<String>,
-        asker: &Asker,
-    ) -> Result<Vec<Vec<f32>>, CallError> {
-        let kind = Kind {
-            tenant: asker.tenant.as_str().to_owned(),
-            is_backfill: asker.lane == Lane::Backfill,
-            query,
-        };
+    async fn answer(&self, texts: Vec<String>, asker: &Asker) -> Result<Vec<Vec<f32>>, CallError> {
+        let kind =
+            Kind { tenant: asker.tenant.as_str().to_owned(), is_backfill: asker.lane == Lane::Backfill };
         let places = self.put(&kind, texts, asker);
         let sent = join_all(places.iter().map(|(lot, _)| lot.clone()));
         let sent = match asker.deadline {
@@ -168,7 +139,7 @@ impl Lots {
                 .as_ref()
                 .and_then(|(lot, sending)| Some((lot.take_in(&text, &self.size, asker)?, sending.clone())));
             let (place, sending) = joined.unwrap_or_else(|| {
-                let (lot, sending) = self.begin(kind, text, asker);
+                let (lot, sending) = self.begin(text, asker);
                 current = Some((lot, sending.clone()));
                 (0, sending)
             });
@@ -186,7 +157,7 @@ impl Lots {
     }
 
     /// A lot with its first text.
-    fn begin(&self, kind: &Kind, text: String, asker: &Asker) -> (Arc<Lot>, Shared<Sending>) {
+    fn begin(&self, text: String, asker: &Asker) -> (Arc<Lot>, Shared<Sending>) {
         let tokens = tokens(&text);
         let is_closed = self.size.texts <= 1 || tokens >= self.size.tokens;
         let inside = Inside { texts: vec![text], tokens, deadline: asker.deadline, is_closed };
@@ -195,13 +166,13 @@ impl Lots {
             lot.full.notify_one();
         }
         let (model, listener, wait) = (self.model.clone(), (self.listeners)(), self.size.wait);
-        let (kind, asker, of) = (kind.clone(), asker.clone(), lot.clone());
+        let (asker, of) = (asker.clone(), lot.clone());
         let sending = async move {
             let until = of.opened + wait;
             let _ = tokio::time::timeout_at(until, of.full.notified()).await;
             let (texts, deadline) = of.close();
             let asker = Asker { deadline, ..asker };
-            Arc::new(send(&*model, &*listener, kind.query.as_deref(), &texts, &asker).await)
+            Arc::new(send(&*model, &*listener, &texts, &asker).await)
         };
         (lot, sending.boxed().shared())
     }
@@ -241,7 +212,6 @@ impl Lot {
 async fn send(
     model: &dyn Model,
     listener: &dyn Listener,
-    query: Option<&str>,
     texts: &[String],
     asker: &Asker,
 ) -> Vec<Result<Vec<f32>, Arc<CallError>>> {
@@ -251,11 +221,7 @@ async fn send(
     let mut parts: Vec<_> = std::iter::once(0..texts.len()).collect();
     let mut halved = 0;
     while let Some(part) = parts.pop() {
-        let part_texts = &texts[part.clone()];
-        let task = match query {
-            None => Task::Embed(part_texts),
-            Some(query) => Task::Rank { query, documents: part_texts },
-        };
+        let task = Task::Embed(&texts[part.clone()]);
         let Asker { tenant, lane, deadline } = asker.clone();
         let call = Call { task, tenant, lane, deadline, ..Call::default() };
         match model.complete(&call, listener).await {

@@ -17,13 +17,8 @@ fn lengths(status: u16) -> (Arc<Told>, Arc<Mutex<Vec<String>>>) {
     let seen = Arc::new(Mutex::new(Vec::new()));
     let note = seen.clone();
     let told = Told::by("server", move |call| {
-        let (query, texts) = match call.task {
-            Task::Embed(texts) => (None, texts),
-            Task::Rank { query, documents } => (Some(query), documents),
-            Task::Answer => panic!("no answer is wanted"),
-        };
-        let who = query.map(|query| format!("{query}: ")).unwrap_or_default();
-        lock(&note).push(format!("{who}{}", texts.join(" ")));
+        let Task::Embed(texts) = call.task else { panic!("vectors are wanted") };
+        lock(&note).push(texts.join(" "));
         if texts.contains(&"bad") {
             return Next::err(0, error(Class::Rejected).with_status(status));
         }
@@ -102,23 +97,18 @@ async fn where_all_are_bad_the_calls_are_counted() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn tenants_and_queries_share_no_call() {
+async fn tenants_share_no_call() {
     let (told, seen) = lengths(400);
-    let reranker = Reranker::new(told, SIZE, Arc::new(|| Box::new(Heard::default())));
+    let embeddings = embeddings(told, SIZE);
     let of = |tenant: &str| Asker { tenant: tenant.to_owned().try_into().unwrap(), ..Asker::default() };
     let (shop, club) = (of("shop"), of("club"));
-    let rank = |query: &str, words, asker| reranker.rank(query.to_owned(), texts(words), asker);
-    let got = tokio::join!(
-        rank("q", "a bb", &shop),
-        rank("q", "ccc", &club),
-        rank("r", "d", &shop),
-        rank("q", "ee", &shop)
-    );
-    assert_eq!(got.0.unwrap(), [1.0, 2.0]);
-    assert_eq!((got.1.unwrap(), got.2.unwrap(), got.3.unwrap()), (vec![3.0], vec![1.0], vec![2.0]));
+    let embed = |words, asker| embeddings.embed(texts(words), asker);
+    let got = tokio::join!(embed("a bb", &shop), embed("ccc", &club), embed("ee", &shop));
+    assert_eq!(got.0.unwrap(), [[1.0], [2.0]]);
+    assert_eq!((got.1.unwrap(), got.2.unwrap()), (vec![vec![3.0]], vec![vec![2.0]]));
     let mut seen = lock(&seen).clone();
     seen.sort();
-    assert_eq!(seen, ["q: a bb ee", "q: ccc", "r: d"]);
+    assert_eq!(seen, ["a bb ee", "ccc"]);
 }
 
 #[tokio::test(start_paused = true)]
