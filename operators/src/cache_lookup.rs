@@ -1,7 +1,7 @@
 //! Answers a request from the cache, or hands it on.
 //!
 //! A candidate is an answer only while retrieval, run again as it was run then, gives the same chunks in the same order:
-//! no answer outlives the document that it rests on.
+//! no answer outlives the document that it rests on. A reranker is not asked for that.
 //!
 //! Invariant: the cache fails open. Whatever is wrong with a store, the request goes on as a miss, in bounded time.
 
@@ -137,12 +137,13 @@ impl CacheLookup {
         if max_age_s.is_some_and(|max_age_s| age_ms > max_age_s.saturating_mul(1000)) {
             return Ok(None);
         }
-        let passages = match kept.retrieval {
-            Some(retrieval) => self.retriever.seek(&request.question(), tenant, retrieval).await?,
-            None => Vec::new(),
+        let passages = match &kept.retrieval {
+            Some(retrieval) => {
+                self.retriever.seek_again(&request.question(), tenant, retrieval, &kept.chunks).await?
+            }
+            None => kept.chunks.is_empty().then(Vec::new),
         };
-        let is_same = passages.iter().map(|passage| &passage.chunk).eq(&kept.chunks);
-        Ok(is_same.then_some((kept, passages)))
+        Ok(passages.map(|passages| (kept, passages)))
     }
 }
 

@@ -26,8 +26,19 @@ pub struct Resources {
     pub objects: Arc<dyn Objects>,
     /// Whatever writes answers.
     pub model: Arc<dyn Model>,
+    /// Whatever scores passages; absent where nothing does, and they keep the order in which they were found.
+    pub reranker: Option<Arc<dyn Model>>,
     /// What shapes all answers of the pipeline alike; see [`shape`].
     pub shape: Shape,
+}
+
+/// Which of the [`Resources`] an operator asks at a cost, so that its calls are remembered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Asks {
+    /// Whatever writes answers.
+    Model,
+    /// Whatever scores passages.
+    Reranker,
 }
 
 /// An operator that the catalogue can build.
@@ -38,8 +49,10 @@ pub trait Shipped: Operator + Sized {
     /// The records of the tables that it looks things up in.
     const TABLES: &'static [&'static str] = &[];
 
-    /// Whether it makes calls that cost something.
-    const PAID: bool = false;
+    /// Whom it asks with these settings.
+    fn asks(_settings: &Self::Settings) -> Option<Asks> {
+        None
+    }
 
     /// What the type of the settings cannot say: the key that is wrong and why.
     fn fault(_settings: &Self::Settings) -> Option<(&'static str, String)> {
@@ -59,8 +72,6 @@ pub struct Description {
     pub is_job: bool,
     /// Its ways out.
     pub ports: &'static [Port],
-    /// Whether it makes calls that cost something, and keeps them in a ledger.
-    pub is_paid: bool,
     /// The part of the way that its time counts as.
     pub hop: Option<Hop>,
     /// The records of the tables that it looks things up in; see [`table`].
@@ -95,6 +106,14 @@ macro_rules! operators {
         pub fn describe(operator: &str) -> Option<Description> {
             match operator {
                 $($name::NAME => Some(describe_one::<$name>()),)+
+                _ => None,
+            }
+        }
+
+        /// Whom an operator asks with these settings; with its defaults, where they cannot be read.
+        pub fn asks(operator: &str, settings: &Value) -> Option<Asks> {
+            match operator {
+                $($name::NAME => $name::asks(&read::<$name>(settings).unwrap_or_default()),)+
                 _ => None,
             }
         }
@@ -158,31 +177,35 @@ pub fn table(record: &str, resources: &Resources) -> Option<Arc<dyn Table>> {
     }
 }
 
-/// What shapes all answers of a pipeline alike: its model and the settings of the steps that find and write them. It is
-/// part of every cache key, so that an answer made otherwise is not found again.
+/// What shapes all answers of a pipeline alike: its model, its reranker where one is asked, and the settings of the steps that
+/// find and write them. It is part of every cache key, so that an answer made otherwise is not found again.
 ///
 /// `steps` are the operators of the whole pipeline with their settings, also where this process runs only some.
 pub fn shape<'s>(
     steps: impl IntoIterator<Item = (&'s str, &'s Value)>,
     model: &dyn Model,
+    reranker: Option<&dyn Model>,
 ) -> Result<Shape, SettingsError> {
     let mut shape = Shape::default();
-    let mut shaping = Vec::new();
+    let (mut shaping, mut reranks) = (Vec::new(), false);
     for (operator, settings) in steps {
+        reranks |= asks(operator, settings) == Some(Asks::Reranker);
         match self::settings(operator, settings)? {
             Settings::CacheLookup(settings) => shape.temperature_max = settings.temperature_max,
             settings @ (Settings::Retrieve(_) | Settings::Infer(_)) => shaping.push(settings),
             Settings::Validate(_) | Settings::Publish(_) | Settings::FillCache(_) | Settings::Index(_) => {}
         }
     }
-    let shaping = json!({"provider": model.provider(), "model": model.name(), "steps": shaping});
+    let reranker = reranker.filter(|_| reranks).map(|reranker| reranker.name());
+    let (provider, model) = (model.provider(), model.name());
+    let shaping = json!({"provider": provider, "model": model, "reranker": reranker, "steps": shaping});
     shape.fingerprint = cache::fingerprint(&shaping);
     Ok(shape)
 }
 
 fn describe_one<O: Shipped>() -> Description {
     let (input, is_job, ports) = (O::In::NAME, O::In::JOB, O::Out::PORTS);
-    Description { input, is_job, ports, is_paid: O::PAID, hop: O::HOP, tables: O::TABLES }
+    Description { input, is_job, ports, hop: O::HOP, tables: O::TABLES }
 }
 
 fn unknown_operator(operator: &str) -> SettingsError {
@@ -249,10 +272,14 @@ mod tests {
 
     #[test]
     fn what_is_not_set_has_its_default_and_what_is_wrong_is_named() {
-        check("retrieve", Value::Null, r#"{"limit":8,"tokens_max":2400}"#);
-        check("retrieve", json!({"limit": 3}), r#"{"limit":3,"tokens_max":2400}"#);
+        let usual = r#""rerank":0,"rerank_timeout_ms":2000,"tokens_max":2400}"#;
+        check("retrieve", Value::Null, &format!(r#"{{"limit":8,{usual}"#));
+        check("retrieve", json!({"limit": 3}), &format!(r#"{{"limit":3,{usual}"#));
         check("retrieve", json!({"limt": 3}), r#"limt: operator "retrieve" has no setting "limt""#);
         check("retrieve", json!({"limit": 51}), "limit: 51 is over 50");
+        check("retrieve", json!({"rerank": 51}), "rerank: 51 is over 50");
+        check("retrieve", json!({"rerank": 7}), "rerank: 7 is under limit, which is 8");
+        check("retrieve", json!({"rerank_timeout_ms": 60_001}), "rerank_timeout_ms: 60001 is over 60000");
         let zero = "limit: invalid value: integer `0`, expected a nonzero usize";
         check("retrieve", json!({"tokens_max": 5, "limit": 0}), zero);
         check("retrieve", json!([]), ": settings are a map of keys to values");
@@ -283,13 +310,17 @@ mod tests {
 
     #[test]
     fn settings_that_shape_answers_shape_the_key() {
-        let fingerprint = |retrieve: Value, lookup: Value| {
+        let by = |reranker: Option<&dyn Model>, retrieve: Value, lookup: Value| {
             let steps = [("retrieve", &retrieve), ("cache_lookup", &lookup)];
-            shape(steps, &Extractive).unwrap()
+            shape(steps, &Extractive, reranker).unwrap()
         };
+        let fingerprint = |retrieve, lookup| by(None, retrieve, lookup);
         let usual = fingerprint(json!({}), json!({}));
         assert_eq!(usual, fingerprint(json!({"limit": 8}), json!({"ttl_s": 5})));
         assert_ne!(usual, fingerprint(json!({"limit": 7}), json!({})));
         assert_eq!(fingerprint(json!({}), json!({"temperature_max": 1.0})).temperature_max, 1.0);
+        assert_eq!(usual, by(Some(&Extractive), json!({}), json!({})), "nobody asks it");
+        let reranked = json!({"rerank": 32});
+        assert_ne!(by(None, reranked.clone(), json!({})), by(Some(&Extractive), reranked, json!({})));
     }
 }

@@ -1,14 +1,14 @@
 //! Keeps a validated answer, so that it can be given again.
 //!
-//! Invariant: what is kept was answered by the model that was to, and by no stand-in; it passed validation, is whole, and
-//! neither its client nor its kind forbids it. The same ending gives the same entry: its time is that of the ending's record.
+//! Invariant: what is kept was answered by the model that was to, and by no stand-in, from passages in the order that they were
+//! to have; it passed validation, is whole, and neither its client nor its kind forbids it. The same ending gives the same entry: its time is that of the ending's record.
 
 use crate::{
     cache::Shape,
     catalogue::{Resources, Shipped},
 };
 use forebay_operator::{Context, Failure, Operator, ports};
-use forebay_schemas::{CacheEntry, CacheStatus, Ending, Generated, Kept, Request, Status};
+use forebay_schemas::{CacheEntry, CacheStatus, Ending, Generated, Kept, Request, Retrieval, Status};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -52,6 +52,9 @@ impl Operator for FillCache {
         if ending.cache == CacheStatus::Hit || !self.is_kept(&request, &answer) {
             return Ok(Vec::new());
         }
+        if ending.retrieval.as_ref().is_some_and(Retrieval::is_degraded) {
+            return Ok(Vec::new());
+        }
         let key = self.shape.key(&request, &cx.envelope().tenant);
         let (retrieval, chunks, made_at_ms) = (ending.retrieval, ending.chunks, cx.recorded_at_ms());
         let content = Some(Kept { answer, retrieval, chunks, made_at_ms });
@@ -75,7 +78,7 @@ mod tests {
     use super::*;
     use crate::samples;
     use forebay_operator::{Clock, compliance};
-    use forebay_schemas::{CacheControl, Record as _};
+    use forebay_schemas::{CacheControl, Record as _, Rerank};
 
     fn cx() -> Context {
         Context::quiet(compliance::envelope(), Clock::starting_at(compliance::NOW_MS))
@@ -94,6 +97,13 @@ mod tests {
         move |ending| ending.request.as_mut().unwrap().cache = Some(control)
     }
 
+    fn reranked(scored: Option<&'static str>) -> impl FnOnce(&mut Ending) {
+        let scored = scored.map(str::to_owned);
+        move |ending| {
+            ending.retrieval.as_mut().unwrap().rerank = Some(Rerank { candidates: 8, scored });
+        }
+    }
+
     #[tokio::test]
     async fn only_a_whole_validated_answer_of_a_model_is_kept() {
         check(|_| {}, true).await;
@@ -102,6 +112,8 @@ mod tests {
         check(|ending| ending.cache = CacheStatus::Hit, false).await;
         check(|ending| ending.status = Status::Blocked, false).await;
         check(|ending| ending.answer = None, false).await;
+        check(reranked(Some("of these")), true).await;
+        check(reranked(None), false).await;
         check(|ending| ending.answer.as_mut().unwrap().is_fallback = true, false).await;
         check(|ending| ending.answer.as_mut().unwrap().finish_reason = Some("length".to_owned()), false)
             .await;

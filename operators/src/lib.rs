@@ -22,6 +22,7 @@ mod infer;
 mod publish;
 pub mod rates;
 mod retrieve;
+mod rows;
 mod store_failure;
 mod text;
 mod validate;

@@ -5,13 +5,16 @@ use crate::{
     catalogue::{self, Resources},
 };
 use bytes::Bytes;
+use forebay_calls::{Call, CallError, Class, Listener, Model, Reply, Task, Tried, Upstream};
 use forebay_operator::Change;
 use forebay_schemas::{
     CacheStatus, Citation, Completion, Document, DocumentVersion, Ending, Format, Generated, Judgement,
     NanoUsd, Passage, Record as _, Request, Retrieval, Status, Tenant, Usage, Verdict,
 };
 use forebay_stores::{Database, database, key_value, objects, vectors};
-use std::sync::Arc;
+use futures::future::BoxFuture;
+use std::sync::{Arc, Mutex};
+use tokio::time::Instant;
 
 /// A document about the broker.
 pub(crate) const GUIDE: &str = "# The broker\n\nThe broker keeps records in segments. A segment is rolled at 64 \
@@ -35,6 +38,7 @@ impl World {
             vectors: Arc::new(vectors::Embedded::open(&database, "chunks").await.unwrap()),
             objects: Arc::new(objects::Folder::open(folder.path().join("objects")).await.unwrap()),
             model: Arc::new(Extractive),
+            reranker: None,
             shape: Shape::default(),
         };
         Self { resources, _folder: folder }
@@ -101,7 +105,7 @@ pub(crate) fn completion() -> Completion {
     };
     Completion {
         request: request(r#"{"prompt": "what does the broker keep?", "metadata": {"a": 1}}"#),
-        retrieval: Some(Retrieval { limit: 8, tokens_max: 2400 }),
+        retrieval: Some(Retrieval { limit: 8, tokens_max: 2400, rerank: None }),
         passages: vec![passage],
         cache: CacheStatus::Miss,
         answer: Generated {
@@ -131,5 +135,69 @@ pub(crate) fn ending() -> Ending {
         answer: Some(answer),
         verdict: Some(Verdict { judgement: Judgement::Pass, findings: Vec::new() }),
         error: None,
+    }
+}
+
+/// What a reranker is told to do with documents: scores, an error, or nothing until nobody waits any more.
+type Ranking = dyn Fn(&[&str]) -> Option<Result<Vec<f32>, CallError>> + Send + Sync;
+
+/// A reranker that does as it is told, and keeps what it was asked.
+pub(crate) struct Ranks {
+    told: Box<Ranking>,
+    pub(crate) asked: Mutex<Vec<Vec<String>>>,
+}
+
+impl Ranks {
+    pub(crate) fn by(
+        told: impl Fn(&[&str]) -> Option<Result<Vec<f32>, CallError>> + Send + Sync + 'static,
+    ) -> Arc<Self> {
+        Arc::new(Self { told: Box::new(told), asked: Mutex::default() })
+    }
+
+    /// The last becomes the first.
+    pub(crate) fn backwards() -> Arc<Self> {
+        Self::by(|documents| {
+            Some(Ok((0..documents.len()).map(|at| f32::from(u8::try_from(at).unwrap())).collect()))
+        })
+    }
+}
+
+impl Model for Ranks {
+    fn provider(&self) -> &'static str {
+        "told"
+    }
+    fn name(&self) -> &str {
+        "ranker"
+    }
+    fn complete<'a>(
+        &'a self,
+        call: &'a Call<'_>,
+        listener: &'a dyn Listener,
+    ) -> BoxFuture<'a, Result<Reply, CallError>> {
+        const HERE: Upstream<'_> =
+            Upstream { provider: "told", endpoint: Some("http://here"), model: "ranker" };
+        let Task::Rank { documents, .. } = call.task else { panic!("it is a reranker") };
+        self.asked.lock().unwrap().push(documents.iter().map(|&text| text.to_owned()).collect());
+        let tried = async move {
+            listener.started(HERE);
+            let began = Instant::now();
+            let result = match (self.told)(documents) {
+                Some(scores) => scores.map(|scores| Reply {
+                    vectors: scores.into_iter().map(|score| vec![score]).collect(),
+                    model: "ranker-2".to_owned(),
+                    usage: Some(Usage::of(40, 0)),
+                    cost_nano_usd: Some(NanoUsd(9)),
+                    ..Reply::default()
+                }),
+                None => {
+                    tokio::time::sleep_until(call.deadline.unwrap()).await;
+                    Err(CallError::new(Class::Transient, "model_timeout", "no whole answer in time"))
+                }
+            };
+            let duration = began.elapsed();
+            listener.ended(&Tried { to: HERE, duration, ttft: None, result: result.as_ref() });
+            result
+        };
+        listener.paid(HERE, Box::pin(tried))
     }
 }

@@ -37,6 +37,7 @@ impl World {
             vectors: Arc::new(vectors::Embedded::open(&database, "chunks").await.unwrap()),
             objects: Arc::new(objects::Folder::open(folder.path().join("objects")).await.unwrap()),
             model: Arc::new(Extractive),
+            reranker: None,
             shape: Shape::default(),
         };
         let world = Self { resources, _folder: folder };

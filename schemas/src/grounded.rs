@@ -5,12 +5,33 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// How passages were sought. Kept with an answer so that a cache can seek again and compare.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Retrieval {
     /// At most so many passages.
     pub limit: usize,
     /// At most so many tokens in all of them, estimated.
     pub tokens_max: usize,
+    /// How a reranker had part in it; absent where none was to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rerank: Option<Rerank>,
+}
+
+/// What became of the candidates that a reranker was to score.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Rerank {
+    /// At most so many candidates.
+    pub candidates: usize,
+    /// A hash of the ids of those that were scored, in the order in which they were found: the same candidates get the same
+    /// scores. Absent where the reranker did not answer, and the passages have the order in which they were found.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scored: Option<String>,
+}
+
+impl Retrieval {
+    /// Whether the passages have another order than they were to have, as the reranker did not answer.
+    pub fn is_degraded(&self) -> bool {
+        self.rerank.as_ref().is_some_and(|rerank| rerank.scored.is_none())
+    }
 }
 
 /// The record of `prompts`: a request and its passages, best first. No passages is an answer too.

@@ -49,7 +49,7 @@ pub use delta::Delta;
 pub use document::{Document, Format, SHARED_TENANT};
 pub use ending::{Ending, Fault};
 pub use envelope::{Envelope, HeaderError, Hop, Lane, Origin, Timings, header};
-pub use grounded::{Grounded, Retrieval};
+pub use grounded::{Grounded, Rerank, Retrieval};
 pub use id::{CallId, DocumentVersion, JobId, KeyId, RequestId, Tenant, TooLong};
 pub use label::Label;
 pub use ledger_entry::{EntryKind, LedgerEntry};

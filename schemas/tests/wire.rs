@@ -146,8 +146,16 @@ mod any_record {
         )
     }
 
+    fn rerank() -> impl Strategy<Value = Rerank> {
+        (any::<usize>(), option::of(text())).prop_map(|(candidates, scored)| Rerank { candidates, scored })
+    }
+
     fn retrieval() -> impl Strategy<Value = Retrieval> {
-        any::<(usize, usize)>().prop_map(|(limit, tokens_max)| Retrieval { limit, tokens_max })
+        (any::<(usize, usize)>(), option::of(rerank())).prop_map(|((limit, tokens_max), rerank)| Retrieval {
+            limit,
+            tokens_max,
+            rerank,
+        })
     }
 
     pub fn grounded() -> impl Strategy<Value = Grounded> {
@@ -463,7 +471,7 @@ fn a_score_that_is_no_number_is_not_written() {
         text: String::new(),
         score: f32::NAN,
     };
-    let retrieval = Retrieval { limit: 1, tokens_max: 1 };
+    let retrieval = Retrieval { limit: 1, tokens_max: 1, rerank: None };
     let grounded = Grounded { request: Request::default(), retrieval, passages: vec![passage] };
     let error = grounded.encode().unwrap_err();
     assert_eq!(error.source().unwrap().to_string(), "JSON has no number NaN");

@@ -2,9 +2,9 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on says why by panicking")]
 
-use forebay_schemas::{Attempt, Record as _};
+use forebay_schemas::{Attempt, Grounded, Record as _};
 use forebay_tests::{
-    Running, Signal,
+    Client, Reader, Running, Signal,
     product::{DRAIN, Up, command, finish},
     wait_for,
 };
@@ -89,6 +89,136 @@ fn each_first_try_fails(api: &str) {
     for line in &lines {
         assert_eq!(line["fault"].is_null(), line["attempt"] == 1, "{line}");
     }
+    up.drain();
+    simulator.signal(Signal::TERM);
+    assert_eq!(simulator.ended(DRAIN).code(), Some(0));
+}
+
+/// Other settings for a simulator from now on.
+fn set(url: &str, settings: &str) {
+    use std::io::{Read as _, Write as _};
+    let address = url.trim_start_matches("http://").trim_end_matches("/v1");
+    let mut stream = std::net::TcpStream::connect(address).unwrap();
+    let (length, mut answer) = (settings.len(), String::new());
+    let head = format!("PUT /simulate HTTP/1.1\r\nhost: h\r\nconnection: close\r\ncontent-length: {length}");
+    write!(stream, "{head}\r\n\r\n{settings}").unwrap();
+    stream.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+}
+
+/// Asks one question over and over, and reads what becomes of it.
+struct Asking {
+    client: Client,
+    prompts: Reader,
+    results: Reader,
+    attempts: Reader,
+    asked: usize,
+}
+
+impl Asking {
+    /// Asks, and gives id and result.
+    fn ask(&mut self, cache: &Value) -> (String, Value) {
+        let id = format!("r{}", self.asked);
+        self.asked += 1;
+        let prompt = "What is the lag of consumers in groups?";
+        self.client.ask(json!({"id": id, "prompt": prompt, "cache": cache}));
+        let result = self.results.of_key(&id, LIMIT).json();
+        assert_eq!(result["status"], "answered", "{result}");
+        (id, result)
+    }
+
+    /// The passages that were found for a request, and the files that they are of.
+    fn found(&mut self, id: &str) -> (Grounded, String) {
+        let prompt = self.prompts.of_key(id, LIMIT);
+        let grounded = Grounded::decode(prompt.value.as_deref().unwrap()).unwrap();
+        let files = grounded.passages.iter().map(|passage| passage.document.rsplit('/').next().unwrap());
+        let files = files.collect::<Vec<_>>().join(" ");
+        (grounded, files)
+    }
+
+    /// The rows about calls of the reranker for a request.
+    fn rows(&mut self, id: &str) -> Vec<Attempt> {
+        let read = self.attempts.to_the_end(LIMIT).iter();
+        let rows = read.map(|record| Attempt::decode(record.value.as_deref().unwrap()).unwrap());
+        rows.filter(|row| row.request_id == id && row.stage == "retrieve").collect()
+    }
+}
+
+#[test]
+fn a_reranker_orders_the_passages_and_is_done_without_when_it_fails() {
+    let data = tempfile::tempdir().unwrap();
+    let file = |name: &str, text: &str| {
+        let path = data.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let log = data.path().join("calls.jsonl");
+    let (mut simulator, url) =
+        simulator(data.path(), &["--latency", "5ms", "--call-log", log.to_str().unwrap()]);
+    let shipped = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../pipelines/answer.yaml"));
+    let pipeline = file("answer.yaml", &shipped.unwrap().replace("{limit: 8}", "{limit: 8, rerank: 32}"));
+    let refused = finish(&mut command(data.path(), &["up", &pipeline, "--admin", "127.0.0.1:0"]), LIMIT);
+    assert!(refused.code == 2 && refused.stderr.contains("FOREBAY_RERANK_URL"), "{refused:?}");
+
+    let prices = file("prices.json", r#"{"simulated": {"input_cost_per_token": 1e-6}}"#);
+    let config = format!("prices: {prices}\nrerank: {{url: '{url}', model: simulated}}\n");
+    let up = Up::start(data.path(), &[&pipeline, "--config", &file("forebay.yaml", &config)]);
+    // The search likes the short one, which is all about it; the simulator's reranker counts the very words of the question.
+    let filler =
+        "Some people write at length about brokers and segments and what else there may be. ".repeat(4);
+    let long = format!("{filler}What the lag of consumers in groups is, they say too. {filler}");
+    let documents = [file("short.txt", "Lag: consumer group lag."), file("long.txt", &long)];
+    let ingested = finish(&mut command(data.path(), &["ingest", &documents[0], &documents[1]]), LIMIT);
+    assert_eq!(ingested.code, 0, "{ingested:?}");
+    let client = up.client();
+    let [prompts, results, attempts] = ["prompts", "results", "attempts"].map(|topic| client.read(topic));
+    let mut asking = Asking { client: client.clone(), prompts, results, attempts, asked: 0 };
+
+    // Documents are indexed while questions are answered.
+    let unseen = json!({"no_cache": true, "no_store": true});
+    let (id, result) = wait_for("both documents", LIMIT, || {
+        let (id, result) = asking.ask(&unseen);
+        (asking.found(&id).0.passages.len() == 2).then_some((id, result))
+    });
+    let (grounded, files) = asking.found(&id);
+    assert_eq!(files, "long.txt short.txt");
+    assert!(grounded.retrieval.rerank.is_some() && !grounded.retrieval.is_degraded());
+    let rows = asking.rows(&id);
+    let [row] = &rows[..] else { panic!("{rows:?}") };
+    assert_eq!(
+        (row.stage.as_str(), row.status.as_str(), row.model.as_deref()),
+        ("retrieve", "ok", Some("simulated"))
+    );
+    // 1,000 nano-dollars a token; the extractive model costs nothing.
+    assert_eq!(row.cost_nano_usd, Some(1_000 * row.input_tokens.unwrap()));
+    assert_eq!(result["cost_nano_usd"].as_i64(), row.cost_nano_usd, "{result}");
+    let line = lines(&log).into_iter().find(|line| line["call_id"] == row.call_id.as_str()).unwrap();
+    assert_eq!((line["path"].as_str(), line["status"].as_i64()), (Some("/v1/rerank"), Some(200)), "{line}");
+    let mut ledger = client.read("ledger.retrieve.questions");
+    let entries = ledger.to_the_end(LIMIT).iter();
+    let of_call = entries.filter(|entry| entry.key_text().starts_with(&row.call_id)).count();
+    assert!(of_call >= 2, "it is noted that the call was sent, and how it ended: {of_call}");
+
+    // An answer from reranked passages is kept, and given again without the reranker; one from others is not.
+    let (_, kept) = asking.ask(&json!({"no_cache": true}));
+    set(&url, "faults: {status_503: 100%}");
+    let (id, _) = asking.ask(&unseen);
+    let (grounded, files) = asking.found(&id);
+    assert_eq!(files, "short.txt long.txt");
+    assert!(grounded.retrieval.is_degraded());
+    let rows = asking.rows(&id);
+    let is_failed = |row: &Attempt| row.status == "failed" && row.http_status == Some(503);
+    assert!(!rows.is_empty() && rows.iter().all(is_failed), "{rows:?}");
+    let hit = wait_for("a hit", LIMIT, || Some(asking.ask(&json!({})).1).filter(|one| one["cache"] == "hit"));
+    assert_eq!((&hit["text"], hit["cost_nano_usd"].as_i64()), (&kept["text"], Some(0)));
+
+    let metrics = up.get("/metrics").1;
+    let has = |name: &str, label: &str| {
+        metrics.lines().any(|line| line.starts_with(name) && line.contains(label) && !line.ends_with(" 0"))
+    };
+    assert!(has("forebay_reranked_questions_total", "outcome=\"ok\""), "{metrics}");
+    assert!(has("forebay_reranked_questions_total", "outcome=\"model_unavailable\""), "{metrics}");
+    assert!(has("forebay_call_batch_items_count", "gen_ai_operation_name=\"rerank\""), "{metrics}");
     up.drain();
     simulator.signal(Signal::TERM);
     assert_eq!(simulator.ended(DRAIN).code(), Some(0));

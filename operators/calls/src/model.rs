@@ -6,6 +6,7 @@ use crate::{
     route::Route,
     tiers::{Answered, Judge},
 };
+use forebay_operator::Operation;
 use forebay_schemas::{
     Citation, Content, JobId, KeyId, Lane, Message, NanoUsd, Passage, Sampling, Tenant, Usage,
 };
@@ -30,6 +31,25 @@ pub enum Task<'a> {
         /// Where.
         documents: &'a [&'a str],
     },
+}
+
+impl Task<'_> {
+    /// What a call with it is for.
+    pub fn operation(&self) -> Operation {
+        match self {
+            Self::Answer => Operation::Chat,
+            Self::Embed(_) => Operation::Embeddings,
+            Self::Rank { .. } => Operation::Rerank,
+        }
+    }
+
+    /// How many texts it brings, for vectors or scores.
+    pub fn texts(&self) -> Option<usize> {
+        match self {
+            Self::Answer => None,
+            Self::Embed(texts) | Self::Rank { documents: texts, .. } => Some(texts.len()),
+        }
+    }
 }
 
 /// One question, with all that a model may need to answer it.

@@ -31,6 +31,7 @@ pub trait Host: Send + Sync {
 
 /// Something that happened inside an operator and that somebody counts.
 #[derive(Clone, Debug, PartialEq)]
+#[expect(clippy::large_enum_variant, reason = "none is kept: each is told of by reference")]
 pub enum Event {
     /// The cache was asked.
     CacheLookedUp {
@@ -41,6 +42,11 @@ pub enum Event {
     Retrieved {
         /// How many were found.
         passages: usize,
+    },
+    /// A reranker was to score passages.
+    Reranked {
+        /// `ok`, or the code of the error for which they have the order in which they were found.
+        outcome: &'static str,
     },
     /// A try of an upstream call ended.
     Called(Called),
@@ -68,9 +74,36 @@ pub enum Event {
     },
 }
 
+/// What an upstream call is for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Operation {
+    /// An answer.
+    #[default]
+    Chat,
+    /// Vectors.
+    Embeddings,
+    /// Scores.
+    Rerank,
+}
+
+impl Operation {
+    /// Its name, as OpenTelemetry has it where it has one.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Chat => "chat",
+            Self::Embeddings => "embeddings",
+            Self::Rerank => "rerank",
+        }
+    }
+}
+
 /// A try of an upstream call, as it ended.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Called {
+    /// What it was for.
+    pub operation: Operation,
+    /// Texts that it brought, for vectors or scores.
+    pub texts: Option<usize>,
     /// The kind of provider.
     pub provider: String,
     /// The hop that it is a part of, as W3C writes it.
@@ -219,11 +252,11 @@ impl Context {
 
     /// Makes one try of an upstream call that costs something, unless it was answered already: then this is the answer,
     /// and nothing is paid. `row` gives the row about the try, from its number, as it stands while nobody knows how it
-    /// ends. What the call leaves is told by [`record`](Self::record), under the same attempt id.
+    /// ends, or says why it is not to be made. What the call leaves is told by [`record`](Self::record), under the same attempt id.
     pub async fn paid<A, E>(
         &self,
         call_index: u32,
-        row: impl Fn(i32) -> Attempt + Send,
+        row: impl Fn(i32) -> Result<Attempt, E> + Send,
         call: impl Future<Output = Result<A, E>> + Send,
     ) -> Result<A, E>
     where
@@ -241,7 +274,7 @@ impl Context {
                 Known::Refused(failure) => return Err(failure.into()),
                 Known::Open { attempt, turn } => (attempt, turn),
             };
-            let row = row(attempt);
+            let row = row(attempt)?;
             let attempt_id = row.attempt_id.clone();
             if turn.start(row).await? {
                 break (turn, attempt_id);

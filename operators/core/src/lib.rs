@@ -16,7 +16,7 @@ mod step;
 mod table;
 
 pub use clock::Clock;
-pub use context::{Called, Context, Delivery, Event, Host, Quiet, Stop, StopSignal};
+pub use context::{Called, Context, Delivery, Event, Host, Operation, Quiet, Stop, StopSignal};
 pub use failure::{BoxError, Failure};
 pub use ledger::{Found, Known, Ledger, Turn};
 pub use operator::{Operator, Output, Port};

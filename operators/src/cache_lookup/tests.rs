@@ -3,7 +3,7 @@
 use super::*;
 use crate::{
     catalogue,
-    samples::{self, World, document, request},
+    samples::{self, Ranks, World, document, request},
 };
 use forebay_operator::{Clock, compliance};
 use forebay_schemas::{Completion, Ending, Envelope, Tenant};
@@ -15,7 +15,11 @@ const QUESTION: &str = r#"{"prompt": "What does compaction keep?"}"#;
 
 /// Runs a step on a record and gives what leaves by each port.
 async fn run(world: &World, operator: &str, body: &[u8], cx: &Context) -> Vec<(&'static str, Vec<u8>)> {
-    let step = catalogue::build(operator, &Value::Null, &world.resources).unwrap();
+    let settings = match (operator, &world.resources.reranker) {
+        ("retrieve", Some(_)) => json!({"rerank": 8}),
+        _ => Value::Null,
+    };
+    let step = catalogue::build(operator, &settings, &world.resources).unwrap();
     let out = step.open(None, Some(body)).unwrap().run(cx).await.unwrap();
     out.into_iter().map(|record| (record.port, record.body.unwrap())).collect()
 }
@@ -105,6 +109,25 @@ async fn no_answer_outlives_the_document_that_it_rests_on() {
     world.learn(document("other.md", None)).await;
     world.learn(document("guide.md", None)).await;
     check(&world, QUESTION, "miss").await;
+}
+
+#[tokio::test]
+async fn an_answer_from_reranked_passages_is_given_again_without_asking_the_reranker() {
+    const QUESTION: &str = r#"{"prompt": "What of segments?"}"#;
+    let mut world = world().await;
+    let found = fill(&world, QUESTION).await.chunks;
+    let ranks = Ranks::backwards();
+    world.resources.reranker = Some(ranks.clone());
+    let mut filled = fill(&world, QUESTION).await.chunks;
+    let Looked::Hit(hit) = look(&world, QUESTION, json!({}), 0).await else { panic!("a miss") };
+    assert!(hit.passages.iter().map(|passage| &passage.chunk).eq(&filled), "in the order that the model saw");
+    filled.reverse();
+    assert!(filled == found && found.len() > 1, "{found:?}");
+    assert_eq!(ranks.asked.lock().unwrap().len(), 1);
+    world.learn(document("other.md", Some("Segments are told of here too."))).await;
+    check(&world, QUESTION, "miss").await;
+    world.learn(document("other.md", None)).await;
+    check(&world, QUESTION, "hit").await;
 }
 
 #[tokio::test]

@@ -3,14 +3,13 @@
 //! Invariant: a model that costs something is not called for what a ledger remembers, every try leaves a row, and work
 //! stops when the client takes the request back or its deadline passes. An answer cites only what stands in a passage.
 
-mod account;
 mod citations;
 mod prompt;
-mod rows;
 
 use crate::{
     cache::Shape,
-    catalogue::{Resources, Shipped},
+    catalogue::{Asks, Resources, Shipped},
+    rows::{self, Rows},
     validate,
 };
 use forebay_calls::{
@@ -58,7 +57,10 @@ pub struct Infer {
 
 impl Shipped for Infer {
     type Settings = Settings;
-    const PAID: bool = true;
+
+    fn asks(_: &Settings) -> Option<Asks> {
+        Some(Asks::Model)
+    }
 
     fn new(settings: Settings, resources: &Resources) -> Self {
         Self { model: resources.model.clone(), shape: resources.shape.clone(), settings }
@@ -92,7 +94,7 @@ impl Infer {
             }
         };
         let call = Call { judge: Judge(Some(&judge)), ..self.call(grounded, cx) };
-        let rows = rows::Rows::new(cx);
+        let rows = Rows::new(cx, &call.task);
         let replied = tokio::select! {
             biased;
             stop = cx.cancelled() => {

@@ -1,34 +1,38 @@
 //! Adds to a question the passages that may answer it.
 //!
 //! Sought among what the tenant owns and what is everybody's: a prefetch by vector, scored again by words, both
-//! rankings fused, repeats dropped, packed into a budget.
+//! rankings fused, and if wanted the best of them scored by a reranker; repeats dropped, packed into a budget.
 //!
 //! Invariant: a question without passages still goes on. "Nothing found" is an answer the model can use; silence is
-//! not. And the same question over the same documents gives the same passages in the same order: the cache relies
+//! not. And the same question over the same documents gives the same candidates in the same order: the cache relies
 //! on it.
 
 mod embedder;
 mod rank;
+mod rerank;
 mod table;
 
 pub use table::ChunksTable;
 
 use crate::{
-    catalogue::{Resources, Shipped},
+    catalogue::{Asks, Resources, Shipped},
     store_failure::store_failure,
     text::{tokens, words},
 };
 use forebay_operator::{Context, Event, Failure, Operator, ports};
 use forebay_schemas::{
-    Chunks, Grounded, Hop, Passage, Record as _, Request, Retrieval, SHARED_TENANT, Tenant,
+    Chunks, Grounded, Hop, Passage, Record as _, Request, Rerank, Retrieval, SHARED_TENANT, Tenant,
 };
 use forebay_stores::{Vectors, vectors::Hit};
+use rank::Candidate;
+use rerank::Reranker;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::{
     collections::HashMap,
-    num::NonZeroUsize,
+    num::{NonZeroU64, NonZeroUsize},
     sync::{Arc, PoisonError, RwLock},
+    time::Duration,
 };
 
 /// Candidates that the vector search gives to the ranking.
@@ -38,6 +42,9 @@ const PREFETCH: usize = 50;
 /// brought it.
 const COSINE_MIN: f32 = 0.2;
 
+/// The longest that a reranker may be waited for.
+const RERANK_TIMEOUT_MS_MAX: u64 = 60_000;
+
 /// How passages are sought.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -46,13 +53,18 @@ pub struct Settings {
     pub limit: NonZeroUsize,
     /// At most so many tokens in all of them, estimated.
     pub tokens_max: NonZeroUsize,
+    /// So many of the best candidates are scored by the reranker, and only they are left; `limit` to 50. With 0 none is asked.
+    pub rerank: usize,
+    /// Milliseconds for which the reranker is waited for, but for no more than half of the time until the deadline; to 60000.
+    pub rerank_timeout_ms: NonZeroU64,
 }
 
 impl Default for Settings {
     fn default() -> Self {
         const LIMIT: NonZeroUsize = NonZeroUsize::new(8).unwrap();
         const TOKENS_MAX: NonZeroUsize = NonZeroUsize::new(2400).unwrap();
-        Self { limit: LIMIT, tokens_max: TOKENS_MAX }
+        const RERANK_TIMEOUT_MS: NonZeroU64 = NonZeroU64::new(2000).unwrap();
+        Self { limit: LIMIT, tokens_max: TOKENS_MAX, rerank: 0, rerank_timeout_ms: RERANK_TIMEOUT_MS }
     }
 }
 
@@ -67,6 +79,7 @@ ports! {
 /// The operator `retrieve`.
 pub struct Retrieve {
     retriever: Retriever,
+    reranker: Option<Reranker>,
     retrieval: Retrieval,
 }
 
@@ -74,14 +87,35 @@ impl Shipped for Retrieve {
     type Settings = Settings;
     const TABLES: &'static [&'static str] = &[Chunks::NAME];
 
+    fn asks(settings: &Settings) -> Option<Asks> {
+        (settings.rerank > 0).then_some(Asks::Reranker)
+    }
+
     fn fault(settings: &Settings) -> Option<(&'static str, String)> {
-        let limit = settings.limit.get();
-        (limit > PREFETCH).then(|| ("limit", format!("{limit} is over {PREFETCH}")))
+        let (limit, rerank, timeout_ms) =
+            (settings.limit.get(), settings.rerank, settings.rerank_timeout_ms.get());
+        if limit > PREFETCH {
+            return Some(("limit", format!("{limit} is over {PREFETCH}")));
+        }
+        if rerank > PREFETCH {
+            return Some(("rerank", format!("{rerank} is over {PREFETCH}")));
+        }
+        if rerank > 0 && rerank < limit {
+            return Some(("rerank", format!("{rerank} is under limit, which is {limit}")));
+        }
+        (timeout_ms > RERANK_TIMEOUT_MS_MAX)
+            .then(|| ("rerank_timeout_ms", format!("{timeout_ms} is over {RERANK_TIMEOUT_MS_MAX}")))
     }
 
     fn new(settings: Settings, resources: &Resources) -> Self {
-        let retrieval = Retrieval { limit: settings.limit.get(), tokens_max: settings.tokens_max.get() };
-        Self { retriever: Retriever::new(resources.vectors.clone()), retrieval }
+        let Settings { limit, tokens_max, rerank: candidates, rerank_timeout_ms } = settings;
+        let timeout = Duration::from_millis(rerank_timeout_ms.get());
+        let reranker = resources.reranker.clone().filter(|_| candidates > 0);
+        Self {
+            retriever: Retriever::new(resources.vectors.clone()),
+            reranker: reranker.map(|model| Reranker { model, candidates, timeout }),
+            retrieval: Retrieval { limit: limit.get(), tokens_max: tokens_max.get(), rerank: None },
+        }
     }
 }
 
@@ -92,13 +126,18 @@ impl Operator for Retrieve {
     type Out = Retrieved;
 
     async fn process(&self, request: Request, cx: &Context) -> Result<Vec<Retrieved>, Failure> {
-        let (retrieval, question) = (self.retrieval, request.question());
-        let sought = self.retriever.seek(&question, &cx.envelope().tenant, retrieval);
-        let passages = tokio::select! {
+        let (mut retrieval, question) = (self.retrieval.clone(), request.question());
+        let sought = self.retriever.candidates(&question, &cx.envelope().tenant);
+        let mut candidates = tokio::select! {
             biased;
             stop = cx.cancelled() => return Err(stop.into()),
-            passages = sought => passages?,
+            candidates = sought => candidates?,
         };
+        if let Some(reranker) = &self.reranker {
+            let (ordered, rerank) = reranker.rerank(&request, candidates, cx).await?;
+            (candidates, retrieval.rerank) = (ordered, Some(rerank));
+        }
+        let passages = pack(candidates, &retrieval);
         cx.observe(&Event::Retrieved { passages: passages.len() });
         Ok(vec![Retrieved::Grounded(Grounded { request, retrieval, passages })])
     }
@@ -119,13 +158,34 @@ impl Retriever {
         Self { vectors, counted: RwLock::default() }
     }
 
-    /// The passages for a question of this tenant, best first.
-    pub(crate) async fn seek(
+    /// The passages that an answer rests on, while seeking as it was done then gives these chunks in this order.
+    ///
+    /// A reranker is not asked again: it would give the same candidates the same scores, and cost more than what is saved.
+    pub(crate) async fn seek_again(
         &self,
         question: &str,
         tenant: &Tenant,
-        retrieval: Retrieval,
-    ) -> Result<Vec<Passage>, Failure> {
+        retrieval: &Retrieval,
+        chunks: &[String],
+    ) -> Result<Option<Vec<Passage>>, Failure> {
+        let mut candidates = self.candidates(question, tenant).await?;
+        let passages = match &retrieval.rerank {
+            None => pack(candidates, retrieval),
+            Some(Rerank { candidates: scored_max, scored }) => {
+                candidates.truncate(*scored_max);
+                if *scored != Some(rerank::fingerprint(&candidates)) {
+                    return Ok(None);
+                }
+                let of = |chunk: &String| candidates.iter().find(|one| one.counted.passage.chunk == *chunk);
+                chunks.iter().filter_map(of).map(Candidate::passage).collect()
+            }
+        };
+        let is_same = passages.iter().map(|passage| &passage.chunk).eq(chunks);
+        Ok(is_same.then_some(passages))
+    }
+
+    /// What may answer a question of this tenant, best first.
+    async fn candidates(&self, question: &str, tenant: &Tenant) -> Result<Vec<Candidate>, Failure> {
         let stems = words::stems(question);
         if stems.is_empty() {
             return Ok(Vec::new());
@@ -137,9 +197,9 @@ impl Retriever {
         let mut candidates = Vec::with_capacity(hits.len());
         for hit in hits {
             let cosine = hit.score;
-            candidates.push(rank::Candidate::new(self.counted(hit)?, cosine));
+            candidates.push(Candidate::new(self.counted(hit)?, cosine));
         }
-        Ok(pack(rank::rank(&stems, candidates, COSINE_MIN), retrieval))
+        Ok(rank::rank(&stems, candidates, COSINE_MIN))
     }
 
     /// The passage of a hit. Its words are counted once and not for each question.
@@ -162,11 +222,11 @@ impl Retriever {
 }
 
 /// The best that fit, without repeats. What is too long for the room that is left gives way to what is shorter.
-fn pack(ranked: Vec<rank::Candidate>, Retrieval { limit, tokens_max }: Retrieval) -> Vec<Passage> {
-    let mut packed: Vec<rank::Candidate> = Vec::new();
-    let mut room = tokens_max;
+fn pack(ranked: Vec<Candidate>, Retrieval { limit, tokens_max, .. }: &Retrieval) -> Vec<Passage> {
+    let mut packed: Vec<Candidate> = Vec::new();
+    let mut room = *tokens_max;
     for candidate in ranked {
-        if packed.len() == limit {
+        if packed.len() == *limit {
             break;
         }
         let length = tokens(&candidate.counted.passage.text);
@@ -175,9 +235,7 @@ fn pack(ranked: Vec<rank::Candidate>, Retrieval { limit, tokens_max }: Retrieval
             packed.push(candidate);
         }
     }
-    let passage =
-        |candidate: rank::Candidate| Passage { score: candidate.score, ..candidate.counted.passage.clone() };
-    packed.into_iter().map(passage).collect()
+    packed.iter().map(Candidate::passage).collect()
 }
 
 #[cfg(test)]

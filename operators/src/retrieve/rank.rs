@@ -57,13 +57,18 @@ pub(super) struct Candidate {
     pub(super) cosine: f32,
     /// How well the words match; set by [`rank`].
     bm25: f32,
-    /// Both rankings fused; set by [`rank`].
+    /// Both rankings fused, set by [`rank`]; or what a reranker said.
     pub(super) score: f32,
 }
 
 impl Candidate {
     pub(super) fn new(counted: Arc<Counted>, cosine: f32) -> Self {
         Self { counted, cosine, bm25: 0.0, score: 0.0 }
+    }
+
+    /// The passage with its score.
+    pub(super) fn passage(&self) -> Passage {
+        Passage { score: self.score, ..self.counted.passage.clone() }
     }
 
     fn before(&self, other: &Self, value: fn(&Self) -> f32) -> Ordering {

@@ -1,16 +1,23 @@
 //! Retrieval over real stores.
 
 use super::*;
-use crate::samples::{self, World, document};
-use forebay_operator::compliance;
-use forebay_schemas::Document;
+use crate::samples::{self, Ranks, World, document, request};
+use forebay_calls::{CallError, Class};
+use forebay_operator::{
+    Called, Clock, Delivery, Found, Host, Known, Ledger, Operation, StopSignal, Turn, compliance,
+};
+use forebay_schemas::{Attempt, CallId, Delta, Document};
+use futures::future::BoxFuture;
+use std::sync::Mutex;
+use tokio::time::Instant;
 
 async fn seek(world: &World, tenant: &str, question: &str, retrieval: Retrieval) -> Vec<Passage> {
     let tenant = Tenant::try_from(tenant.to_owned()).unwrap();
-    Retriever::new(world.resources.vectors.clone()).seek(question, &tenant, retrieval).await.unwrap()
+    let retriever = Retriever::new(world.resources.vectors.clone());
+    pack(retriever.candidates(question, &tenant).await.unwrap(), &retrieval)
 }
 
-const USUAL: Retrieval = Retrieval { limit: 8, tokens_max: 2400 };
+const USUAL: Retrieval = Retrieval { limit: 8, tokens_max: 2400, rerank: None };
 
 /// Asks over the guide and says under which heading the best passage stands.
 async fn check(question: &str, expected: &str) {
@@ -78,7 +85,7 @@ async fn passages_fit_the_budget_and_do_not_repeat() {
         world.learn(document(id, Some(text))).await;
     }
     world.learn(document("c.md", Some("Lag grows again after a rebalance, until offsets are read."))).await;
-    let of = |limit, tokens_max| Retrieval { limit, tokens_max };
+    let of = |limit, tokens_max| Retrieval { limit, tokens_max, rerank: None };
     assert_eq!(seek(&world, "default", "when does lag grow", of(8, 2400)).await.len(), 2);
     assert_eq!(seek(&world, "default", "when does lag grow", of(1, 2400)).await.len(), 1);
     assert_eq!(seek(&world, "default", "when does lag grow", of(8, 30)).await.len(), 1);
@@ -90,6 +97,216 @@ async fn it_complies() {
     let world = World::new().await;
     world.learn(document("guide.md", Some(samples::GUIDE))).await;
     let samples = [r#"{"prompt": "what does compaction keep?"}"#, r#"{"prompt": "?"}"#];
-    let samples = samples.map(|body| body.as_bytes().to_vec()).into();
-    compliance::assert_complies(Retrieve::new(Settings::default(), &world.resources), samples).await;
+    let samples: Vec<Vec<u8>> = samples.map(|body| body.as_bytes().to_vec()).into();
+    let rerankers: [Option<Arc<dyn forebay_calls::Model>>; 3] =
+        [None, Some(Ranks::backwards()), Some(Ranks::by(|_| None))];
+    for reranker in rerankers {
+        let resources = Resources { reranker, ..world.resources.clone() };
+        let rerank_timeout_ms = NonZeroU64::new(10).unwrap();
+        let settings = Settings { rerank: 8, rerank_timeout_ms, ..Settings::default() };
+        compliance::assert_complies(Retrieve::new(settings, &resources), Vec::clone(&samples)).await;
+    }
+}
+
+/// Notes what happens.
+#[derive(Default)]
+struct Onlooker(Mutex<Vec<Event>>);
+
+impl Host for Onlooker {
+    fn delta(&self, _: &str, _: Delta) {}
+    fn observe(&self, _: &str, event: &Event) {
+        self.0.lock().unwrap().push(event.clone());
+    }
+}
+
+/// What became of a question whose passages a reranker was to score.
+struct Seen {
+    grounded: Grounded,
+    rows: Vec<Attempt>,
+    events: Vec<Event>,
+    took: Duration,
+}
+
+impl Seen {
+    fn headings(&self) -> Vec<&str> {
+        self.grounded.passages.iter().map(|passage| passage.heading.last().unwrap().as_str()).collect()
+    }
+
+    fn outcome(&self) -> &'static str {
+        let outcome = |event: &Event| match event {
+            Event::Reranked { outcome } => Some(*outcome),
+            _ => None,
+        };
+        self.events.iter().find_map(outcome).unwrap()
+    }
+}
+
+/// Remembers the scores that were paid for.
+#[derive(Default)]
+struct Remembers {
+    answer: Mutex<Option<Vec<u8>>>,
+    tries: Mutex<i32>,
+}
+
+impl Ledger for Remembers {
+    fn find<'a>(&'a self, _: &'a CallId) -> BoxFuture<'a, Result<Found<'a>, Failure>> {
+        let known = match self.answer.lock().unwrap().clone() {
+            Some(answer) => Known::Answered(answer),
+            None => Known::Open { attempt: *self.tries.lock().unwrap(), turn: Box::new(self) },
+        };
+        Box::pin(async { Ok(Found { rows: Vec::new(), known }) })
+    }
+}
+
+impl Turn for &Remembers {
+    fn start(&mut self, row: Attempt) -> BoxFuture<'_, Result<bool, Failure>> {
+        *self.tries.lock().unwrap() = row.attempt + 1;
+        Box::pin(async { Ok(true) })
+    }
+    fn done(&mut self, answer: Vec<u8>, _: Option<Attempt>) -> BoxFuture<'_, Result<(), Failure>> {
+        *self.answer.lock().unwrap() = Some(answer);
+        Box::pin(async { Ok(()) })
+    }
+    fn failed(&mut self, _: Option<Attempt>) -> BoxFuture<'_, Result<(), Failure>> {
+        Box::pin(async { Ok(()) })
+    }
+}
+
+/// Asks of segments; somebody waits for so many milliseconds.
+async fn rerank(world: &World, ranks: Option<&Arc<Ranks>>, settings: Settings, deadline_ms: i64) -> Seen {
+    rerank_with(world, ranks, settings, (deadline_ms, None)).await
+}
+
+async fn rerank_with(
+    world: &World,
+    ranks: Option<&Arc<Ranks>>,
+    settings: Settings,
+    (deadline_ms, ledger): (i64, Option<Arc<dyn Ledger>>),
+) -> Seen {
+    let reranker = ranks.map(|ranks| ranks.clone() as Arc<dyn forebay_calls::Model>);
+    let retrieve = Retrieve::new(settings, &Resources { reranker, ..world.resources.clone() });
+    let mut envelope = compliance::envelope();
+    envelope.deadline_at_ms = Some(compliance::NOW_MS + deadline_ms);
+    let (stage, cluster) = ("retrieve".into(), "test".into());
+    let delivery = Delivery { envelope, recorded_at_ms: compliance::NOW_MS, stage, cluster, ledger };
+    let onlooker = Arc::new(Onlooker::default());
+    let clock = Clock::starting_at(compliance::NOW_MS);
+    let cx = Context::new(delivery, clock, onlooker.clone(), StopSignal::new().1);
+    let began = Instant::now();
+    let asked = request(r#"{"prompt": "What of segments?"}"#);
+    let Retrieved::Grounded(grounded) = retrieve.process(asked, &cx).await.unwrap().remove(0);
+    let events = onlooker.0.lock().unwrap().clone();
+    Seen { grounded, rows: cx.take_rows(), events, took: began.elapsed() }
+}
+
+fn of_eight() -> Settings {
+    Settings { rerank: 8, ..Settings::default() }
+}
+
+async fn guide() -> World {
+    let world = World::new().await;
+    world.learn(document("guide.md", Some(samples::GUIDE))).await;
+    world
+}
+
+#[tokio::test]
+async fn a_reranker_has_the_last_word_on_the_order_and_its_try_leaves_a_row() {
+    let world = guide().await;
+    let found = rerank(&world, None, of_eight(), 60_000).await;
+    assert_eq!((found.headings().len(), &found.grounded.retrieval.rerank, found.rows.len()), (3, &None, 0));
+    let ranks = Ranks::backwards();
+    let seen = rerank(&world, Some(&ranks), of_eight(), 60_000).await;
+    let mut backwards = found.headings();
+    backwards.reverse();
+    assert_eq!(seen.headings(), backwards);
+    assert_eq!(seen.grounded.passages[0].score, 2.0);
+    assert!(seen.grounded.retrieval.rerank.is_some() && !seen.grounded.retrieval.is_degraded());
+    let [row] = &seen.rows[..] else { panic!("{:?}", seen.rows) };
+    assert_eq!(
+        (row.stage.as_str(), row.status.as_str(), row.model.as_deref()),
+        ("retrieve", "ok", Some("ranker"))
+    );
+    assert_eq!((row.input_tokens, row.cost_nano_usd), (Some(40), Some(9)));
+    let is_told = |event: &Event| {
+        matches!(
+            event,
+            Event::Called(Called { operation: Operation::Rerank, texts: Some(3), error: None, .. })
+        )
+    };
+    assert!(seen.events.iter().any(is_told), "{:?}", seen.events);
+    assert_eq!(seen.outcome(), "ok");
+    let asked = ranks.asked.lock().unwrap().clone();
+    assert!(asked[0].iter().any(|text| text.starts_with("The broker > Retention\n")), "{asked:?}");
+}
+
+#[tokio::test]
+async fn only_the_best_candidates_are_scored() {
+    let world = guide().await;
+    let ranks = Ranks::backwards();
+    let settings = Settings { limit: NonZeroUsize::MIN, rerank: 2, ..Settings::default() };
+    let seen = rerank(&world, Some(&ranks), settings, 60_000).await;
+    let found = rerank(&world, None, of_eight(), 60_000).await;
+    assert_eq!(ranks.asked.lock().unwrap()[0].len(), 2);
+    assert_eq!(seen.headings(), [found.headings()[1]]);
+}
+
+/// The reranker does so; the passages must have the order in which they were found, after so many milliseconds.
+async fn check_degraded(
+    world: &World,
+    deadline_ms: i64,
+    told: impl Fn(&[&str]) -> Option<Result<Vec<f32>, CallError>> + Send + Sync + 'static,
+    (outcome, took_ms, rows): (&str, u64, &str),
+) {
+    let found = rerank(world, None, of_eight(), 60_000).await;
+    let seen = rerank(world, Some(&Ranks::by(told)), of_eight(), deadline_ms).await;
+    assert_eq!(seen.grounded.passages, found.grounded.passages, "{outcome}");
+    assert!(seen.grounded.retrieval.is_degraded(), "{outcome}");
+    assert_eq!(seen.outcome(), outcome);
+    // Timers are up to two milliseconds late.
+    let late = seen.took.checked_sub(Duration::from_millis(took_ms));
+    assert!(late.is_some_and(|late| late <= Duration::from_millis(2)), "{outcome}: {:?}", seen.took);
+    let told: Vec<_> = seen.rows.iter().map(|row| row.status.as_str()).collect();
+    assert_eq!(told.join(" "), rows, "{outcome}");
+}
+
+#[tokio::test]
+async fn whatever_the_reranker_does_the_question_goes_on_in_its_time() {
+    let world = guide().await;
+    tokio::time::pause();
+    let refuses = |class, code| move |_: &[&str]| Some(Err(CallError::new(class, code, "no")));
+    let gives = |scores: &[f32]| {
+        let scores = scores.to_vec();
+        move |_: &[&str]| Some(Ok(scores.clone()))
+    };
+    let (gone, wrong) = ("model_unavailable", "model_rejected");
+    check_degraded(&world, 60_000, refuses(Class::Outage, gone), (gone, 0, "failed")).await;
+    check_degraded(&world, 60_000, refuses(Class::Rejected, wrong), (wrong, 0, "rejected")).await;
+    check_degraded(&world, 60_000, gives(&[1.0]), ("model_malformed", 0, "ok")).await;
+    check_degraded(&world, 60_000, gives(&[f32::NAN; 3]), ("model_malformed", 0, "ok")).await;
+    check_degraded(&world, 60_000, |_| None, ("model_timeout", 2_000, "failed")).await;
+    // Half of the time is left for whoever writes the answer.
+    check_degraded(&world, 600, |_| None, ("model_timeout", 300, "failed")).await;
+}
+
+#[tokio::test]
+async fn a_record_that_comes_twice_has_the_same_passages_and_scores_are_paid_for_once() {
+    let world = guide().await;
+    let found = rerank(&world, None, of_eight(), 60_000).await.grounded.passages;
+    for answers_first in [true, false] {
+        let ledger = Arc::new(Remembers::default());
+        let twice = async |ranks: &Arc<Ranks>| {
+            let ledger = Some(ledger.clone() as Arc<dyn Ledger>);
+            rerank_with(&world, Some(ranks), of_eight(), (60_000, ledger)).await
+        };
+        let (good, bad) = (
+            Ranks::backwards(),
+            Ranks::by(|_| Some(Err(CallError::new(Class::Outage, "model_unavailable", "no")))),
+        );
+        let (first, second) = if answers_first { (&good, &bad) } else { (&bad, &good) };
+        let (seen, again) = (twice(first).await, twice(second).await);
+        assert_eq!(seen.grounded, again.grounded);
+        assert_eq!(seen.grounded.passages == found, !answers_first);
+        assert_eq!(again.outcome(), if answers_first { "ok" } else { "tried_before" });
+        assert_eq!(again.rows.len(), 0, "nobody was asked: {:?}", again.rows);
+    }
 }

@@ -4,6 +4,7 @@ use crate::{
     args::PipelineArg,
     config::Config,
     console::{say, wrong},
+    models::Client,
     shipped,
 };
 use anyhow::Context as _;
@@ -31,10 +32,13 @@ impl Catalogue for Shipped {
         Some(Description {
             input: described.input,
             is_job: described.is_job,
-            is_paid: described.is_paid,
             ports: described.ports.iter().map(|port| (port.name, port.record)).collect(),
             tables: described.tables.to_vec(),
         })
+    }
+
+    fn is_paid(&self, operator: &str, settings: &Value) -> bool {
+        catalogue::asks(operator, settings).is_some()
     }
 
     fn check_settings(&self, operator: &str, settings: &Value) -> Vec<SettingsFault> {
@@ -78,7 +82,7 @@ pub async fn resources(
     config: &Config,
     plan: &Plan,
     cluster: &str,
-    model: Arc<dyn Model>,
+    client: &Client,
 ) -> anyhow::Result<Resources> {
     let database = copies(&config.data).await?;
     let cache: Arc<dyn KeyValue> = match &config.key_value {
@@ -95,7 +99,7 @@ pub async fn resources(
     };
     let vectors = Arc::new(vectors::Embedded::open(&database, "chunks").await?);
     let objects = objects(config).await?;
-    resources_of(plan, cache, vectors, objects, model)
+    resources_of(plan, cache, vectors, objects, (client.model.clone(), client.reranker.clone()))
 }
 
 /// The object store.
@@ -139,17 +143,17 @@ fn judged(fault: StoreError) -> ObjectsError {
     }
 }
 
-/// The same over stores that are given.
+/// The same over stores, a model and a reranker that are given.
 pub fn resources_of(
     plan: &Plan,
     cache: Arc<dyn KeyValue>,
     vectors: Arc<dyn forebay_stores::Vectors>,
     objects: Arc<dyn forebay_stores::Objects>,
-    model: Arc<dyn Model>,
+    (model, reranker): (Arc<dyn Model>, Option<Arc<dyn Model>>),
 ) -> anyhow::Result<Resources> {
     let steps = plan.steps.iter().map(|step| (step.operator.as_str(), &step.settings));
-    let shape = catalogue::shape(steps, &*model)?;
-    Ok(Resources { cache, vectors, objects, model, shape })
+    let shape = catalogue::shape(steps, &*model, reranker.as_deref())?;
+    Ok(Resources { cache, vectors, objects, model, reranker, shape })
 }
 
 /// The database for this process's copies of tables: the first that no other process holds.

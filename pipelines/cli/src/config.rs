@@ -8,6 +8,7 @@
 pub mod budgets;
 pub mod pool;
 pub mod prices;
+pub mod rerank;
 pub mod served;
 pub mod tiers;
 
@@ -49,6 +50,12 @@ const SETTINGS: &[Setting] = &[
     setting("model.vllm", "FOREBAY_MODEL_VLLM", ""),
     setting("model.key_file", "FOREBAY_MODEL_API_KEY_FILE", ""),
     Setting { path: "model.key", variable: "FOREBAY_MODEL_API_KEY", default: "", secret: true },
+    setting("rerank.url", "FOREBAY_RERANK_URL", ""),
+    setting("rerank.model", "FOREBAY_RERANK_MODEL", ""),
+    setting("rerank.api", "FOREBAY_RERANK_API", "cohere"),
+    setting("rerank.outstanding", "FOREBAY_RERANK_OUTSTANDING", "64"),
+    setting("rerank.key_file", "FOREBAY_RERANK_API_KEY_FILE", ""),
+    Setting { path: "rerank.key", variable: "FOREBAY_RERANK_API_KEY", default: "", secret: true },
     setting("pool.outstanding", "FOREBAY_POOL_OUTSTANDING", "64"),
     setting("pool.requests_per_minute", "FOREBAY_POOL_REQUESTS_PER_MINUTE", ""),
     setting("pool.tokens_per_minute", "FOREBAY_POOL_TOKENS_PER_MINUTE", ""),
@@ -106,6 +113,8 @@ pub struct Config {
     pub pool: Option<pool::PoolSettings>,
     /// Which models of the pool answer what; absent where all serve one.
     pub tiers: Option<tiers::TierSettings>,
+    /// What scores passages; absent where nothing does.
+    pub rerank: Option<rerank::RerankSettings>,
     /// What models cost.
     pub prices: prices::PriceFiles,
     /// What tenants may spend.
@@ -202,10 +211,12 @@ fn read(name: &str, text: &str) -> anyhow::Result<Vec<Leaf>> {
     let mut faults: Vec<(Place, String)> = Vec::new();
     for leaf in &found {
         let known = SETTINGS.iter().filter(|setting| !setting.secret).map(|setting| setting.path);
-        if leaf.path == "model.key" {
-            let message =
-                "a key does not stand in a configuration file; name a file of its own by model.key_file";
-            faults.push((leaf.place, message.to_owned()));
+        if SETTINGS.iter().any(|setting| setting.secret && setting.path == leaf.path) {
+            let message = format!(
+                "a key does not stand in a configuration file; name a file of its own by {}_file",
+                leaf.path
+            );
+            faults.push((leaf.place, message));
         } else if let Some(endpoint) = leaf.path.strip_prefix(served::ENDPOINTS) {
             let (name, field) = endpoint.rsplit_once('.').unwrap_or((endpoint, ""));
             if field == "key" {
@@ -281,6 +292,7 @@ impl Config {
         let served = served::Served::all(&values)?;
         let pool = pool::PoolSettings::of(&values, &served)?;
         let tiers = tiers::TierSettings::of(&values, &served, get("model.name"), pool.as_ref())?;
+        let rerank = rerank::RerankSettings::of(&values)?;
         let kafka = values.iter().filter_map(|(path, sourced)| {
             Some((path.strip_prefix(KAFKA)?.to_owned(), sourced.value.clone()))
         });
@@ -304,6 +316,7 @@ impl Config {
             model: text("model.name"),
             pool,
             tiers,
+            rerank,
             prices: prices::PriceFiles::of(&text("prices").unwrap_or_default()),
             budgets: budgets::of(&text("budgets").unwrap_or_default(), from("budgets"))?,
             key_value: text("stores.key_value"),
@@ -422,7 +435,9 @@ mod tests {
     fn secrets_are_not_shown() {
         let file = "kafka: {sasl.password: canary, ssl.key.password: canary}\notlp_endpoint: 'http://u:canary@h'\n\
                     stores: {key_value: 'redis://:canary@h:1?password=canary'}\n";
-        let config = merged(file, &[("FOREBAY_MODEL_API_KEY", "canary")], &[]).unwrap();
+        let keys = [("FOREBAY_MODEL_API_KEY", "canary"), ("FOREBAY_RERANK_API_KEY", "canary")];
+        let file = format!("{file}rerank: {{url: 'http://h/v1', model: m}}\n");
+        let config = merged(&file, &keys, &[]).unwrap();
         assert!(!format!("{:?}", config.shown()).contains("canary"));
         assert_eq!(config.kafka["sasl.password"], "canary");
     }
@@ -434,6 +449,7 @@ mod tests {
                 .contains("f.yaml:2:1: unknown key \"topic_prefx\"; did you mean \"topic_prefix\"?")
         );
         assert!(refused("model: {key: abc}").contains("model.key_file"));
+        assert!(refused("rerank: {key: abc}").contains("rerank.key_file"));
         assert!(refused("partitions: none").contains("1 to 10000"));
         assert!(refused("memory: {records: 12}").contains("256MiB"));
         assert!(refused("claims: {over: never}").contains("or off"));

@@ -1,14 +1,14 @@
-//! From settings to the model that answers: the built-in one, a server, or a pool of them.
+//! From settings to the model that answers, which is the built-in one, a server, or a pool of them; and to the reranker.
 
 use crate::{
     config::{Config, pool::Fallback, pool::PoolSettings, served::Served},
-    console::wrong,
+    console::{say, wrong},
 };
 use anyhow::Context as _;
 use forebay_calls::{
     Allowed, Api, Model, Pool, Priced, Prices, Retry, Secret, Server, Shared,
     allowance::Allowances,
-    client::{Parts, client, tiered},
+    client::{Parts, tiered},
     pool::{Ended, Endpoint, Http, ModelStatus, Status, Wake, Watch},
     server::{Timeouts, Vllm},
 };
@@ -16,10 +16,10 @@ use forebay_operator::Clock;
 use forebay_operators::{
     Extractive,
     budgets::{Budgets, Unit},
-    catalogue,
+    catalogue::{self, Asks},
     rates::SharedRates,
 };
-use forebay_plan::PlannedStep;
+use forebay_plan::{Plan, PlannedStep};
 use forebay_stores::{Counters, Rates, counters::Local, key_value, wall_clock};
 use forebay_telemetry::pool::{Endpoint as Standing, EndpointModel};
 use futures::future::BoxFuture;
@@ -35,23 +35,26 @@ const LIMITS_MAX: Duration = Duration::from_millis(250);
 /// How long waking may take.
 const WAKE_MAX: Duration = Duration::from_secs(10);
 
-/// What answers, and the pools in it.
+/// What answers and what scores, and the pools in them.
 pub struct Client {
     pub model: Arc<dyn Model>,
-    pub pools: Vec<Arc<Pool>>,
+    /// Absent where nothing scores passages.
+    pub reranker: Option<Arc<dyn Model>>,
+    /// Each with what it is asked as.
+    pools: Vec<(Asks, Arc<Pool>)>,
 }
 
 impl Client {
-    /// The same for a process of these steps. Where none of them asks a model its pools are left alone: whoever keeps them counts
-    /// as one of those that share the limits, and looks at servers that it sends nothing.
-    pub fn used_by(self, steps: &[&PlannedStep]) -> Self {
-        let asks = |step: &&PlannedStep| catalogue::describe(&step.operator).is_some_and(|step| step.is_paid);
-        Self { pools: if steps.iter().any(asks) { self.pools } else { Vec::new() }, ..self }
+    /// The same for a process of these steps. Pools that none of them asks are left alone: whoever keeps them counts as one of
+    /// those that share the limits, and looks at servers that it sends nothing.
+    pub fn used_by(mut self, steps: &[&PlannedStep]) -> Self {
+        self.pools.retain(|(asked, _)| steps.iter().any(|step| asks(step) == Some(*asked)));
+        self
     }
 
     /// Looks at the endpoints of its pools for as long as the process lives.
     pub fn keep(&self) {
-        for pool in &self.pools {
+        for (_, pool) in &self.pools {
             let pool = Arc::clone(pool);
             tokio::spawn(async move { pool.keep().await });
         }
@@ -60,14 +63,14 @@ impl Client {
     /// How all endpoints stand, for metrics.
     pub fn endpoints(&self) -> impl Fn() -> Vec<Standing> + Send + Sync + 'static {
         let pools = self.pools.clone();
-        move || pools.iter().flat_map(|pool| pool.status()).map(|status| standing(&status)).collect()
+        move || pools.iter().flat_map(|(_, pool)| pool.status()).map(|status| standing(&status)).collect()
     }
 
     /// How all endpoints stand, as JSON.
     pub fn status(&self) -> impl Fn() -> String + Send + Sync + 'static {
         let pools = self.pools.clone();
         move || {
-            let all: Vec<_> = pools.iter().flat_map(|pool| pool.status()).collect();
+            let all: Vec<_> = pools.iter().flat_map(|(_, pool)| pool.status()).collect();
             serde_json::to_string(&all).unwrap_or_default()
         }
     }
@@ -103,74 +106,186 @@ fn standing(status: &Status) -> Standing {
     }
 }
 
-/// What the settings ask for.
-pub async fn model(config: &Config) -> anyhow::Result<Client> {
-    let alone = |model: Arc<dyn Model>| Client { model, pools: Vec::new() };
-    if config.served.is_empty() {
-        return Ok(alone(Arc::new(Extractive)));
+fn asks(step: &PlannedStep) -> Option<Asks> {
+    catalogue::asks(&step.operator, &step.settings)
+}
+
+/// Whether what a step asks costs something. The extractive model does not: to ask it again is cheaper than to remember.
+pub fn is_paid(config: &Config, step: &PlannedStep) -> bool {
+    match asks(step) {
+        Some(Asks::Model) => !config.served.is_empty(),
+        Some(Asks::Reranker) => config.rerank.is_some(),
+        None => false,
     }
-    let name = config.model.as_deref();
+}
+
+/// Whether the reranker that steps of this process ask is named. One that nobody asks is allowed, as settings may be those of
+/// several pipelines, and said aloud.
+pub fn check(config: &Config, plan: &Plan, chosen: &[&PlannedStep]) -> anyhow::Result<()> {
+    let reranks = |step: &PlannedStep| asks(step) == Some(Asks::Reranker);
+    match chosen.iter().find(|step| reranks(step)) {
+        Some(step) if config.rerank.is_none() => Err(wrong(format!(
+            "step {:?} lets a reranker score its passages, and none is named: give rerank.url (or FOREBAY_RERANK_URL), or leave \
+             out its setting \"rerank\"",
+            step.key
+        ))),
+        _ => {
+            if config.rerank.is_some() && !plan.steps.iter().any(reranks) {
+                say(format_args!(
+                    "rerank.url has no effect: no step of pipeline {} has the setting \"rerank\"",
+                    plan.name
+                ));
+            }
+            Ok(())
+        }
+    }
+}
+
+/// What the settings ask for.
+pub async fn client(config: &Config) -> anyhow::Result<Client> {
+    let mut model: Arc<dyn Model> = Arc::new(Extractive);
+    let mut reranker = None;
+    if config.served.is_empty() && config.rerank.is_none() {
+        return Ok(Client { model, reranker, pools: Vec::new() });
+    }
     let prices = config.prices.read()?.map(Arc::new);
     let allowances = allowances(config, prices.clone()).await?;
-    let Some(settings) = &config.pool else {
-        let server = server(&config.served[0], name)?;
-        let model: Arc<dyn Model> = Arc::new(Retry::new(priced(server, prices), Arc::default()));
-        return Ok(alone(match allowances {
-            Some(allowances) => Arc::new(Allowed::new(model, allowances)),
-            None => model,
-        }));
+    let shared = match config.pool.is_some() || config.rerank.is_some() {
+        true => shared(config).await?,
+        false => None,
     };
-    // Who stands in takes no other calls.
-    let stands_in = |served: &Served| settings.fallbacks.iter().any(|fallback| fallback.is(served));
-    let first: Vec<_> = config.served.iter().filter(|served| !stands_in(served)).collect();
-    let (shared, mut pools, mut names) = (shared(config).await?, Vec::new(), Names::default());
-    // Of each tier, or of all where there are none.
-    let tiers = config.tiers.as_ref().map_or(vec![None], |tiers| tiers.models.iter().map(Some).collect());
-    for tier in tiers {
-        let serves = |served: &&&Served| tier.is_none_or(|tier| served.asks_for(name) == tier);
-        let served: Vec<_> = first.iter().filter(serves).copied().collect();
-        pools.push(Arc::new(pool(&served, name, settings, prices.as_ref(), shared.as_ref(), &mut names)?));
+    let name = config.model.as_deref();
+    let (names, pools) = Default::default();
+    let mut making = Making { name, prices, allowances, shared, names, pools };
+    if !config.served.is_empty() {
+        model = making.answering(config)?;
     }
-    let first = pools.clone();
-    let mut fallbacks: Vec<Arc<dyn Model>> = Vec::new();
-    for fallback in &settings.fallbacks {
-        let served = match fallback {
-            Fallback::Extractive => {
-                fallbacks.push(Arc::new(Extractive));
-                continue;
-            }
-            Fallback::Endpoint(_) => config.served.iter().find(|served| fallback.is(served)).cloned(),
-            Fallback::Served { model, url } => Some(Served {
-                name: None,
-                url: url.clone(),
-                api: Api::Chat,
-                model: Some(model.clone()),
-                keys: Vec::new(),
-                vllm: Vllm::default(),
-            }),
+    if let Some(settings) = &config.rerank {
+        let served: Vec<_> = settings.served.iter().collect();
+        let pool = making.pool(Asks::Reranker, &served, &settings.pool)?;
+        reranker = Some(forebay_calls::client(making.parts(&pool, &settings.pool, &[])));
+    }
+    Ok(Client { model, reranker, pools: making.pools })
+}
+
+/// What all pools have in common.
+struct Making<'c> {
+    /// The model to ask for, where a server has no other.
+    name: Option<&'c str>,
+    prices: Option<Arc<Prices>>,
+    allowances: Option<Arc<dyn Allowances>>,
+    shared: Option<SharedBy>,
+    names: Names,
+    /// Those that were made.
+    pools: Vec<(Asks, Arc<Pool>)>,
+}
+
+impl Making<'_> {
+    /// What answers.
+    fn answering(&mut self, config: &Config) -> anyhow::Result<Arc<dyn Model>> {
+        let Some(settings) = &config.pool else {
+            let server = server(&config.served[0], self.name)?;
+            let model: Arc<dyn Model> =
+                Arc::new(Retry::new(priced(server, self.prices.clone()), Arc::default()));
+            return Ok(match &self.allowances {
+                Some(allowances) => Arc::new(Allowed::new(model, allowances.clone())),
+                None => model,
+            });
         };
-        // Its breaker is its own; it wakes nobody.
-        let settings = PoolSettings { starts_cold: false, wake_url: None, ..settings.clone() };
-        let served = served.iter().collect::<Vec<_>>();
-        let pool = Arc::new(pool(&served, name, &settings, prices.as_ref(), shared.as_ref(), &mut names)?);
-        pools.push(pool.clone());
-        fallbacks.push(pool);
-    }
-    let parts = |pool: &Arc<Pool>| Parts {
-        pool: pool.clone(),
-        hedging: settings.hedging,
-        fallbacks: fallbacks.clone(),
-        allowances: allowances.clone(),
-        jitter: Arc::new(rand::random::<f64>),
-    };
-    let model = match &config.tiers {
-        None => client(parts(&first[0])),
-        Some(tiers) => {
-            let named = tiers.models.iter().cloned().zip(first.iter().map(parts));
-            tiered(named.collect(), tiers.policy.clone())
+        // Who stands in takes no other calls.
+        let stands_in = |served: &Served| settings.fallbacks.iter().any(|fallback| fallback.is(served));
+        let served: Vec<_> = config.served.iter().filter(|served| !stands_in(served)).collect();
+        let mut first = Vec::new();
+        // Of each tier, or of all where there are none.
+        let tiers = config.tiers.as_ref().map_or(vec![None], |tiers| tiers.models.iter().map(Some).collect());
+        for tier in tiers {
+            let serves = |served: &&&Served| tier.is_none_or(|tier| served.asks_for(self.name) == tier);
+            let served: Vec<_> = served.iter().filter(serves).copied().collect();
+            first.push(self.pool(Asks::Model, &served, settings)?);
         }
-    };
-    Ok(Client { model, pools })
+        let mut fallbacks: Vec<Arc<dyn Model>> = Vec::new();
+        for fallback in &settings.fallbacks {
+            let served = match fallback {
+                Fallback::Extractive => {
+                    fallbacks.push(Arc::new(Extractive));
+                    continue;
+                }
+                Fallback::Endpoint(_) => config.served.iter().find(|served| fallback.is(served)).cloned(),
+                Fallback::Served { model, url } => Some(Served {
+                    name: None,
+                    url: url.clone(),
+                    api: Api::Chat,
+                    model: Some(model.clone()),
+                    keys: Vec::new(),
+                    vllm: Vllm::default(),
+                }),
+            };
+            // Its breaker is its own; it wakes nobody.
+            let settings = PoolSettings { starts_cold: false, wake_url: None, ..settings.clone() };
+            let served = served.iter().collect::<Vec<_>>();
+            fallbacks.push(self.pool(Asks::Model, &served, &settings)?);
+        }
+        let parts = |pool: &Arc<Pool>| self.parts(pool, settings, &fallbacks);
+        Ok(match &config.tiers {
+            None => forebay_calls::client(parts(&first[0])),
+            Some(tiers) => {
+                let named = tiers.models.iter().cloned().zip(first.iter().map(parts));
+                tiered(named.collect(), tiers.policy.clone())
+            }
+        })
+    }
+
+    /// What a client of a pool is made of.
+    fn parts(&self, pool: &Arc<Pool>, settings: &PoolSettings, fallbacks: &[Arc<dyn Model>]) -> Parts {
+        Parts {
+            pool: pool.clone(),
+            hedging: settings.hedging,
+            fallbacks: fallbacks.to_vec(),
+            allowances: self.allowances.clone(),
+            jitter: Arc::new(rand::random::<f64>),
+        }
+    }
+
+    fn pool(
+        &mut self,
+        asked: Asks,
+        served: &[&Served],
+        settings: &PoolSettings,
+    ) -> anyhow::Result<Arc<Pool>> {
+        let Self { name, prices, shared, names, .. } = self;
+        let endpoint = |served: &&Served| {
+            let model = server(served, *name)?;
+            let watch: Option<Arc<dyn Watch>> = match served.api {
+                // A service in the cloud, without an engine to be looked at.
+                Api::Messages => None,
+                _ => Some(Arc::new(Http::new(&served.url).map_err(wrong)?)),
+            };
+            Ok(Endpoint {
+                name: names.of(served, &model),
+                origin: model.endpoint().to_owned(),
+                model: priced(model, prices.clone()),
+                caps: settings.caps,
+                watch,
+                starts_cold: settings.starts_cold,
+                shared: shared.as_ref().map(|SharedBy { rates, sharer }| {
+                    // Two endpoints at one URL, each with its key, have limits of their own.
+                    let endpoint = served.name.clone().unwrap_or_else(|| served.url.clone());
+                    let rates = SharedRates::new(Arc::clone(rates), endpoint, sharer.clone());
+                    Arc::new(rates) as Arc<dyn Shared>
+                }),
+            })
+        };
+        let endpoints: Vec<_> = served.iter().map(endpoint).collect::<anyhow::Result<_>>()?;
+        // Endpoints of a pool serve one model, if under several names; the first one's is shown and stands in the cache's key.
+        let name = endpoints.first().map(|endpoint| endpoint.model.name().to_owned()).unwrap_or_default();
+        let pool = Pool::new(name, endpoints, Arc::new(rand::random::<f64>));
+        let pool = Arc::new(match &settings.wake_url {
+            Some(url) => pool.woken_by(Arc::new(Post::new(url)?)),
+            None => pool,
+        });
+        self.pools.push((asked, pool.clone()));
+        Ok(pool)
+    }
 }
 
 fn server(served: &Served, name: Option<&str>) -> anyhow::Result<Server> {
@@ -243,46 +358,6 @@ impl Names {
     }
 }
 
-fn pool(
-    served: &[&Served],
-    name: Option<&str>,
-    settings: &PoolSettings,
-    prices: Option<&Arc<Prices>>,
-    shared: Option<&SharedBy>,
-    names: &mut Names,
-) -> anyhow::Result<Pool> {
-    let endpoint = |served: &&Served| {
-        let model = server(served, name)?;
-        let watch: Option<Arc<dyn Watch>> = match served.api {
-            // A service in the cloud, without an engine to be looked at.
-            Api::Messages => None,
-            _ => Some(Arc::new(Http::new(&served.url).map_err(wrong)?)),
-        };
-        Ok(Endpoint {
-            name: names.of(served, &model),
-            origin: model.endpoint().to_owned(),
-            model: priced(model, prices.cloned()),
-            caps: settings.caps,
-            watch,
-            starts_cold: settings.starts_cold,
-            shared: shared.map(|SharedBy { rates, sharer }| {
-                // Two endpoints at one URL, each with its key, have limits of their own.
-                let endpoint = served.name.clone().unwrap_or_else(|| served.url.clone());
-                let rates = SharedRates::new(Arc::clone(rates), endpoint, sharer.clone());
-                Arc::new(rates) as Arc<dyn Shared>
-            }),
-        })
-    };
-    let endpoints: Vec<_> = served.iter().map(endpoint).collect::<anyhow::Result<_>>()?;
-    // Endpoints of a pool serve one model, if under several names; the first one's is shown and stands in the cache's key.
-    let name = endpoints.first().map(|endpoint| endpoint.model.name().to_owned()).unwrap_or_default();
-    let pool = Pool::new(name, endpoints, Arc::new(rand::random::<f64>));
-    match &settings.wake_url {
-        Some(url) => Ok(pool.woken_by(Arc::new(Post::new(url)?))),
-        None => Ok(pool),
-    }
-}
-
 /// Wakes by an empty POST, as autoscalers and serverless hosts take it.
 struct Post {
     client: reqwest::Client,
@@ -328,7 +403,7 @@ pool:
     second: {url: 'http://h:1/v1', model: mini}
 ";
         let config = crate::config::merge(Some(("forebay.yaml", yaml)), |_| None, &[]).unwrap();
-        let client = model(&config).await.unwrap();
+        let client = client(&config).await.unwrap();
         let standing = client.endpoints()();
         let names: Vec<_> = standing.iter().map(|one| format!("{} {}", one.endpoint, one.name)).collect();
         let expected = ["h:1 mini", "h:1 mini-2", "i:1 mini", "h:1 first", "h:1 second", "h:1 large"];
@@ -337,19 +412,63 @@ pool:
         assert_eq!((page.len(), page[3]["name"].as_str()), (6, Some("first")));
     }
 
-    #[tokio::test]
-    async fn a_process_keeps_its_pools_where_one_of_its_steps_asks_a_model() {
-        let yaml = "
+    fn settings(yaml: &str) -> Config {
+        crate::config::merge(Some(("forebay.yaml", yaml)), |_| None, &[]).unwrap()
+    }
+
+    /// The shipped pipeline, whose passages a reranker scores.
+    fn reranking() -> Plan {
+        let (file, text) = crate::shipped::pipeline("answer").unwrap();
+        let text = text.replace("{limit: 8}", "{limit: 8, rerank: 32}");
+        forebay_plan::plan(file, &text, &crate::build::Shipped).unwrap_or_else(|faults| panic!("{faults}"))
+    }
+
+    const BOTH: &str = "
 model: {name: m, url: 'http://h:1/v1'}
 pool: {outstanding: 2}
+rerank: {model: r, url: 'http://h:2/v1', outstanding: 3}
 ";
-        let config = crate::config::merge(Some(("forebay.yaml", yaml)), |_| None, &[]).unwrap();
-        let plan = crate::build::plan(&PipelineArg { pipeline: "answer".to_owned() }).unwrap();
+
+    #[tokio::test]
+    async fn a_process_keeps_the_pools_that_its_steps_ask() {
+        let config = settings(BOTH);
+        let plan = reranking();
         let steps: Vec<&PlannedStep> = plan.steps.iter().collect();
-        let kept = async |steps: &[&PlannedStep]| model(&config).await.unwrap().used_by(steps).pools.len();
-        assert_eq!(kept(&steps).await, 1);
+        let kept = async |steps: &[&PlannedStep]| {
+            let standing = client(&config).await.unwrap().used_by(steps).endpoints()();
+            standing
+                .iter()
+                .map(|one| format!("{} of {}", one.places, one.name))
+                .collect::<Vec<_>>()
+                .join(", ")
+        };
+        assert_eq!(kept(&steps).await, "2 of m, 3 of r");
         for step in steps {
-            assert_eq!(kept(&[step]).await == 1, step.operator == "infer", "{}", step.key);
+            let expected = match step.operator.as_str() {
+                "infer" => "2 of m",
+                "retrieve" => "3 of r",
+                _ => "",
+            };
+            assert_eq!(kept(&[step]).await, expected, "{}", step.key);
+            assert_eq!(is_paid(&config, step), !expected.is_empty(), "{}", step.key);
         }
+        let usual = crate::build::plan(&PipelineArg { pipeline: "answer".to_owned() }).unwrap();
+        let steps: Vec<&PlannedStep> = usual.steps.iter().collect();
+        assert_eq!(kept(&steps).await, "2 of m", "nobody asks the reranker");
+        assert!(
+            !steps.iter().any(|step| is_paid(&settings("data: d"), step)),
+            "the extractive model costs 0"
+        );
+    }
+
+    #[test]
+    fn a_reranker_that_is_asked_must_be_named() {
+        let plan = reranking();
+        let of = |operator| plan.steps.iter().find(|step| step.operator == operator).unwrap();
+        let unnamed = settings("model: {name: m, url: 'http://h:1/v1'}");
+        let fault = check(&unnamed, &plan, &[of("infer"), of("retrieve")]).unwrap_err().to_string();
+        assert!(fault.starts_with("step \"retrieve\" lets a reranker score"), "{fault}");
+        assert!(check(&unnamed, &plan, &[of("infer")]).is_ok(), "it runs elsewhere");
+        assert!(check(&settings(BOTH), &plan, &[of("retrieve")]).is_ok());
     }
 }

@@ -10,6 +10,9 @@ pub trait Catalogue {
     /// What goes in and out of one; `None` where there is none of this name.
     fn describe(&self, operator: &str) -> Option<Description>;
 
+    /// Whether an operator with these settings makes calls that cost something.
+    fn is_paid(&self, operator: &str, settings: &Value) -> bool;
+
     /// What is wrong with an operator's settings; empty where nothing is.
     fn check_settings(&self, operator: &str, settings: &Value) -> Vec<SettingsFault>;
 }
@@ -21,8 +24,6 @@ pub struct Description {
     pub input: &'static str,
     /// Whether that record is the work of a request, which must end in a result.
     pub is_job: bool,
-    /// Whether it makes calls that cost something.
-    pub is_paid: bool,
     /// Its ports, and the name of the record that leaves by each.
     pub ports: Vec<(&'static str, &'static str)>,
     /// The names of the records that it looks up; it needs one compacted topic of each.

@@ -10,6 +10,7 @@ use crate::{
     PlannedTopic, Queueing, Step, graph, nearest, plan::ENDED,
 };
 use forebay_schemas::topics::{self, Cleanup};
+use serde_json::Value;
 use std::collections::BTreeSet;
 
 /// Makes a plan of a pipeline, or tells all that is wrong with it.
@@ -33,15 +34,16 @@ pub fn check(pipeline: &Pipeline, catalogue: &dyn Catalogue) -> Result<Plan, Fau
     }
     let plan = Plan {
         name: pipeline.name.value.clone(),
-        steps: steps.iter().map(|(step, description)| planned(step, description)).collect(),
+        steps: steps.iter().map(|(step, description)| planned(step, description, catalogue)).collect(),
         warnings,
         own_topics,
     };
     faults.or(plan)
 }
 
-fn planned(step: &Step, description: &Description) -> PlannedStep {
+fn planned(step: &Step, description: &Description, catalogue: &dyn Catalogue) -> PlannedStep {
     let names = |names: &[Placed<String>]| names.iter().map(|name| name.value.clone()).collect();
+    let is_paid = catalogue.is_paid(&step.operator.value, &step.settings.value);
     PlannedStep {
         key: step.key.value.clone(),
         operator: step.operator.value.clone(),
@@ -57,7 +59,7 @@ fn planned(step: &Step, description: &Description) -> PlannedStep {
             None => Queueing::Fifo,
         },
         is_job: description.is_job,
-        ledger: (description.is_paid && step.ledger.as_ref().is_none_or(|ledger| ledger.value))
+        ledger: (is_paid && step.ledger.as_ref().is_none_or(|ledger| ledger.value))
             .then(|| step.ambiguous.as_ref().map_or(Ambiguous::default(), |ambiguous| ambiguous.value)),
         settings: step.settings.value.clone(),
     }
@@ -137,17 +139,17 @@ impl Check<'_> {
         self.ports(step, &description);
         self.tables(step, &description);
         self.queue(step, &description);
-        self.ledger(step, &description);
+        self.ledger(step);
         self.settings(step);
     }
 
     /// Only a call that costs something is remembered.
-    fn ledger(&mut self, step: &Step, description: &Description) {
+    fn ledger(&mut self, step: &Step) {
         let (ledger, ambiguous) = (step.ledger.as_ref(), step.ambiguous.as_ref());
-        if !description.is_paid {
+        if !self.catalogue.is_paid(&step.operator.value, &step.settings.value) {
             let told = ledger.map(|one| ("ledger", one.place));
             let told = told.into_iter().chain(ambiguous.map(|one| ("ambiguous", one.place)));
-            let is_paid = |name: &&str| self.catalogue.describe(name).is_some_and(|one| one.is_paid);
+            let is_paid = |name: &&str| self.catalogue.is_paid(name, &Value::Null);
             let paid: Vec<_> = self.catalogue.names().into_iter().filter(is_paid).collect();
             for (key, place) in told {
                 let message = format!(

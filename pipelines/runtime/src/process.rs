@@ -42,8 +42,8 @@ pub struct Launch<'a> {
     pub steps: Vec<(&'a PlannedStep, Arc<dyn Step>)>,
     /// Topics without prefix, with the tables that follow them.
     pub tables: Vec<(String, Arc<dyn Table>)>,
-    /// Whether calls of the model cost something.
-    pub is_paid: bool,
+    /// Whether what a step asks costs something here.
+    pub is_paid: &'a (dyn Fn(&PlannedStep) -> bool + Sync),
     /// Where bodies lie that are too large to travel.
     pub claims: Arc<Claims>,
     /// Bytes of records that may be unfinished at a time.
@@ -113,7 +113,7 @@ impl Launch<'_> {
         };
         let mut stages = JoinSet::new();
         for (planned, step) in &self.steps {
-            let kept = match self.is_paid && planned.ledger.is_some() {
+            let kept = match planned.ledger.is_some() && (self.is_paid)(planned) {
                 true => {
                     let log = KafkaLedger::new(self.kafka, sink.clone(), &site.groups(planned))?;
                     Some(Kept { log: Arc::new(log), health: self.health.clone() })

@@ -19,11 +19,13 @@ const MODELS_MAX: usize = 32;
 pub(crate) struct Events {
     cache_lookups: Counter<u64>,
     retrieved: Histogram<u64>,
+    reranked: Counter<u64>,
     judgements: Counter<u64>,
     deltas_records: Counter<u64>,
     deltas_bytes: Counter<u64>,
     call_duration: Histogram<f64>,
     token_usage: Histogram<u64>,
+    call_batch: Histogram<u64>,
     streamed: Streamed,
     call_wait: Histogram<f64>,
     call_extended: Counter<u64>,
@@ -60,11 +62,13 @@ impl Events {
         Self {
             cache_lookups: declared::CACHE_LOOKUPS.counter(meter),
             retrieved: declared::RETRIEVED.histogram_u64(meter),
+            reranked: declared::RERANKED.counter(meter),
             judgements: declared::JUDGEMENTS.counter(meter),
             deltas_records: declared::DELTAS_RECORDS.counter(meter),
             deltas_bytes: declared::DELTAS_BYTES.counter(meter),
             call_duration: declared::CALL_DURATION.histogram_f64(meter),
             token_usage: declared::TOKEN_USAGE.histogram_u64(meter),
+            call_batch: declared::CALL_BATCH.histogram_u64(meter),
             streamed: Streamed::new(meter, names),
             call_wait: declared::CALL_WAIT.histogram_f64(meter),
             call_extended: declared::CALL_EXTENDED.counter(meter),
@@ -84,6 +88,9 @@ impl Events {
             }
             Event::Retrieved { passages } => {
                 self.retrieved.record(u64::try_from(*passages).unwrap_or(u64::MAX), &[stage]);
+            }
+            Event::Reranked { outcome } => {
+                self.reranked.add(1, &[stage, KeyValue::new("outcome", *outcome)]);
             }
             Event::Judged { judgement } => {
                 self.judgements.add(1, &[stage, KeyValue::new("judgement", *judgement)]);
@@ -111,11 +118,13 @@ impl Events {
     fn called(&self, stage: KeyValue, called: &Called) {
         let mut labels = vec![
             stage,
-            // All that reports its calls is chat; another operation would have to say so in the event.
-            KeyValue::new("gen_ai.operation.name", "chat"),
+            KeyValue::new("gen_ai.operation.name", called.operation.as_str()),
             KeyValue::new("gen_ai.provider.name", self.providers.word(&called.provider)),
             KeyValue::new("gen_ai.request.model", self.models.word(&called.model)),
         ];
+        if let Some(texts) = called.texts {
+            self.call_batch.record(u64::try_from(texts).unwrap_or(u64::MAX), &labels);
+        }
         labels.extend(
             called
                 .response_model

@@ -85,6 +85,7 @@ const OVERHEAD_SECONDS: &[f64] =
     &[0.000_05, 0.000_1, 0.000_15, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.1, 1.0];
 /// From what somebody who looks on waits for, to an hour in which nothing was written.
 const FRESH_SECONDS: &[f64] = &[0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 900.0, 3600.0];
+const ITEMS: &[f64] = &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0];
 const PASSAGES: &[f64] = &[0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0];
 
 const STEP: &[&str] = &["stage", "operator"];
@@ -321,6 +322,14 @@ pub(crate) const RETRIEVED: Declared = Declared {
     meaning: "Passages found for a question. The bucket 0 counts the questions for which nothing was found.",
     ..LINE
 };
+pub(crate) const RERANKED: Declared = Declared {
+    name: "forebay.reranked.questions",
+    unit: "{question}",
+    labels: &["stage", "outcome"],
+    meaning: "Questions whose passages a reranker was to score, by outcome: `ok`, or the code of the error for which they kept the \
+              order in which they were found.",
+    ..LINE
+};
 pub(crate) const JUDGEMENTS: Declared = Declared {
     name: "forebay.judgements",
     unit: "{answer}",
@@ -406,6 +415,14 @@ pub(crate) const TIME_PER_OUTPUT_CHUNK: Declared = Declared {
     sometimes: &["gen_ai.response.model", "error.type"],
     only: Some(GenAi::Latest),
     meaning: "From each piece of a streamed answer to the next.",
+    ..LINE
+};
+pub(crate) const CALL_BATCH: Declared = Declared {
+    name: "forebay.call.batch.items",
+    kind: Kind::Histogram(ITEMS),
+    unit: "{item}",
+    labels: CALL,
+    meaning: "Texts that a try of a call brought for vectors (`embeddings`), or documents for scores (`rerank`).",
     ..LINE
 };
 pub(crate) const CALL_WAIT: Declared = Declared {
@@ -604,6 +621,7 @@ pub(crate) const DECLARED: &[Declared] = &[
     WORK_QUEUED,
     CACHE_LOOKUPS,
     RETRIEVED,
+    RERANKED,
     JUDGEMENTS,
     DELTAS_RECORDS,
     DELTAS_BYTES,
@@ -613,6 +631,7 @@ pub(crate) const DECLARED: &[Declared] = &[
     TPOT,
     TIME_TO_FIRST_CHUNK,
     TIME_PER_OUTPUT_CHUNK,
+    CALL_BATCH,
     CALL_WAIT,
     CALL_EXTENDED,
     CALL_OVERHEAD,

@@ -86,7 +86,7 @@ mod tests {
         pool::{Endpoint, EndpointModel},
         words,
     };
-    use forebay_operator::{Called, Event};
+    use forebay_operator::{Called, Event, Operation};
     use std::{
         collections::{BTreeMap, BTreeSet},
         time::Duration,
@@ -166,6 +166,17 @@ mod tests {
         })
     }
 
+    fn ranked() -> Event {
+        Event::Called(Called {
+            operation: Operation::Rerank,
+            texts: Some(32),
+            provider: "openai_compatible".to_owned(),
+            model: "ranker".to_owned(),
+            duration_us: 30_000,
+            ..Called::default()
+        })
+    }
+
     fn standing(endpoint: &str, name: &str, breaker: &'static str) -> Endpoint {
         let is_up = breaker == "closed";
         Endpoint {
@@ -210,6 +221,8 @@ mod tests {
         meter.seconds_of_work_queued(1.5);
         telemetry.observe("cache", &Event::CacheLookedUp { status: "hit" });
         telemetry.observe("retrieve", &Event::Retrieved { passages: 4 });
+        telemetry.observe("retrieve", &Event::Reranked { outcome: "ok" });
+        telemetry.observe("retrieve", &ranked());
         telemetry.observe("validate", &Event::Judged { judgement: "pass" });
         telemetry.delta("infer", 90, true);
         telemetry.delta("infer", 90, false);
@@ -302,6 +315,8 @@ mod tests {
             ("forebay_table_rejected_rows_total", &[("table", "outcomes")], 1.0),
             ("forebay_table_freshness_seconds_sum", &[("table", "outcomes")], 3.0),
             ("forebay_cache_lookups_total", &[("stage", "cache"), ("status", "hit")], 1.0),
+            ("forebay_reranked_questions_total", &[("stage", "retrieve"), ("outcome", "ok")], 1.0),
+            ("forebay_call_batch_items_sum", &[("gen_ai_operation_name", "rerank")], 32.0),
             ("forebay_deltas_bytes_total", &[("stage", "infer"), ("outcome", "sent")], 90.0),
             ("forebay_deltas_records_total", &[("stage", "infer"), ("outcome", "lost")], 1.0),
             ("gen_ai_client_operation_duration_seconds_sum", &[("error_type", "model_unavailable")], 1.1),

@@ -132,7 +132,7 @@ pub(crate) fn call(tracer: &SdkTracer, called: &Called) {
     // Clients may name it.
     let model = short(&called.model);
     let mut attributes = vec![
-        KeyValue::new("gen_ai.operation.name", "chat"),
+        KeyValue::new("gen_ai.operation.name", called.operation.as_str()),
         KeyValue::new("gen_ai.provider.name", called.provider.clone()),
         KeyValue::new("gen_ai.request.model", model.to_owned()),
     ];
@@ -149,7 +149,7 @@ pub(crate) fn call(tracer: &SdkTracer, called: &Called) {
     add("server.port", server.as_ref().and_then(Uri::port_u16).map(|port| i64::from(port).into()));
     add("error.type", called.error.map(Into::into));
     let started = UNIX_EPOCH + micros(called.started_at_us);
-    let builder = SpanBuilder::from_name(format!("chat {model}"))
+    let builder = SpanBuilder::from_name(format!("{} {model}", called.operation.as_str()))
         .with_kind(SpanKind::Client)
         .with_start_time(started)
         .with_attributes(attributes);

@@ -27,6 +27,17 @@ pub fn samples() -> Vec<Sample> {
             "grounded.json",
             Grounded { request: request(), retrieval: RETRIEVAL, passages: vec![passage()] },
         ),
+        written(
+            "grounded-reranked.json",
+            Grounded {
+                request: request(),
+                retrieval: Retrieval {
+                    rerank: Some(Rerank { candidates: 32, scored: Some(KEY.to_owned()) }),
+                    ..RETRIEVAL
+                },
+                passages: vec![passage()],
+            },
+        ),
         written("completion.json", completion()),
         written("ending.json", ending()),
         written("ending-unreadable.json", unreadable()),
@@ -102,7 +113,7 @@ pub fn samples() -> Vec<Sample> {
 const TEXT: &str = "# Returns\n\nSend it back within three days – unopened.\n";
 const QUOTE: &str = "Send it back within three days – unopened.";
 const KEY: &str = "9f2c0a4be1d75a3388f6c1d2e4b7a690";
-const RETRIEVAL: Retrieval = Retrieval { limit: 8, tokens_max: 2048 };
+const RETRIEVAL: Retrieval = Retrieval { limit: 8, tokens_max: 2048, rerank: None };
 
 const OPENAI: &str = r#"{"model": "gpt-5-mini", "messages": [
   {"role": "system", "content": "Answer in one sentence."},

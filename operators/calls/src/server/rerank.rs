@@ -27,10 +27,12 @@ pub(super) fn cohere<'a>(query: &'a str, documents: &'a [&'a str], model: &'a st
 pub(super) struct Tei<'a> {
     query: &'a str,
     texts: &'a [&'a str],
+    /// Or one text of many that is too long would cost all of them their scores.
+    truncate: bool,
 }
 
 pub(super) fn tei<'a>(query: &'a str, documents: &'a [&'a str]) -> Tei<'a> {
-    Tei { query, texts: documents }
+    Tei { query, texts: documents, truncate: true }
 }
 
 #[derive(Deserialize)]

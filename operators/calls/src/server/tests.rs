@@ -626,7 +626,8 @@ async fn vectors_and_scores_come_in_the_order_of_the_texts_or_not_at_all() {
     let tei = r#"[{"index":1,"score":0.75},{"index":0,"score":0.25}]"#;
     assert_eq!(numbers(Api::RerankTei, &rank, tei).await, Ok(vec![vec![0.25], vec![0.75]]));
     let (body, path, _) = sent(Api::RerankTei, &rank, Vllm::default(), "[]").await;
-    assert_eq!((body, path.as_str()), (json!({"query": "q", "texts": ["a", "b"]}), "/rerank"));
+    let wanted = json!({"query": "q", "texts": ["a", "b"], "truncate": true});
+    assert_eq!((body, path.as_str()), (wanted, "/rerank"));
     let (body, path, _) = sent(Api::Rerank, &rank, Vllm::default(), "[]").await;
     let wanted = json!({"model": "small", "query": "q", "documents": ["a", "b"], "top_n": 2});
     assert_eq!((body, path.as_str()), (wanted, "/v1/rerank"));

@@ -94,7 +94,8 @@ impl Up {
         let gone = CancellationToken::new();
         let chosen: Vec<&PlannedStep> =
             plan.steps.iter().filter(|step| stage.is_none_or(|stage| step.key == stage)).collect();
-        let client = models::model(&config).await?.used_by(&chosen);
+        models::check(&config, &plan, &chosen)?;
+        let client = models::client(&config).await?.used_by(&chosen);
         telemetry.watch_pool(client.endpoints());
         let serving = tokio::spawn(admin::serve(
             listener,
@@ -109,7 +110,7 @@ impl Up {
             Some(_) => topics::make(&kafka, &plan, &config).await?,
             None => topics::demand(&kafka, &plan, &config).await?,
         }
-        let resources = build::resources(&config, &plan, &cluster, client.model.clone()).await?;
+        let resources = build::resources(&config, &plan, &cluster, &client).await?;
         client.keep();
         let launch = Launch {
             kafka: &kafka,
@@ -118,8 +119,7 @@ impl Up {
             plan: &plan,
             steps: build::steps(chosen.iter().copied(), &resources)?,
             tables: build::tables(&plan, chosen.iter().copied(), &resources),
-            // The extractive model costs nothing: to ask it again is cheaper than to remember.
-            is_paid: !config.served.is_empty(),
+            is_paid: &|step| models::is_paid(&config, step),
             claims: build::claims(&config).await?,
             memory_bytes_max: config.memory_bytes,
             telemetry: &telemetry,

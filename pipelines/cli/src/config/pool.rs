@@ -94,11 +94,11 @@ impl PoolSettings {
     }
 }
 
-fn text<'a>(values: &'a BTreeMap<String, Sourced>, path: &str) -> &'a str {
+pub(super) fn text<'a>(values: &'a BTreeMap<String, Sourced>, path: &str) -> &'a str {
     values.get(path).map(|sourced| sourced.value.as_str()).unwrap_or_default()
 }
 
-fn one_of<T>(
+pub(super) fn one_of<T>(
     values: &BTreeMap<String, Sourced>,
     path: &str,
     expected: &str,

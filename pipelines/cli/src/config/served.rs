@@ -16,6 +16,12 @@ pub const ENDPOINTS: &str = "pool.endpoints.";
 /// What may be said of each.
 pub const FIELDS: [&str; 5] = ["url", "api", "model", "key_file", "vllm"];
 
+/// The words for APIs by which a text is asked for, the usual one first.
+const ANSWERING: &[(&str, Api)] =
+    &[("openai", Api::Chat), ("openai-responses", Api::Responses), ("anthropic", Api::Messages)];
+/// Those by which scores are.
+const RANKING: &[(&str, Api)] = &[("cohere", Api::Rerank), ("tei", Api::RerankTei)];
+
 /// One server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Served {
@@ -38,11 +44,7 @@ impl Served {
 
     /// All of them, those of `model.url` first.
     pub fn all(values: &BTreeMap<String, Sourced>) -> anyhow::Result<Vec<Self>> {
-        let urls = text(values, "model.url").split(',').map(str::trim).filter(|url| !url.is_empty());
-        let mut all = Vec::new();
-        for url in urls {
-            all.push(Self::of(values, None, "model", url)?);
-        }
+        let mut all = Self::listed(values, "model", ANSWERING)?;
         let names: BTreeSet<&str> = values
             .keys()
             .filter_map(|path| Some(path.strip_prefix(ENDPOINTS)?.rsplit_once('.')?.0))
@@ -53,9 +55,24 @@ impl Served {
             if url.is_empty() {
                 return Err(wrong(format!("{path} has no url; give one such as http://127.0.0.1:8000/v1")));
             }
-            all.push(Self::of(values, Some(name), &path, url)?);
+            all.push(Self::of(values, Some(name), &path, url, ANSWERING)?);
         }
         Ok(all)
+    }
+
+    /// Those that score passages.
+    pub fn reranking(values: &BTreeMap<String, Sourced>) -> anyhow::Result<Vec<Self>> {
+        Self::listed(values, "rerank", RANKING)
+    }
+
+    /// Servers of one kind.
+    fn listed(
+        values: &BTreeMap<String, Sourced>,
+        path: &str,
+        apis: &[(&str, Api)],
+    ) -> anyhow::Result<Vec<Self>> {
+        let urls = text(values, &format!("{path}.url")).split(',').map(str::trim);
+        urls.filter(|url| !url.is_empty()).map(|url| Self::of(values, None, path, url, apis)).collect()
     }
 
     fn of(
@@ -63,6 +80,7 @@ impl Served {
         name: Option<&str>,
         path: &str,
         url: &str,
+        apis: &[(&str, Api)],
     ) -> anyhow::Result<Self> {
         let at = |field: &str| format!("{path}.{field}");
         if !url.trim_end_matches('/').ends_with("/v1") {
@@ -77,23 +95,23 @@ impl Served {
             let (value, from) = (text(values, &at(field)), from(values, &at(field)));
             wrong(format!("{} is {value:?} (from {from}); it may be {expected}", at(field)))
         };
-        let api = match text(values, &at("api")) {
-            "" | "openai" => Api::Chat,
-            "openai-responses" => Api::Responses,
-            "anthropic" => Api::Messages,
-            _ => return Err(refused("api", "openai, openai-responses or anthropic")),
+        let known = match text(values, &at("api")) {
+            "" => apis.first(),
+            word => apis.iter().find(|(known, _)| *known == word),
         };
+        let words: Vec<&str> = apis.iter().map(|(word, _)| *word).collect();
+        let Some(&(_, api)) = known else { return Err(refused("api", &words.join(" or "))) };
         let vllm = vllm(text(values, &at("vllm")))
             .ok_or_else(|| refused("vllm", "cache_salt, priority, or both joined by a comma"))?;
         if vllm != Vllm::default() && api == Api::Messages {
             return Err(wrong(format!("{} has no effect with {}: anthropic", at("vllm"), at("api"))));
         }
-        let model = name.map(|_| text(values, &at("model"))).filter(|model| !model.is_empty());
+        let model = Some(text(values, &at("model")).to_owned()).filter(|model| !model.is_empty());
         Ok(Self {
             name: name.map(str::to_owned),
             url: url.to_owned(),
             api,
-            model: model.map(str::to_owned),
+            model,
             keys: keys(values, path)?,
             vllm,
         })
@@ -183,7 +201,7 @@ mod tests {
         let refused = |pairs: &[(&str, &str)]| read(pairs).unwrap_err();
         assert_eq!(
             refused(&[("model.url", "http://a/v1"), ("model.api", "claude")]),
-            "model.api is \"claude\" (from f.yaml:3); it may be openai, openai-responses or anthropic"
+            "model.api is \"claude\" (from f.yaml:3); it may be openai or openai-responses or anthropic"
         );
         assert!(
             refused(&[("model.url", "http://a/v1"), ("model.vllm", "salt")]).contains("cache_salt, priority")

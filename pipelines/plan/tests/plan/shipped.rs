@@ -41,6 +41,21 @@ fn a_step_reads_its_lanes_and_what_its_host_set_aside() {
 }
 
 #[test]
+fn a_step_has_a_ledger_where_its_settings_let_it_pay() {
+    let ledgers = |settings: &str| {
+        let text = read("answer.yaml").replace("{limit: 8}", settings);
+        let plan = plan("answer.yaml", &text, &Operators).unwrap_or_else(|faults| panic!("{faults}"));
+        let names = plan.topics().into_iter().map(|topic| topic.name);
+        names.filter(|name| name.starts_with("ledger.")).collect::<Vec<_>>()
+    };
+    let (usual, reranked) = (ledgers("{limit: 8}"), ledgers("{limit: 8, rerank: 32}"));
+    assert!(usual.iter().all(|name| name.starts_with("ledger.infer.")), "{usual:?}");
+    let of_retrieve: Vec<_> = reranked.iter().filter(|name| !usual.contains(name)).collect();
+    assert_eq!(of_retrieve.len(), usual.len(), "{reranked:?}");
+    assert!(of_retrieve.iter().all(|name| name.starts_with("ledger.retrieve.")), "{reranked:?}");
+}
+
+#[test]
 fn a_plan_finds_a_step_or_the_one_that_was_meant() {
     let plan = answer();
     let infer = plan.step("infer").unwrap();

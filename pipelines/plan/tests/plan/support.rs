@@ -25,7 +25,14 @@ const ROWS: &[Row] = &[
         &["CacheEntry", "Chunks"],
         &[],
     ),
-    ("retrieve", "Request", true, &[("grounded", "Grounded")], &["Chunks"], &[("limit", 100)]),
+    (
+        "retrieve",
+        "Request",
+        true,
+        &[("grounded", "Grounded")],
+        &["Chunks"],
+        &[("limit", 100), ("rerank", 50)],
+    ),
     (
         "infer",
         "Grounded",
@@ -55,13 +62,11 @@ impl Catalogue for Operators {
 
     fn describe(&self, operator: &str) -> Option<Description> {
         let (_, input, is_job, ports, tables, _) = ROWS.iter().find(|row| row.0 == operator)?;
-        Some(Description {
-            input,
-            is_job: *is_job,
-            is_paid: operator == "infer",
-            ports: ports.to_vec(),
-            tables: tables.to_vec(),
-        })
+        Some(Description { input, is_job: *is_job, ports: ports.to_vec(), tables: tables.to_vec() })
+    }
+
+    fn is_paid(&self, operator: &str, settings: &Value) -> bool {
+        operator == "infer" || settings.get("rerank").is_some()
     }
 
     fn check_settings(&self, operator: &str, settings: &Value) -> Vec<SettingsFault> {

@@ -76,7 +76,7 @@ impl Opened for Read<'_> {
                 // Tries made elsewhere stand in the envelope.
                 let attempt = attempt.max(i32::try_from(cx.envelope().attempts).unwrap());
                 *number.lock().unwrap() = attempt;
-                row(cx, attempt, "ambiguous")
+                Ok(row(cx, attempt, "ambiguous"))
             };
             let call = async {
                 let made = {

@@ -8,9 +8,11 @@
 //!
 //! Invariant: a try that was started leaves one row, however it ends; where nobody waited for its end, when this is dropped.
 
-use super::account::{Account, Away, word};
-use forebay_calls::{CallError, Class, Happening, Listener, Reply, Tried, TryId, Upstream};
-use forebay_operator::{Called, Context, Event, Failure, Stop};
+mod account;
+
+use account::{Account, Away, word};
+use forebay_calls::{CallError, Class, Happening, Listener, Reply, Task, Tried, TryId, Upstream};
+use forebay_operator::{Called, Context, Event, Failure, Operation, Stop};
 use forebay_schemas::{Attempt, NanoUsd};
 use futures::future::BoxFuture;
 use serde::{Deserialize, Serialize};
@@ -30,8 +32,10 @@ const GAPS_MAX: usize = 8_192;
 const CALLS_PER_TIER: u32 = 2;
 
 /// Listens to a call, or to the hedge beside it.
-pub(super) struct Rows<'a> {
+pub(crate) struct Rows<'a> {
     cx: &'a Context,
+    operation: Operation,
+    texts: Option<usize>,
     is_hedge: bool,
     tier: Mutex<Tier>,
     /// The number of the next try of both. A host that processes a record again has counted its earlier tries in the
@@ -94,10 +98,12 @@ struct Open {
 }
 
 impl<'a> Rows<'a> {
-    pub(super) fn new(cx: &'a Context) -> Self {
+    /// Of a call for this.
+    pub(crate) fn new(cx: &'a Context, task: &Task<'_>) -> Self {
         let next = Arc::new(AtomicU32::new(cx.envelope().attempts));
-        let tier = Mutex::default();
-        Self { cx, is_hedge: false, tier, next, account: Account::new(), open: Mutex::default() }
+        let (operation, texts, tier) = (task.operation(), task.texts(), Mutex::default());
+        let (account, open) = (Account::new(), Mutex::default());
+        Self { cx, operation, texts, is_hedge: false, tier, next, account, open }
     }
 
     fn asked(&self) -> MutexGuard<'_, Tier> {
@@ -110,7 +116,7 @@ impl<'a> Rows<'a> {
     }
 
     /// The call is over.
-    pub(super) fn over(&self) {
+    pub(crate) fn over(&self) {
         if let Some(duration) = self.account.rest() {
             self.cx.observe(&Event::CallOverhead { duration_us: micros(duration) });
         }
@@ -122,7 +128,7 @@ impl<'a> Rows<'a> {
     }
 
     /// The call was given up, for this reason.
-    pub(super) fn given_up(&self, stop: Stop) {
+    pub(crate) fn given_up(&self, stop: Stop) {
         self.close(Some(Failure::from(stop).code()));
     }
 
@@ -142,6 +148,8 @@ impl<'a> Rows<'a> {
     /// Tells whoever counts how a try ended.
     fn tell(&self, open: Open, row: &Attempt, response_model: Option<String>, error: Option<&'static str>) {
         self.cx.observe(&Event::Called(Called {
+            operation: self.operation,
+            texts: self.texts,
             provider: open.provider.to_owned(),
             traceparent: self.cx.envelope().traceparent.clone(),
             endpoint: open.endpoint,
@@ -239,10 +247,15 @@ impl Listener for Rows<'_> {
         let row = move |attempt: i32| {
             // A reading that crashed may have tried more often than the envelope says.
             let attempt = u32::try_from(attempt).unwrap_or(0);
-            let next = self.next.fetch_max(attempt, Ordering::Relaxed).max(attempt);
-            let mut row = self.row(&self.open(next, to), 0);
+            let counted = self.next.fetch_max(attempt, Ordering::Relaxed);
+            // That reading may have gone on without scores. With some, its passages would now be others, under the same id.
+            if self.operation == Operation::Rerank && counted < attempt {
+                let message = "scores were asked for before, in vain";
+                return Err(CallError::new(Class::Rejected, "tried_before", message));
+            }
+            let mut row = self.row(&self.open(counted.max(attempt), to), 0);
             "ambiguous".clone_into(&mut row.status);
-            row
+            Ok(row)
         };
         // What lies around the try is the ledger's.
         Box::pin(async move {
@@ -263,7 +276,9 @@ impl Listener for Rows<'_> {
     fn beside(&self) -> Option<Box<dyn Listener + '_>> {
         let next = Arc::clone(&self.next);
         let (account, tier) = (self.account.clone(), Mutex::new(self.asked().clone()));
-        let hedge = Rows { cx: self.cx, is_hedge: true, tier, next, account, open: Mutex::default() };
+        let Self { cx, operation, texts, .. } = *self;
+        let hedge =
+            Rows { cx, operation, texts, is_hedge: true, tier, next, account, open: Mutex::default() };
         (!self.is_hedge).then(|| Box::new(hedge) as Box<dyn Listener + '_>)
     }
 
@@ -339,6 +354,6 @@ fn count(tokens: u64) -> i64 {
     i64::try_from(tokens).unwrap_or(i64::MAX)
 }
 
-pub(super) fn micros(duration: Duration) -> i64 {
+pub(crate) fn micros(duration: Duration) -> i64 {
     i64::try_from(duration.as_micros()).unwrap_or(i64::MAX)
 }
