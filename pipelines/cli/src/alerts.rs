@@ -185,7 +185,7 @@ impl Watcher {
             let (kind, state) = (alert.kind.as_str(), alert.state.as_str());
             info!(id = alert.id, kind, state, holder = alert.holder, "alert");
             self.meter.told(kind, state);
-            if let Some(Err(_)) = self.hook.as_ref().map(|hook| hook.try_send(alert.clone())) {
+            if self.hook.as_ref().is_some_and(|hook| hook.try_send(alert.clone()).is_err()) {
                 warn!(id = alert.id, "the webhook is too slow; an alert is on its topic only");
                 self.meter.lost(1, Lost::Queue);
             }

@@ -147,9 +147,9 @@ pub fn check(config: &Config, plan: &Plan, chosen: &[&PlannedStep]) -> anyhow::R
 /// What the settings ask for.
 pub async fn client(config: &Config) -> anyhow::Result<Client> {
     let mut model: Arc<dyn Model> = Arc::new(Extractive);
-    let (mut reranker, mut pools) = (None, Vec::new());
+    let mut reranker = None;
     if config.served.is_empty() && config.rerank.is_none() {
-        return Ok(Client { model, reranker, pools, budgets: None });
+        return Ok(Client { model, reranker, pools: Vec::new(), budgets: None });
     }
     let prices = config.prices.read()?.map(Arc::new);
     let budgets = budgets(config, prices.clone()).await?.map(Arc::new);
@@ -159,19 +159,17 @@ pub async fn client(config: &Config) -> anyhow::Result<Client> {
         false => None,
     };
     let name = config.model.as_deref();
-    let mut making = Making { name, prices, allowances, shared, names: Names::default() };
+    let (names, pools) = Default::default();
+    let mut making = Making { name, prices, allowances, shared, names, pools };
     if !config.served.is_empty() {
-        let (answering, of_model) = making.answering(config)?;
-        model = answering;
-        pools.extend(of_model.into_iter().map(|pool| (Asks::Model, pool)));
+        model = making.answering(config)?;
     }
     if let Some(settings) = &config.rerank {
         let served: Vec<_> = settings.served.iter().collect();
-        let pool = Arc::new(making.pool(&served, &settings.pool)?);
+        let pool = making.pool(Asks::Reranker, &served, &settings.pool)?;
         reranker = Some(forebay_calls::client(making.parts(&pool, &settings.pool, &[])));
-        pools.push((Asks::Reranker, pool));
     }
-    Ok(Client { model, reranker, pools, budgets })
+    Ok(Client { model, reranker, pools: making.pools, budgets })
 }
 
 /// What all pools have in common.
@@ -182,33 +180,33 @@ struct Making<'c> {
     allowances: Option<Arc<dyn Allowances>>,
     shared: Option<SharedBy>,
     names: Names,
+    /// Those that were made.
+    pools: Vec<(Asks, Arc<Pool>)>,
 }
 
 impl Making<'_> {
-    /// What answers, and its pools.
-    fn answering(&mut self, config: &Config) -> anyhow::Result<(Arc<dyn Model>, Vec<Arc<Pool>>)> {
+    /// What answers.
+    fn answering(&mut self, config: &Config) -> anyhow::Result<Arc<dyn Model>> {
         let Some(settings) = &config.pool else {
             let server = server(&config.served[0], self.name)?;
             let model: Arc<dyn Model> =
                 Arc::new(Retry::new(priced(server, self.prices.clone()), Arc::default()));
-            let model: Arc<dyn Model> = match &self.allowances {
+            return Ok(match &self.allowances {
                 Some(allowances) => Arc::new(Allowed::new(model, allowances.clone())),
                 None => model,
-            };
-            return Ok((model, Vec::new()));
+            });
         };
         // Who stands in takes no other calls.
         let stands_in = |served: &Served| settings.fallbacks.iter().any(|fallback| fallback.is(served));
-        let first: Vec<_> = config.served.iter().filter(|served| !stands_in(served)).collect();
-        let mut pools = Vec::new();
+        let served: Vec<_> = config.served.iter().filter(|served| !stands_in(served)).collect();
+        let mut first = Vec::new();
         // Of each tier, or of all where there are none.
         let tiers = config.tiers.as_ref().map_or(vec![None], |tiers| tiers.models.iter().map(Some).collect());
         for tier in tiers {
             let serves = |served: &&&Served| tier.is_none_or(|tier| served.asks_for(self.name) == tier);
-            let served: Vec<_> = first.iter().filter(serves).copied().collect();
-            pools.push(Arc::new(self.pool(&served, settings)?));
+            let served: Vec<_> = served.iter().filter(serves).copied().collect();
+            first.push(self.pool(Asks::Model, &served, settings)?);
         }
-        let first = pools.clone();
         let mut fallbacks: Vec<Arc<dyn Model>> = Vec::new();
         for fallback in &settings.fallbacks {
             let served = match fallback {
@@ -229,19 +227,16 @@ impl Making<'_> {
             // Its breaker is its own; it wakes nobody.
             let settings = PoolSettings { starts_cold: false, wake_url: None, ..settings.clone() };
             let served = served.iter().collect::<Vec<_>>();
-            let pool = Arc::new(self.pool(&served, &settings)?);
-            pools.push(pool.clone());
-            fallbacks.push(pool);
+            fallbacks.push(self.pool(Asks::Model, &served, &settings)?);
         }
         let parts = |pool: &Arc<Pool>| self.parts(pool, settings, &fallbacks);
-        let model = match &config.tiers {
+        Ok(match &config.tiers {
             None => forebay_calls::client(parts(&first[0])),
             Some(tiers) => {
                 let named = tiers.models.iter().cloned().zip(first.iter().map(parts));
                 tiered(named.collect(), tiers.policy.clone())
             }
-        };
-        Ok((model, pools))
+        })
     }
 
     /// What a client of a pool is made of.
@@ -255,7 +250,12 @@ impl Making<'_> {
         }
     }
 
-    fn pool(&mut self, served: &[&Served], settings: &PoolSettings) -> anyhow::Result<Pool> {
+    fn pool(
+        &mut self,
+        asked: Asks,
+        served: &[&Served],
+        settings: &PoolSettings,
+    ) -> anyhow::Result<Arc<Pool>> {
         let Self { name, prices, shared, names, .. } = self;
         let endpoint = |served: &&Served| {
             let model = server(served, *name)?;
@@ -283,10 +283,12 @@ impl Making<'_> {
         // Endpoints of a pool serve one model, if under several names; the first one's is shown and stands in the cache's key.
         let name = endpoints.first().map(|endpoint| endpoint.model.name().to_owned()).unwrap_or_default();
         let pool = Pool::new(name, endpoints, Arc::new(rand::random::<f64>));
-        match &settings.wake_url {
-            Some(url) => Ok(pool.woken_by(Arc::new(Post::new(url)?))),
-            None => Ok(pool),
-        }
+        let pool = Arc::new(match &settings.wake_url {
+            Some(url) => pool.woken_by(Arc::new(Post::new(url)?)),
+            None => pool,
+        });
+        self.pools.push((asked, pool.clone()));
+        Ok(pool)
     }
 }
 
