@@ -102,7 +102,10 @@ const fn state(name: &'static str, meaning: &'static str, sql: &'static str) -> 
 const OUTCOMES: &[Rolled] = &[
     same("lane", "`interactive` or `backfill`."),
     same("model_requested", "The model that was wanted; null where that was left open."),
-    same("model_served", "The model that answered; null where the answer cache did."),
+    same(
+        "model_served",
+        "The model that answered, or that the answer cache had the answer from; null where none did.",
+    ),
     same("tier", "The tier that answered; null where there are no tiers."),
     same("provider", "Who served the model."),
     same("status", "answered, failed, expired, cancelled or blocked."),

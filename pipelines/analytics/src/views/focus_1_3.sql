@@ -25,7 +25,7 @@ SELECT
     'Tokens' AS "PricingUnit", -- Always Tokens.
     coalesce(provider, 'Not Applicable') AS "ProviderName", -- As ServiceProviderName, which took its place in 1.3.
     coalesce(provider, 'Not Applicable') AS "PublisherName", -- As ServiceProviderName.
-    model_served AS "ResourceId", -- The model that answered; null where the answer cache did.
+    model_served AS "ResourceId", -- The model that answered, or that the answer cache had the answer from; null where none did.
     'AI and Machine Learning' AS "ServiceCategory", -- Always AI and Machine Learning.
     coalesce(model_served, 'Not Applicable') AS "ServiceName", -- The model that answered.
     coalesce(provider, 'Not Applicable') AS "ServiceProviderName", -- Who served the model.

@@ -4,7 +4,7 @@ SELECT
     date, -- The day of `ended_at` in UTC.
     tenant, -- Whose requests they were.
     lane, -- `interactive` or `backfill`.
-    model_served AS model, -- The model that answered; null where the answer cache did.
+    model_served AS model, -- The model that answered, or that the answer cache had the answer from; null where none did.
     cache_status, -- hit, miss or bypass.
     sum(requests) AS answered, -- [requests] How many.
     pctl_merge(total_us_state, 0.5) AS total_p50_us, -- [µs] From accepted to ended: half took no longer.
