@@ -21,7 +21,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(120);
 
 /// Runs a command on a folder of its own to its end.
 fn run(arguments: &[&str]) -> Finished {

@@ -23,7 +23,7 @@ use std::{
     time::Duration,
 };
 
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(120);
 
 /// Forebay at work on a folder of its own, and a client of it.
 struct Site {

@@ -30,7 +30,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tokio::runtime::Runtime;
 
-const LIMIT: Duration = Duration::from_secs(30);
+const LIMIT: Duration = Duration::from_secs(120);
 /// Set: this process is a broker on that folder and not a test.
 const BROKER_DATA: &str = "FOREBAY_TEST_BROKER_DATA";
 const BROKER_PORT: &str = "FOREBAY_TEST_BROKER_PORT";

@@ -15,7 +15,7 @@ use forebay_tests::{
 use serde_json::{Value, json};
 use std::{collections::BTreeMap, time::Duration};
 
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(120);
 
 /// The series of `/metrics`, each with its value.
 fn metrics(up: &Up) -> BTreeMap<String, f64> {
