@@ -115,7 +115,8 @@ impl Launch<'_> {
         for (planned, step) in &self.steps {
             let kept = match planned.ledger.is_some() && (self.is_paid)(planned) {
                 true => {
-                    let log = KafkaLedger::new(self.kafka, sink.clone(), &site.groups(planned))?;
+                    let topics = site.ledgers(planned).into_values().collect();
+                    let log = KafkaLedger::new(self.kafka, sink.clone(), &site.groups(planned), topics)?;
                     Some(Kept { log: Arc::new(log), health: self.health.clone() })
                 }
                 false => None,

@@ -100,7 +100,7 @@ impl Site<'_> {
             (Some(ambiguous), Some(Kept { log, health })) => {
                 stage.with_ledgers(Arc::new(Ledgers::new(ledger::Parts {
                     log,
-                    topics: planned.ledgers().iter().map(|(of, to)| (self.name(of), self.name(to))).collect(),
+                    topics: self.ledgers(planned),
                     ambiguous_max: match ambiguous {
                         Ambiguous::Retry => AMBIGUOUS_MAX,
                         Ambiguous::Park => 0,
@@ -120,6 +120,11 @@ impl Site<'_> {
         let stage = stage.with_claims(Arc::clone(&self.claims), self.claimed(&topics));
         let once = self.written_once(planned);
         Arc::new(if once.is_empty() { stage } else { stage.with_once(Arc::new(Once::new(once))) })
+    }
+
+    /// From the full name of each input topic of a step to that of its ledger.
+    pub fn ledgers(&self, planned: &PlannedStep) -> BTreeMap<Arc<str>, Arc<str>> {
+        planned.ledgers().iter().map(|(of, to)| (self.name(of), self.name(to))).collect()
     }
 
     /// The consumer group of a step.

@@ -6,11 +6,12 @@ use forebay_plan::Channel;
 use forebay_runtime::{
     budget::Budget,
     drive::{Event, Progress, Source},
-    host::kafka::{Kafka, KafkaSettings, KafkaSource, ReadBounds, Reading},
+    host::kafka::{Kafka, KafkaLedger, KafkaSettings, KafkaSink, KafkaSource, ReadBounds, Reading},
+    ledger::Log as _,
     message::{Group, Input, Outgoing, Partition},
     once::{Known, Once},
 };
-use forebay_schemas::{Headers, header};
+use forebay_schemas::{EntryKind, Headers, LedgerEntry, header};
 use forebay_telemetry::{Health, Settings, Telemetry};
 use rdkafka::{
     message::{Header, OwnedHeaders},
@@ -23,6 +24,7 @@ use std::{
     time::{Duration, Instant},
 };
 use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
 
 const PARTITIONS: i32 = 4;
 
@@ -313,4 +315,38 @@ async fn a_member_that_leaves_in_the_middle_of_a_drain_leaves() {
     cluster.write("after").await;
     until(&mut [&mut second], "reading on", |members| members[0].has_read("after") == 4).await;
     assert_eq!(second.has_read("before"), 0, "what the first stored was committed before it ended");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_takes_a_ledger_over_has_heard_already_how_long_it_was_silent() {
+    let cluster = Cluster::start();
+    cluster.mock.create_topic("ledger", PARTITIONS, 1).unwrap();
+    let sink = KafkaSink::new(&cluster.kafka, CancellationToken::new()).unwrap();
+    let ledger = KafkaLedger::new(&cluster.kafka, sink, &[], vec!["ledger".into()]).unwrap();
+    let at = Partition { topic: "ledger".into(), number: 2 };
+    let write = async || {
+        let entry = LedgerEntry::of_lease(EntryKind::Renewed, "another", 0);
+        ledger.append(&at, &entry).await.unwrap()
+    };
+    let age = async || {
+        let chunk = ledger.read(&at, 0, usize::MAX).await.unwrap();
+        assert!(chunk.at_end && !chunk.entries.is_empty(), "{chunk:?}");
+        chunk.age
+    };
+    let written = Instant::now();
+    write().await;
+    // Nobody reads it meanwhile but these, and none of them takes as long.
+    let heard = timeout(LONG, async {
+        loop {
+            let age = age().await;
+            assert!(age <= written.elapsed(), "it is not older than it is");
+            if age > Duration::from_secs(2) {
+                return;
+            }
+        }
+    });
+    heard.await.expect("heard");
+    let written = Instant::now();
+    write().await;
+    assert!(age().await <= written.elapsed(), "whoever writes is not silent");
 }

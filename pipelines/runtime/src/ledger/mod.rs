@@ -69,7 +69,8 @@ pub struct Chunk {
     pub next: i64,
     /// Whether the partition ended there.
     pub at_end: bool,
-    /// How long all of it had been there, at least, when it was given: reading much takes a while.
+    /// How long all of it had been there, at least, when it was given, by a clock of this process: reading much takes a
+    /// while, and who has listened before knows of more.
     pub age: Duration,
 }
 
@@ -370,8 +371,7 @@ impl Account {
         match self.shared.log.read(&self.at, from, usize::MAX).await {
             Ok(Chunk { entries, next, at_end, age }) => {
                 let now = self.now();
-                // Not before it was asked for, whatever another clock says of its age.
-                let there_at = now.saturating_sub(age.as_millis().try_into().unwrap_or(0)).max(began);
+                let there_at = now.saturating_sub(age.as_millis().try_into().unwrap_or(0));
                 let (is_first, position) = {
                     let mut book = self.book();
                     let was_caught_up = book.is_caught_up() || book.is_released();

@@ -79,8 +79,8 @@ enum Task {
     Finished,
 }
 
-/// When a read began, when it is answered, what it gives, and the next offset.
-type Reading = (u64, u64, Vec<(i64, LedgerEntry)>, i64);
+/// When a read began, since when all that it gives was there, when it is answered, what it gives, and the next offset.
+type Reading = (u64, u64, u64, Vec<(i64, LedgerEntry)>, i64);
 
 struct Owner {
     book: Book,
@@ -114,6 +114,8 @@ struct World {
     dice: Dice,
     now: u64,
     log: Vec<Option<LedgerEntry>>,
+    /// When its last entry came.
+    last_entry_at: u64,
     owners: Vec<Owner>,
     /// Who the group says it is, or when somebody will be.
     assigned: Result<usize, u64>,
@@ -169,6 +171,7 @@ impl World {
             comes_at,
             now: 1_000,
             log: Vec::new(),
+            last_entry_at: 1_000,
             owners: Vec::new(),
             assigned: Err(1_000),
             committed: 0,
@@ -292,6 +295,7 @@ impl World {
                 if one.offset.is_none() && one.appended_at <= self.now {
                     one.offset = Some(i64::try_from(self.log.len()).unwrap());
                     self.log.push(Some(one.entry.clone()));
+                    self.last_entry_at = self.now;
                     let LedgerEntry { owner, source_offset, attempt, kind, .. } = one.entry.clone();
                     if let Some(key) =
                         source_offset.zip(attempt).map(|(record, number)| (owner, record, number))
@@ -357,11 +361,11 @@ impl World {
             }
         }
         let owner = &mut self.owners[number];
-        if let Some((began, until, entries, position)) = owner.reading.take() {
+        if let Some((began, there_at, until, entries, position)) = owner.reading.take() {
             if until <= self.now {
-                owner.book.read(entries, position, true, Times { began, there_at: began, now });
+                owner.book.read(entries, position, true, Times { began, there_at, now });
             } else {
-                owner.reading = Some((began, until, entries, position));
+                owner.reading = Some((began, there_at, until, entries, position));
                 return;
             }
         }
@@ -372,7 +376,13 @@ impl World {
                 let entries =
                     entries.filter_map(|(at, one)| Some((i64::try_from(at).unwrap(), one.clone()?)));
                 let end = i64::try_from(self.log.len()).unwrap();
-                owner.reading = Some((now, self.now + self.dice.log_ms(), entries.collect(), end));
+                // Half of them have listened, now and then, to where the log ends.
+                let heard_at = match self.dice.one_in(2) {
+                    true => self.last_entry_at + self.dice.below(1_000) + owner.clock_ms,
+                    false => now,
+                };
+                owner.reading =
+                    Some((now, heard_at.min(now), self.now + self.dice.log_ms(), entries.collect(), end));
             }
             Next::Renew if !owner.sent.iter().any(|one| one.entry.kind == EntryKind::Renewed) => {
                 let entry = self.entry(number, EntryKind::Renewed, None, None);

@@ -1,10 +1,13 @@
 //! Ledgers of paid calls as compacted topics.
 //!
 //! Entries are written by the producer of the process, acknowledged by all replicas. They are read by a consumer without
-//! an assignment of its own, on one thread a stage: a partition is assigned to it for as long as somebody reads it,
-//! so that a ledger which nobody asks about costs nothing.
+//! an assignment of its own, on one thread a stage: a partition is assigned to it for as long as somebody reads it.
 //!
-//! Invariant: a read that says that it came to the end gave everything that was there when it began.
+//! All other ledgers of the stage are only listened to: where each partition ends is asked for once a second, by one request to
+//! each broker. So who takes over from a process that died ten seconds ago has heard its silence already ([`Heard`]).
+//!
+//! Invariant: a read that says that it came to the end gave everything that was there when it began, and its age is never
+//! more than that of its newest entry.
 
 use super::{
     client::{Kafka, LogContext, SettingsError},
@@ -22,14 +25,16 @@ use rdkafka::{
     consumer::{BaseConsumer, Consumer},
     error::KafkaError,
     message::BorrowedMessage,
+    metadata::MetadataTopic,
+    topic_partition_list::TopicPartitionListElem,
 };
 use std::{
     collections::HashMap,
-    sync::mpsc,
+    sync::{Arc, mpsc},
     time::{Duration, Instant},
 };
 use tokio::sync::oneshot;
-use tracing::warn;
+use tracing::{debug, warn};
 
 /// How long the log may take to answer one question.
 const ANSWER_MAX: Duration = Duration::from_secs(10);
@@ -43,6 +48,15 @@ const READ_BYTES_MAX: usize = 8 << 20;
 /// How long the thread sleeps in a poll that brings nothing: the bound on how late it hears of the next read.
 const POLL: Duration = Duration::from_millis(10);
 
+/// How often ledgers are listened to, and how long their brokers may take to say where they end.
+const LISTEN_EVERY: Duration = Duration::from_secs(1);
+
+/// After how long without an answer nothing counts as heard.
+const DEAF_AFTER: Duration = Duration::from_secs(3);
+
+/// How often it is looked whether ledgers have got more partitions.
+const COUNT_EVERY: Duration = Duration::from_secs(60);
+
 /// The ledgers of a stage.
 pub struct KafkaLedger {
     sink: KafkaSink,
@@ -55,8 +69,13 @@ enum Asked {
 }
 
 impl KafkaLedger {
-    /// Ledgers of the stage whose consumer groups these are; `sink` writes them.
-    pub fn new(kafka: &Kafka, sink: KafkaSink, groups: &[Group]) -> Result<Self, SettingsError> {
+    /// Ledgers, by the full names of their topics, of the stage whose consumer groups these are; `sink` writes them.
+    pub fn new(
+        kafka: &Kafka,
+        sink: KafkaSink,
+        groups: &[Group],
+        topics: Vec<Arc<str>>,
+    ) -> Result<Self, SettingsError> {
         let mut config = kafka.reader_config();
         config.set("enable.partition.eof", "false");
         config.set("fetch.wait.max.ms", "20");
@@ -71,7 +90,15 @@ impl KafkaLedger {
             offsets.push((group.inputs.clone(), client(&config)?));
         }
         let (asked, asks) = mpsc::channel();
-        let reader = Reader { consumer, offsets, asks, reads: HashMap::new() };
+        let heard = Heard::default();
+        let ears = Ears {
+            topics,
+            partitions: TopicPartitionList::new(),
+            counted_at: None,
+            due: Instant::now(),
+            heard,
+        };
+        let reader = Reader { consumer, offsets, asks, reads: HashMap::new(), ears };
         let name = groups.first().map_or("", |group| &group.name);
         let thread = std::thread::Builder::new().name(format!("ledger {name}"));
         thread
@@ -129,9 +156,9 @@ struct Read {
     chunk: Chunk,
     bytes: usize,
     entries_max: usize,
-    /// Where the partition ended when the read began, and when that was heard.
+    /// Where the partition ended when the read began, and a moment when it ended there already.
     end: i64,
-    asked: Instant,
+    there_at: Instant,
     until: Instant,
     answer: oneshot::Sender<Result<Chunk, String>>,
 }
@@ -142,14 +169,21 @@ struct Reader {
     offsets: Vec<(Vec<Input>, BaseConsumer<LogContext>)>,
     asks: mpsc::Receiver<Asked>,
     reads: HashMap<Partition, Read>,
+    ears: Ears,
 }
 
 impl Reader {
     fn run(mut self) {
         loop {
-            // With nothing under way it sleeps until it is asked.
+            self.ears.listen(&self.consumer);
+            // With nothing under way it sleeps until it is asked, or listens again.
             let asked = match self.reads.is_empty() {
-                true => self.asks.recv().map_err(|_| mpsc::TryRecvError::Disconnected),
+                true => match self.asks.recv_timeout(self.ears.due.saturating_duration_since(Instant::now()))
+                {
+                    Err(mpsc::RecvTimeoutError::Timeout) => continue,
+                    Err(mpsc::RecvTimeoutError::Disconnected) => return,
+                    Ok(asked) => Ok(asked),
+                },
                 false => self.asks.try_recv(),
             };
             match asked {
@@ -195,9 +229,10 @@ impl Reader {
                     let _ = answer.send(Ok(chunk));
                     return;
                 }
-                let asked = Instant::now();
-                let until = asked + READ_MAX;
-                self.reads.insert(at, Read { chunk, bytes: 0, entries_max, end, asked, until, answer });
+                let now = Instant::now();
+                let there_at = self.ears.heard.since(&at, end, now).unwrap_or(now);
+                let until = now + READ_MAX;
+                self.reads.insert(at, Read { chunk, bytes: 0, entries_max, end, there_at, until, answer });
             }
             Err(fault) => {
                 let _ = answer.send(Err(fault.to_string()));
@@ -246,12 +281,97 @@ impl Reader {
         }
         read.chunk.at_end = read.chunk.next >= read.end;
         // Nothing is read beyond the end as it was then.
-        read.chunk.age = read.asked.elapsed();
+        read.chunk.age = read.there_at.elapsed();
         let nothing = read.chunk.entries.is_empty() && !read.chunk.at_end;
         let _ = read.answer.send(match nothing {
             true => Err(format!("nothing came within {} s", READ_MAX.as_secs())),
             false => Ok(read.chunk),
         });
+    }
+}
+
+/// What listens to where the ledgers of a stage end.
+struct Ears {
+    topics: Vec<Arc<str>>,
+    /// All their partitions, as they were counted last.
+    partitions: TopicPartitionList,
+    counted_at: Option<Instant>,
+    /// When they are listened to next.
+    due: Instant,
+    heard: Heard,
+}
+
+impl Ears {
+    /// Asks where all partitions end, if it is time.
+    fn listen(&mut self, consumer: &BaseConsumer<LogContext>) {
+        if Instant::now() < self.due {
+            return;
+        }
+        match self.ends(consumer) {
+            Ok(ends) => {
+                let now = Instant::now();
+                self.heard.note(now, ends);
+                self.due = now + LISTEN_EVERY;
+            }
+            Err(fault) => {
+                // Nothing is lost but time at the next takeover, and a broker that is away keeps reads from their turn.
+                debug!(error = %fault, "could not listen to ledgers");
+                self.due = Instant::now() + DEAF_AFTER;
+            }
+        }
+    }
+
+    fn ends(&mut self, consumer: &BaseConsumer<LogContext>) -> Result<Vec<(Partition, i64)>, KafkaError> {
+        if self.counted_at.is_none_or(|at| at.elapsed() >= COUNT_EVERY) {
+            let mut all = TopicPartitionList::new();
+            for topic in &self.topics {
+                let metadata = consumer.fetch_metadata(Some(topic), LISTEN_EVERY)?;
+                for partition in metadata.topics().iter().flat_map(MetadataTopic::partitions) {
+                    all.add_partition_offset(topic, partition.id(), Offset::End)?;
+                }
+            }
+            (self.partitions, self.counted_at) = (all, Some(Instant::now()));
+        }
+        if self.partitions.count() == 0 {
+            return Ok(Vec::new());
+        }
+        let ends = consumer.offsets_for_times(self.partitions.clone(), LISTEN_EVERY)?;
+        let end = |one: &TopicPartitionListElem<'_>| match (one.error(), one.offset()) {
+            (Ok(()), Offset::Offset(end)) => {
+                Some((Partition { topic: one.topic().into(), number: one.partition() }, end))
+            }
+            _ => None,
+        };
+        Ok(ends.elements().iter().filter_map(end).collect())
+    }
+}
+
+/// Since when partitions have ended where they end: how long whoever writes there has been silent.
+///
+/// What counts is time in which the log answered. Where it did not, whoever is alive could not have been heard.
+#[derive(Default)]
+struct Heard {
+    ends: HashMap<Partition, (i64, Instant)>,
+    last: Option<Instant>,
+}
+
+impl Heard {
+    /// Partitions ended here when, at this moment, the answer came.
+    fn note(&mut self, now: Instant, ends: impl IntoIterator<Item = (Partition, i64)>) {
+        self.ends = ends
+            .into_iter()
+            .map(|(at, end)| {
+                let since = self.since(&at, end, now).unwrap_or(now);
+                (at, (end, since))
+            })
+            .collect();
+        self.last = Some(now);
+    }
+
+    /// A moment when a partition that ends here now did so already.
+    fn since(&self, at: &Partition, end: i64, now: Instant) -> Option<Instant> {
+        self.last.filter(|last| now.saturating_duration_since(*last) < DEAF_AFTER)?;
+        self.ends.get(at).filter(|(heard, _)| *heard == end).map(|(_, since)| *since)
     }
 }
 
@@ -279,4 +399,38 @@ fn take(reads: &mut HashMap<Partition, Read>, message: &BorrowedMessage<'_>) -> 
     read.chunk.next = message.offset() + 1;
     let enough = read.bytes >= READ_BYTES_MAX || read.chunk.entries.len() >= read.entries_max;
     (read.chunk.next >= read.end || enough).then_some(at)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ledger(number: i32) -> Partition {
+        Partition { topic: "ledger".into(), number }
+    }
+
+    #[test]
+    fn silence_counts_from_when_an_end_was_first_heard() {
+        let (start, mut heard) = (Instant::now(), Heard::default());
+        let at = |seconds| start + Duration::from_secs(seconds);
+        assert_eq!(heard.since(&ledger(0), 7, start), None, "before anything was heard");
+        heard.note(at(0), [(ledger(0), 7), (ledger(1), 1)]);
+        heard.note(at(1), [(ledger(0), 7), (ledger(1), 2)]);
+        heard.note(at(2), [(ledger(0), 7), (ledger(1), 2)]);
+        assert_eq!(heard.since(&ledger(0), 7, at(3)), Some(at(0)));
+        assert_eq!(heard.since(&ledger(1), 2, at(3)), Some(at(1)));
+        assert_eq!(heard.since(&ledger(0), 8, at(3)), None, "somebody wrote since");
+        assert_eq!(heard.since(&ledger(2), 0, at(3)), None, "nobody listened there");
+    }
+
+    #[test]
+    fn what_a_log_that_was_away_did_not_say_is_no_silence() {
+        let (start, mut heard) = (Instant::now(), Heard::default());
+        let at = |seconds| start + Duration::from_secs(seconds);
+        heard.note(at(0), [(ledger(0), 7)]);
+        assert_eq!(heard.since(&ledger(0), 7, at(2)), Some(at(0)));
+        assert_eq!(heard.since(&ledger(0), 7, at(3)), None, "it has not answered for too long");
+        heard.note(at(9), [(ledger(0), 7)]);
+        assert_eq!(heard.since(&ledger(0), 7, at(10)), Some(at(9)), "and counts anew");
+    }
 }
