@@ -54,6 +54,9 @@ struct Store {
     clock: Clock,
 }
 
+/// What an entry takes in the cache beside its key and value: measured with 400,000 of them in moka 0.12 and glibc's allocator, 470.
+const ENTRY_BYTES: usize = 470;
+
 #[derive(Clone)]
 struct Entry {
     value: Bytes,
@@ -70,7 +73,7 @@ impl Embedded {
         let cache = Cache::builder()
             .max_capacity(options.cache_bytes)
             .weigher(|key: &String, entry: &Entry| {
-                u32::try_from(key.len() + entry.value.len()).unwrap_or(u32::MAX)
+                u32::try_from(key.len() + entry.value.len() + ENTRY_BYTES).unwrap_or(u32::MAX)
             })
             .build();
         let store = Arc::new(Store {
