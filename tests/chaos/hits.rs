@@ -82,11 +82,12 @@ fn every_request_has_one_result_whoever_is_killed() {
         processes.push((stage, site.member(stage)));
     }
     caught_up(&mut results, written);
-    let recovered = recoveries(&site, &mut results, &mut written, &mut processes, &mut dice, steady);
+    let note = || vitals.push(Vitals::of(survivor.process.id()));
+    let recovered = recoveries(&site, &mut results, &mut written, &mut processes, &mut dice, steady, note);
     drains.extend(processes.iter_mut().map(|(_, process)| drain(process)));
     vitals.push(Vitals::of(survivor.process.id()));
     let (early, last) = (&vitals[vitals.len() * 2 / 3], &vitals[vitals.len() - 1]);
-    println!("the survivor after two thirds of the hits: {early:?}, at the end: {last:?}");
+    println!("the survivor after two thirds of all: {early:?}, at the end: {last:?}");
     println!("{} ends after SIGTERM, the longest {:?}", drains.len(), drains.iter().max());
     println!("{:#?}", site.check(&mut results, written, frozen * ON_ITS_WAY_MAX));
     let is_asked = std::env::var_os("FOREBAY_CHAOS_RECOVERY").is_some();
@@ -114,7 +115,7 @@ fn recovery() -> Duration {
 }
 
 /// Kills a process of one step after the other while requests come at a part of the rate at which they can be worked off, and tells
-/// how long it took each time until no more were under way than before.
+/// how long it took each time until no more were under way than before. `note` is called after each.
 fn recoveries(
     site: &Site,
     results: &mut Reader,
@@ -122,6 +123,7 @@ fn recoveries(
     processes: &mut Vec<(&'static str, Running)>,
     dice: &mut Dice,
     kills: usize,
+    mut note: impl FnMut(),
 ) -> Vec<Duration> {
     // All groups are settled by the end of the burst.
     let begin = Instant::now();
@@ -143,6 +145,7 @@ fn recoveries(
             "{stage} killed: {level} under way before, {most} at most after it, as before after {last:?}"
         );
         recovered.push(last);
+        note();
     }
     caught_up(results, *written);
     recovered
