@@ -64,17 +64,10 @@ async fn killed_while_it_rolls_days_up_or_raced_at_it_each_row_is_counted_once()
     world.write(200).await;
     let mut sinks = ["one", "other"].map(|group| world.sink(group, &[], Some("nowhere:1")));
     for sink in &mut sinks {
-        let mut told = BufReader::new(sink.stderr.take().unwrap()).lines();
-        loop {
-            let line = timeout(LIMIT, told.next_line()).await.expect("it looks after files").unwrap();
-            let line = line.expect("it runs until it is told to leave");
-            if line.contains("attempts") && (line.contains("looked after") || line.contains("to look after"))
-            {
-                break;
-            }
-        }
-        // It writes on into a pipe that is read to its end.
-        tokio::spawn(async move { while let Ok(Some(_)) = told.next_line().await {} });
+        let mut told = Told::by(sink);
+        let done = ["looked after", "to look after"];
+        told.until(|line| line.contains("attempts") && done.iter().any(|done| line.contains(done))).await;
+        told.let_go();
     }
     for sink in &mut sinks {
         terminate(sink);
