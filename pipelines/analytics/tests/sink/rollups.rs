@@ -78,3 +78,20 @@ async fn killed_while_it_rolls_days_up_or_raced_at_it_each_row_is_counted_once()
     assert_eq!(world.check_stored().await, 3);
     world.check_counts().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sink_that_is_run_once_leaves_days_joined_and_rolled_up() {
+    let mut world = World::new().await;
+    for (group, rows) in [("first", 60), ("second", 90)] {
+        world.write(rows).await;
+        assert!(world.to_the_end(group, None).await.success());
+        assert_eq!((world.files().await, world.check_stored().await), (3, 3), "a file a day");
+        world.check().await;
+        world.check_counts().await;
+    }
+    world.write(60).await;
+    let mut sink = world.sink("third", &["--once", "--without-compaction"], None);
+    assert!(timeout(LIMIT, sink.wait()).await.expect("the sink ends").unwrap().success());
+    assert!(world.files().await > 3, "they are left as they are");
+    world.check().await;
+}
