@@ -12,6 +12,7 @@ mod lane;
 
 use crate::{
     compact::{self, Compacted},
+    kafka_table::{patiently, ranges},
     lake, rollup,
     settings::{Settings, SettingsError},
     table::Table,
@@ -23,7 +24,7 @@ use forebay_runtime::{
     crash::crash_point,
     drive::{Event, Progress, Source as _},
     host::kafka::{
-        Kafka, KafkaSink, KafkaSource, LogContext, ReadBounds, Reading, SettingsError as KafkaError,
+        Kafka, KafkaSink, KafkaSource, ReadBounds, Reading, SettingsError as KafkaError, TopicIds,
         TopicIdsError, UnreachableError,
         topics::{TopicsError, existing},
     },
@@ -33,7 +34,6 @@ use forebay_schemas::topics;
 use forebay_telemetry::{Health, StartError, Telemetry, admin};
 use futures::future::join_all;
 use lane::{Gap, Lane};
-use rdkafka::consumer::{BaseConsumer, Consumer as _};
 use std::{
     collections::BTreeMap,
     sync::Arc,
@@ -245,6 +245,8 @@ async fn keep(kind: Table, table: &mut DeltaTable, sweeps: bool) -> Result<Compa
 
 struct Sink {
     kafka: Kafka,
+    /// Kept: an admin client takes a tenth of a second to end, and each flush asks.
+    topic_ids: Arc<TopicIds>,
     cluster: Arc<str>,
     source: KafkaSource,
     lanes: BTreeMap<Arc<str>, Lane>,
@@ -316,6 +318,7 @@ impl Sink {
         let name = settings.group.clone().unwrap_or_else(|| settings.topic("sink"));
         let source = KafkaSource::join(&kafka, &[Group { name, inputs }], reading)?;
         Ok(Self {
+            topic_ids: Arc::new(TopicIds::new(&kafka)?),
             kafka,
             cluster,
             source,
@@ -528,7 +531,7 @@ impl Sink {
 
     async fn try_find(&mut self) -> Result<(), Error> {
         // Asked anew each time: a topic that was made anew has another id, and begins anew.
-        let ids = anew::ids(&self.kafka, self.lanes.keys()).await?;
+        let ids = anew::ids(&self.topic_ids, self.lanes.keys()).await?;
         let cluster = Arc::clone(&self.cluster);
         for (topic, lane) in self.lanes.iter_mut().filter(|(_, lane)| lane.has_unknown()) {
             let Some(id) = ids.get(&**topic) else { continue };
@@ -553,9 +556,9 @@ impl Sink {
             return;
         }
         self.ask_at = Instant::now() + ASK_EVERY;
-        let (kafka, cluster, lanes) = (&self.kafka, &self.cluster, &mut self.lanes);
+        let (kafka, asked, cluster, lanes) = (&self.kafka, &self.topic_ids, &self.cluster, &mut self.lanes);
         let flushing = async {
-            anew::renew(kafka, cluster, lanes).await?;
+            anew::renew(kafka, asked, cluster, lanes).await?;
             let due = lanes.iter_mut().filter(|(_, lane)| which(lane));
             let due = due.map(|(topic, lane)| async { (Arc::clone(topic), lane.flush(now_ms).await) });
             Ok::<_, Error>(join_all(due).await)
@@ -591,16 +594,10 @@ impl Sink {
 
     /// Messages are missing where a partition begins: forgotten by its topic, or never there.
     async fn tell_gap(&self, topic: &Arc<str>, gap: Gap) {
-        let (kafka, name) = (self.kafka.clone(), topic.to_string());
-        let low = tokio::task::spawn_blocking(move || {
-            let reader: BaseConsumer<LogContext> = kafka.reader_config().create_with_context(LogContext)?;
-            reader.fetch_watermarks(&name, gap.partition, KAFKA_WAIT)
-        });
-        let low = match low.await {
-            Ok(Ok((low, _))) => low,
-            // Not known: said as the worst that it may be.
-            _ => gap.found,
-        };
+        let ranges = patiently(&self.kafka, topic, ranges).await.ok().and_then(Result::ok);
+        let found = ranges.iter().flatten().find(|range| range.partition == gap.partition);
+        // Not known: said as the worst that it may be.
+        let low = found.map_or(gap.found, |range| range.from);
         if low > gap.expected {
             let lost = low.min(gap.found) - gap.expected;
             error!(topic = %topic, partition = gap.partition, table_ends = gap.expected, topic_begins = low, lost,
@@ -613,26 +610,15 @@ impl Sink {
 
     /// Where the topics end now.
     async fn ends(&self) -> Result<Ends, Error> {
-        let (kafka, names) = (self.kafka.clone(), self.lanes.keys().cloned().collect::<Vec<_>>());
-        tokio::task::spawn_blocking(move || {
-            let there = existing(&kafka, KAFKA_WAIT)?;
-            let fault = |topic: &str| {
-                let topic = topic.to_owned();
-                move |source| Error::Ends { topic, source }
-            };
-            let reader: BaseConsumer<LogContext> =
-                kafka.reader_config().create_with_context(LogContext).map_err(fault("of any name"))?;
-            let mut ends = Ends::new();
-            for topic in names {
-                for partition in 0..there.get(&*topic).copied().unwrap_or_default() {
-                    let marks =
-                        reader.fetch_watermarks(&topic, partition, KAFKA_WAIT).map_err(fault(&topic))?;
-                    ends.insert((Arc::clone(&topic), partition), marks);
-                }
-            }
-            Ok(ends)
-        })
-        .await?
+        let mut ends = Ends::new();
+        for topic in self.lanes.keys() {
+            let ranges = patiently(&self.kafka, topic, ranges).await?;
+            let ranges = ranges.map_err(|source| Error::Ends { topic: topic.to_string(), source })?;
+            ends.extend(
+                ranges.iter().map(|range| ((Arc::clone(topic), range.partition), (range.from, range.to))),
+            );
+        }
+        Ok(ends)
     }
 
     /// Whether all is written that was there at the start, as far as it is ours to write.
