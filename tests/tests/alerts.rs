@@ -12,7 +12,7 @@ use axum::{
 };
 use forebay_schemas::{Alert, AlertKind, AlertState, Outcome, Record as _};
 use forebay_tests::{
-    Client, free_port,
+    Client, Running, free_port,
     model::{ModelServer, Says},
     product::{Finished, Up, command, finish},
     services, wait_for,
@@ -208,5 +208,35 @@ fn of_two_processes_that_share_counters_one_tells_and_the_other_takes_over() {
     let alerts = told(&client, "the second part of the budget", |alerts| alerts.len() > 1);
     assert_eq!(alerts.iter().map(|alert| alert.threshold).collect::<Vec<_>>(), [1_000_000, 2_000_000]);
     assert_eq!(alerts[0].id, alerts[1].id, "one alert, of two parts");
+    up.drain();
+}
+
+#[test]
+fn an_alert_that_was_told_is_posted_wherever_a_process_is_killed() {
+    let data = tempfile::tempdir().unwrap();
+    let (model, hook) = (ModelServer::start(|_| Says::Text("It is so.".to_owned())), Hook::start());
+    let more =
+        format!("budgets: ['* 0.01 USD/day']\nalerts: {{cap: 1%, forecast: off, webhook: '{}'}}\n", hook.url);
+    let config = settings(data.path(), &model, &more);
+    let process = |crash_at: &str| {
+        let all = ["up", "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--config", config.as_str()];
+        Running::start("forebay up", command(data.path(), &all).env("FOREBAY_CRASH_AT", crash_at))
+    };
+    let mut up = Up::of("forebay up", process("alerts.told:1"));
+    up.client().ask(json!({"id": "q", "tenant": "acme", "prompt": "What is q?", "max_tokens": 10}));
+    // At the end of the minute.
+    up.process.ended(LIMIT);
+    assert!(hook.posts.0.lock().unwrap().is_empty(), "it was killed before it was posted");
+    // At the second try it is taken, and its process killed before it has stored that.
+    process("alerts.posted:1").ended(LIMIT);
+    let up = Up::of("forebay up", process("nowhere:1"));
+    let posts = wait_for("the post by the next process", LIMIT, || {
+        Some(hook.posts.0.lock().unwrap().clone()).filter(|posts| posts.len() > 2)
+    });
+    let alert = told(&up.client(), "the alert", |alerts| !alerts.is_empty()).remove(0);
+    for (headers, body) in &posts[..3] {
+        assert_eq!(body["id"], json!(alert.id));
+        assert_eq!(headers["idempotency-key"], posts[0].0["idempotency-key"]);
+    }
     up.drain();
 }
