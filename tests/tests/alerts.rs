@@ -62,11 +62,10 @@ async fn taken(State(posts): State<Posts>, headers: HeaderMap, Json(body): Json<
 
 /// Asks for an answer of so many tokens, as nobody has before.
 fn ask(client: &Client, id: &str, max_tokens: u32) -> Value {
-    let cache = json!({"no_cache": true, "no_store": true});
-    let prompt = format!("What is {id}?");
-    let request =
-        json!({"id": id, "tenant": "acme", "prompt": prompt, "max_tokens": max_tokens, "cache": cache});
-    client.ask(request);
+    client.ask(json!({
+        "id": id, "tenant": "acme", "job": "nightly", "prompt": format!("What is {id}?"), "max_tokens": max_tokens,
+        "cache": {"no_cache": true, "no_store": true},
+    }));
     client.read("results").of_key(id, LIMIT).json()
 }
 
@@ -118,7 +117,7 @@ fn who_spends_is_told_of_and_counters_agree_with_tables_until_some_are_lost() {
     let data = tempfile::tempdir().unwrap();
     let (model, hook) = (ModelServer::start(|_| Says::Text("It is so.".to_owned())), Hook::start());
     let more = format!(
-        "budgets: ['* 0.1 USD/day', 'all 100 USD/month']\n\
+        "budgets: ['* 0.1 USD/day', 'job nightly 1 USD/day', 'all 100 USD/month']\n\
          alerts: {{rate: 0.0002 USD/minute, cap: '1%,100%', webhook: '{}'}}\n",
         hook.url
     );
@@ -162,7 +161,11 @@ fn who_spends_is_told_of_and_counters_agree_with_tables_until_some_are_lost() {
         rows.iter().map(|row| (&row["holder"], &row["used"], &row["held"], &row["refused"])).collect();
     let used = json!(10 * CALL_NANO_USD);
     let (none, one) = (json!(0), json!(1));
-    assert_eq!(stood, [(&json!("tenant"), &used, &none, &one), (&json!("all"), &used, &none, &none)]);
+    let [tenant, job, all] = ["tenant", "job", "all"].map(|holder| json!(holder));
+    assert_eq!(
+        stood,
+        [(&tenant, &used, &none, &one), (&job, &used, &none, &none), (&all, &used, &none, &none)]
+    );
 
     let outcome = up.client().read("outcomes").of_key("q0", LIMIT);
     let date = Outcome::decode(outcome.value.as_deref().unwrap()).unwrap().date;
@@ -170,7 +173,7 @@ fn who_spends_is_told_of_and_counters_agree_with_tables_until_some_are_lost() {
     let agreed =
         wait_for("the rows in their table", LIMIT, || Some(drift(&up)).filter(|(ended, _)| ended.code == 0));
     let drifts: Vec<_> = agreed.1.iter().map(|row| (&row["log_answered"], &row["drift"])).collect();
-    assert_eq!(drifts, [(&used, &none), (&used, &none)]);
+    assert_eq!(drifts, [(&used, &none); 3]);
     up.drain();
 
     // A process that counts for itself begins at 0.

@@ -157,6 +157,8 @@ fn row(owner: &str, number: i32) -> Attempt {
         cached_read_tokens: None,
         cached_write_tokens: None,
         reasoning_tokens: None,
+        key_id: None,
+        job: None,
     }
 }
 
