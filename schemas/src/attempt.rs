@@ -51,4 +51,8 @@ row! {
     cached_write_tokens: Option<i64> ["tokens"],
     /// Of the output, tokens of reasoning; null where the provider does not say.
     reasoning_tokens: Option<i64> ["tokens"],
+    /// The id of the API key by which was asked; null where the request names none.
+    key_id: Option<String>,
+    /// The job that the request belongs to, of its tenant's; null where it names none.
+    job: Option<String>,
 }

@@ -334,6 +334,8 @@ mod any_record {
             option::of(text()),
             any::<Option<i32>>(),
             option::of(text()),
+            option::of(text()),
+            option::of(text()),
         );
         (names, wanted, maybe, any::<[Option<i64>; 7]>()).prop_map(|(names, wanted, maybe, numbers)| {
             Attempt {
@@ -360,6 +362,8 @@ mod any_record {
                 cached_read_tokens: numbers[4],
                 cached_write_tokens: numbers[5],
                 reasoning_tokens: numbers[6],
+                key_id: maybe.5,
+                job: maybe.6,
             }
         })
     }

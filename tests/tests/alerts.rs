@@ -12,7 +12,7 @@ use axum::{
 };
 use forebay_schemas::{Alert, AlertKind, AlertState, Outcome, Record as _};
 use forebay_tests::{
-    Client, free_port,
+    Client, Running, free_port,
     model::{ModelServer, Says},
     product::{Finished, Up, command, finish},
     services, wait_for,
@@ -62,11 +62,10 @@ async fn taken(State(posts): State<Posts>, headers: HeaderMap, Json(body): Json<
 
 /// Asks for an answer of so many tokens, as nobody has before.
 fn ask(client: &Client, id: &str, max_tokens: u32) -> Value {
-    let cache = json!({"no_cache": true, "no_store": true});
-    let prompt = format!("What is {id}?");
-    let request =
-        json!({"id": id, "tenant": "acme", "prompt": prompt, "max_tokens": max_tokens, "cache": cache});
-    client.ask(request);
+    client.ask(json!({
+        "id": id, "tenant": "acme", "job": "nightly", "prompt": format!("What is {id}?"), "max_tokens": max_tokens,
+        "cache": {"no_cache": true, "no_store": true},
+    }));
     client.read("results").of_key(id, LIMIT).json()
 }
 
@@ -118,7 +117,7 @@ fn who_spends_is_told_of_and_counters_agree_with_tables_until_some_are_lost() {
     let data = tempfile::tempdir().unwrap();
     let (model, hook) = (ModelServer::start(|_| Says::Text("It is so.".to_owned())), Hook::start());
     let more = format!(
-        "budgets: ['* 0.1 USD/day', 'all 100 USD/month']\n\
+        "budgets: ['* 0.1 USD/day', 'job nightly 1 USD/day', 'all 100 USD/month']\n\
          alerts: {{rate: 0.0002 USD/minute, cap: '1%,100%', webhook: '{}'}}\n",
         hook.url
     );
@@ -162,7 +161,11 @@ fn who_spends_is_told_of_and_counters_agree_with_tables_until_some_are_lost() {
         rows.iter().map(|row| (&row["holder"], &row["used"], &row["held"], &row["refused"])).collect();
     let used = json!(10 * CALL_NANO_USD);
     let (none, one) = (json!(0), json!(1));
-    assert_eq!(stood, [(&json!("tenant"), &used, &none, &one), (&json!("all"), &used, &none, &none)]);
+    let [tenant, job, all] = ["tenant", "job", "all"].map(|holder| json!(holder));
+    assert_eq!(
+        stood,
+        [(&tenant, &used, &none, &one), (&job, &used, &none, &none), (&all, &used, &none, &none)]
+    );
 
     let outcome = up.client().read("outcomes").of_key("q0", LIMIT);
     let date = Outcome::decode(outcome.value.as_deref().unwrap()).unwrap().date;
@@ -170,7 +173,7 @@ fn who_spends_is_told_of_and_counters_agree_with_tables_until_some_are_lost() {
     let agreed =
         wait_for("the rows in their table", LIMIT, || Some(drift(&up)).filter(|(ended, _)| ended.code == 0));
     let drifts: Vec<_> = agreed.1.iter().map(|row| (&row["log_answered"], &row["drift"])).collect();
-    assert_eq!(drifts, [(&used, &none), (&used, &none)]);
+    assert_eq!(drifts, [(&used, &none); 3]);
     up.drain();
 
     // A process that counts for itself begins at 0.
@@ -208,5 +211,35 @@ fn of_two_processes_that_share_counters_one_tells_and_the_other_takes_over() {
     let alerts = told(&client, "the second part of the budget", |alerts| alerts.len() > 1);
     assert_eq!(alerts.iter().map(|alert| alert.threshold).collect::<Vec<_>>(), [1_000_000, 2_000_000]);
     assert_eq!(alerts[0].id, alerts[1].id, "one alert, of two parts");
+    up.drain();
+}
+
+#[test]
+fn an_alert_that_was_told_is_posted_wherever_a_process_is_killed() {
+    let data = tempfile::tempdir().unwrap();
+    let (model, hook) = (ModelServer::start(|_| Says::Text("It is so.".to_owned())), Hook::start());
+    let more =
+        format!("budgets: ['* 0.01 USD/day']\nalerts: {{cap: 1%, forecast: off, webhook: '{}'}}\n", hook.url);
+    let config = settings(data.path(), &model, &more);
+    let process = |crash_at: &str| {
+        let all = ["up", "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--config", config.as_str()];
+        Running::start("forebay up", command(data.path(), &all).env("FOREBAY_CRASH_AT", crash_at))
+    };
+    let mut up = Up::of("forebay up", process("alerts.told:1"));
+    up.client().ask(json!({"id": "q", "tenant": "acme", "prompt": "What is q?", "max_tokens": 10}));
+    // At the end of the minute.
+    up.process.ended(LIMIT);
+    assert!(hook.posts.0.lock().unwrap().is_empty(), "it was killed before it was posted");
+    // At the second try it is taken, and its process killed before it has stored that.
+    process("alerts.posted:1").ended(LIMIT);
+    let up = Up::of("forebay up", process("nowhere:1"));
+    let posts = wait_for("the post by the next process", LIMIT, || {
+        Some(hook.posts.0.lock().unwrap().clone()).filter(|posts| posts.len() > 2)
+    });
+    let alert = told(&up.client(), "the alert", |alerts| !alerts.is_empty()).remove(0);
+    for (headers, body) in &posts[..3] {
+        assert_eq!(body["id"], json!(alert.id));
+        assert_eq!(headers["idempotency-key"], posts[0].0["idempotency-key"]);
+    }
     up.drain();
 }

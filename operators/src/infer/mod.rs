@@ -94,7 +94,7 @@ impl Infer {
             }
         };
         let call = Call { judge: Judge(Some(&judge)), ..self.call(grounded, cx) };
-        let rows = Rows::new(cx, &call.task);
+        let rows = Rows::new(cx, &call);
         let replied = tokio::select! {
             biased;
             stop = cx.cancelled() => {

@@ -11,7 +11,7 @@ use forebay_calls::{
 use forebay_operator::{
     Called, Clock, Delivery, Event, Found, Host, Known, Ledger, StopSignal, Turn, compliance,
 };
-use forebay_schemas::{Attempt, CallId, Delta, NanoUsd, Record as _, Retrieval, Usage};
+use forebay_schemas::{Attempt, CallId, Delta, JobId, KeyId, NanoUsd, Record as _, Retrieval, Usage};
 use futures::future::BoxFuture;
 use std::{sync::Mutex, time::Duration};
 
@@ -168,15 +168,18 @@ async fn every_try_leaves_a_row_however_it_ends() {
 }
 
 #[tokio::test]
-async fn a_row_says_what_its_tokens_were() {
-    let cx = samples::cx();
-    infer(Told(Some(Ok("yes")))).process(grounded(), &cx).await.unwrap();
+async fn a_row_says_who_asked_and_what_its_tokens_were() {
+    let (cx, mut grounded) = (samples::cx(), grounded());
+    grounded.request.key_id = KeyId::try_from("key-7".to_owned()).ok();
+    grounded.request.job = JobId::try_from("nightly".to_owned()).ok();
+    infer(Told(Some(Ok("yes")))).process(grounded, &cx).await.unwrap();
     let [row] = <[_; 1]>::try_from(cx.take_rows()).unwrap();
     assert_eq!(
         (row.input_tokens, row.cached_read_tokens, row.cached_write_tokens),
         (Some(10), Some(3), Some(2))
     );
     assert_eq!((row.output_tokens, row.reasoning_tokens), (Some(4), Some(1)));
+    assert_eq!((row.key_id.as_deref(), row.job.as_deref()), (Some("key-7"), Some("nightly")));
 }
 
 #[tokio::test]

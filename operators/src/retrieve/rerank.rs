@@ -84,7 +84,7 @@ impl Reranker {
             lane: cx.envelope().lane,
             ..Call::default()
         };
-        let rows = Rows::new(cx, &call.task);
+        let rows = Rows::new(cx, &call);
         let replied = tokio::select! {
             biased;
             stop = cx.cancelled() => {

@@ -11,7 +11,7 @@
 mod account;
 
 use account::{Account, Away, word};
-use forebay_calls::{CallError, Class, Happening, Listener, Reply, Task, Tried, TryId, Upstream};
+use forebay_calls::{Call, CallError, Class, Happening, Listener, Reply, Tried, TryId, Upstream};
 use forebay_operator::{Called, Context, Event, Failure, Operation, Stop};
 use forebay_schemas::{Attempt, NanoUsd};
 use futures::future::BoxFuture;
@@ -36,6 +36,9 @@ pub(crate) struct Rows<'a> {
     cx: &'a Context,
     operation: Operation,
     texts: Option<usize>,
+    /// Who asked, beside the tenant.
+    key_id: Option<String>,
+    job: Option<String>,
     is_hedge: bool,
     tier: Mutex<Tier>,
     /// The number of the next try of both. A host that processes a record again has counted its earlier tries in the
@@ -98,12 +101,14 @@ struct Open {
 }
 
 impl<'a> Rows<'a> {
-    /// Of a call for this.
-    pub(crate) fn new(cx: &'a Context, task: &Task<'_>) -> Self {
+    /// Of this call.
+    pub(crate) fn new(cx: &'a Context, call: &Call<'_>) -> Self {
         let next = Arc::new(AtomicU32::new(cx.envelope().attempts));
-        let (operation, texts, tier) = (task.operation(), task.texts(), Mutex::default());
+        let (operation, texts, tier) = (call.task.operation(), call.task.texts(), Mutex::default());
+        let key_id = call.key_id.as_ref().map(|key_id| key_id.as_str().to_owned());
+        let job = call.job.as_ref().map(|job| job.as_str().to_owned());
         let (account, open) = (Account::new(), Mutex::default());
-        Self { cx, operation, texts, is_hedge: false, tier, next, account, open }
+        Self { cx, operation, texts, key_id, job, is_hedge: false, tier, next, account, open }
     }
 
     fn asked(&self) -> MutexGuard<'_, Tier> {
@@ -213,6 +218,8 @@ impl<'a> Rows<'a> {
             cached_read_tokens: None,
             cached_write_tokens: None,
             reasoning_tokens: None,
+            key_id: self.key_id.clone(),
+            job: self.job.clone(),
         }
     }
 }
@@ -276,9 +283,10 @@ impl Listener for Rows<'_> {
     fn beside(&self) -> Option<Box<dyn Listener + '_>> {
         let next = Arc::clone(&self.next);
         let (account, tier) = (self.account.clone(), Mutex::new(self.asked().clone()));
+        let (key_id, job) = (self.key_id.clone(), self.job.clone());
         let Self { cx, operation, texts, .. } = *self;
-        let hedge =
-            Rows { cx, operation, texts, is_hedge: true, tier, next, account, open: Mutex::default() };
+        let open = Mutex::default();
+        let hedge = Rows { cx, operation, texts, key_id, job, is_hedge: true, tier, next, account, open };
         (!self.is_hedge).then(|| Box::new(hedge) as Box<dyn Listener + '_>)
     }
 

@@ -10,6 +10,7 @@
 use crate::{
     decode::padded,
     encode::{Encoded, LARGE_BYTES, encode, is_large},
+    lake,
     table::{DATE, Table},
 };
 use arrow::{
@@ -34,11 +35,8 @@ use parquet::{
     basic::Type,
     file::metadata::{ColumnChunkMetaData, ParquetMetaData},
 };
-use std::{
-    collections::{BTreeMap, HashMap},
-    sync::Arc,
-};
-use tables_store::{ObjectStoreExt as _, PutMode, PutOptions, path::Path};
+use std::{collections::BTreeMap, sync::Arc};
+use tables_store::{ObjectStoreExt as _, path::Path};
 use tracing::info;
 
 /// A file of more bytes is left as it is.
@@ -256,30 +254,15 @@ async fn join(
     let day = date.clone();
     let encoded = tokio::task::spawn_blocking(move || rewrite(kind, &day, &batches, counted)).await;
     let encoded = encoded.map_err(|source| Error::CutOff { table: kind.name(), source })??;
-    let store = table.object_store();
     let mut actions: Vec<Action> = files.iter().map(|(remove, _)| Action::Remove(remove.clone())).collect();
     let joined = actions.len();
     for file in encoded {
         let is_large = is_over || file.unpacked >= unpacked_max / 2;
         let path = file.path(&format!("joined-{}", uuid::Uuid::now_v7()), is_large);
-        let Encoded { date, stats, bytes, .. } = file;
-        let size = i64::try_from(bytes.len()).unwrap_or(i64::MAX);
-        let create = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
-        let put = store.put_opts(&Path::from(path.as_str()), bytes.into(), create).await;
-        put.map_err(|source| not_file(kind, "write", &path, source))?;
-        actions.push(Action::Add(Add {
-            path,
-            partition_values: HashMap::from([(DATE.to_owned(), Some(date))]),
-            size,
-            modification_time: now_ms,
-            data_change: false,
-            stats: Some(stats),
-            tags: None,
-            deletion_vector: None,
-            base_row_id: None,
-            default_row_commit_version: None,
-            clustering_provider: None,
-        }));
+        let add = lake::write(table, &path, file, now_ms).await;
+        let add = add.map_err(|source| not_file(kind, "write", &path, source))?;
+        // The same rows as before.
+        actions.push(Action::Add(Add { data_change: false, ..add }));
     }
     let into = actions.len() - joined;
     crash_point("compact.written");

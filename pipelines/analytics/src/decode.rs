@@ -491,9 +491,11 @@ mod tests {
         include_bytes!("../../../schemas/golden/v0.1/outcome-without-tier.avro"),
         include_bytes!("../../../schemas/golden/v0.1/outcome-nulls-without-tier.avro"),
     ];
-    const ATTEMPTS: [&[u8]; 4] = [
+    const ATTEMPTS: [&[u8]; 6] = [
         include_bytes!("../../../schemas/golden/v0.1/attempt.avro"),
         include_bytes!("../../../schemas/golden/v0.1/attempt-nulls.avro"),
+        include_bytes!("../../../schemas/golden/v0.1/attempt-23-columns.avro"),
+        include_bytes!("../../../schemas/golden/v0.1/attempt-nulls-23-columns.avro"),
         include_bytes!("../../../schemas/golden/v0.1/attempt-19-columns.avro"),
         include_bytes!("../../../schemas/golden/v0.1/attempt-nulls-19-columns.avro"),
     ];
@@ -557,7 +559,7 @@ mod tests {
         let attempts = messages(ATTEMPTS);
         let rows = read(Table::Attempts, &attempts);
         agree::<Attempt>(Table::Attempts, &rows, &attempts);
-        assert_eq!(rows.offsets, [10, 11, 12, 13]);
+        assert_eq!(rows.offsets, [10, 11, 12, 13, 14, 15]);
     }
 
     /// A row as it was written before the last columns came: null is a byte of its own, so it is cut off with them.
@@ -584,6 +586,8 @@ mod tests {
                 cached_read_tokens: None,
                 cached_write_tokens: None,
                 reasoning_tokens: None,
+                key_id: None,
+                job: None,
                 ..Attempt::decode(ATTEMPTS[0]).unwrap()
             },
         )
@@ -601,7 +605,7 @@ mod tests {
 
     fn body() -> impl Strategy<Value = Body> {
         prop_oneof![
-            8 => (0..5_usize, attempt()).prop_map(|(form, row)| Body::Of(form, Box::new(row))),
+            8 => (0..7_usize, attempt()).prop_map(|(form, row)| Body::Of(form, Box::new(row))),
             1 => attempt().prop_map(|row| Body::CutShort(Box::new(row))),
             1 => attempt().prop_map(|row| Body::Twice(Box::new(row))),
             1 => attempt().prop_map(|row| Body::BeforeTime(Box::new(row))),

@@ -27,14 +27,19 @@ use datafusion::physical_plan::streaming::{PartitionStream, StreamingTableExec};
 use forebay_runtime::host::kafka::{Kafka, LogContext, headers};
 use rdkafka::consumer::{BaseConsumer, Consumer as _};
 use rdkafka::error::KafkaError;
+use rdkafka::types::RDKafkaErrorCode;
 use rdkafka::{Message as _, Offset, TopicPartitionList};
 use std::fmt;
 use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
+use tokio::task::JoinError;
 
 /// How long to wait for one answer of the cluster.
 const ANSWER_MAX: Duration = Duration::from_secs(10);
+/// How long a partition is asked again that is changing its leader, and how long to wait before it is, twice as long each time.
+const LEADER_MAX: Duration = Duration::from_secs(10);
+const LEADER_PAUSE: Duration = Duration::from_millis(100);
 /// How long one poll may take; so long a query that was stopped may still read.
 const POLL: Duration = Duration::from_millis(100);
 /// So many messages become a batch.
@@ -96,11 +101,18 @@ pub fn ranges(kafka: &Kafka, topic: &str) -> Result<Vec<Range>, KafkaError> {
     let reader = reader(kafka)?;
     let metadata = reader.fetch_metadata(Some(topic), ANSWER_MAX)?;
     let mut ranges = Vec::new();
-    let partitions =
-        metadata.topics().iter().filter(|found| found.name() == topic && found.error().is_none());
-    for partition in partitions.flat_map(|found| found.partitions()) {
-        let (from, to) = reader.fetch_watermarks(topic, partition.id(), ANSWER_MAX)?;
-        ranges.push(Range { partition: partition.id(), from, to });
+    for found in metadata.topics().iter().filter(|found| found.name() == topic) {
+        use RDKafkaErrorCode::{InvalidTopic, UnknownTopic, UnknownTopicOrPartition};
+        match found.error().map(RDKafkaErrorCode::from) {
+            None => {}
+            Some(UnknownTopicOrPartition | UnknownTopic | InvalidTopic) => continue,
+            // Not known, which is not the same as not there: its messages must not be missing in silence.
+            Some(fault) => return Err(KafkaError::MetadataFetch(fault)),
+        }
+        for partition in found.partitions() {
+            let (from, to) = reader.fetch_watermarks(topic, partition.id(), ANSWER_MAX)?;
+            ranges.push(Range { partition: partition.id(), from, to });
+        }
     }
     ranges.sort_by_key(|range| range.partition);
     Ok(ranges)
@@ -118,10 +130,12 @@ fn from_time(kafka: &Kafka, topic: &str, ranges: &mut [Range], start_us: i64) ->
     }
     let found = reader(kafka)?.offsets_for_times(wanted, ANSWER_MAX)?;
     for range in ranges {
-        match found.find_partition(topic, range.partition).map(|found| found.offset()) {
-            Some(Offset::Offset(first)) => range.from = range.from.max(first),
+        let Some(found) = found.find_partition(topic, range.partition) else { continue };
+        found.error()?;
+        match found.offset() {
+            Offset::Offset(first) => range.from = range.from.max(first),
             // All are older.
-            Some(Offset::End) => range.from = range.to,
+            Offset::End => range.from = range.to,
             _ => {}
         }
     }
@@ -132,18 +146,45 @@ fn reader(kafka: &Kafka) -> Result<BaseConsumer<LogContext>, KafkaError> {
     kafka.reader_config().create_with_context(LogContext)
 }
 
-/// Runs what blocks, and says what could not be done with which topic.
+/// Runs what blocks; again, for a bounded time, where a partition is changing its leader.
+pub async fn patiently<T: Send + 'static>(
+    kafka: &Kafka,
+    topic: &str,
+    work: impl Fn(&Kafka, &str) -> Result<T, KafkaError> + Clone + Send + 'static,
+) -> Result<Result<T, KafkaError>, JoinError> {
+    let (until, mut pause) = (tokio::time::Instant::now() + LEADER_MAX, LEADER_PAUSE);
+    loop {
+        let (kafka, topic, work) = (kafka.clone(), topic.to_owned(), work.clone());
+        match tokio::task::spawn_blocking(move || work(&kafka, &topic)).await? {
+            Err(fault) if is_passing(&fault) && tokio::time::Instant::now() < until => {
+                tokio::time::sleep(pause).await;
+            }
+            done => return Ok(done),
+        }
+        pause *= 2;
+    }
+}
+
+/// Whether it is said of a partition whose leader is another from now on, or is not known yet.
+fn is_passing(fault: &KafkaError) -> bool {
+    use RDKafkaErrorCode::{
+        FencedLeaderEpoch, LeaderNotAvailable, NotLeaderForPartition, UnknownLeaderEpoch,
+    };
+    matches!(
+        fault.rdkafka_error_code(),
+        Some(NotLeaderForPartition | LeaderNotAvailable | FencedLeaderEpoch | UnknownLeaderEpoch)
+    )
+}
+
+/// The same, and says what could not be done with which topic.
 pub async fn blocking<T: Send + 'static>(
     kafka: &Kafka,
     topic: &str,
-    work: impl FnOnce(&Kafka, &str) -> Result<T, KafkaError> + Send + 'static,
+    work: impl Fn(&Kafka, &str) -> Result<T, KafkaError> + Clone + Send + 'static,
 ) -> Result<T> {
-    let (kafka, topic) = (kafka.clone(), topic.to_owned());
-    let done = tokio::task::spawn_blocking(move || {
-        let servers = kafka.bootstrap_servers().to_owned();
-        work(&kafka, &topic).map_err(|fault| unread(&topic, &servers, &fault))
-    });
-    done.await.map_err(|fault| DataFusionError::External(Box::new(fault)))?
+    let done = patiently(kafka, topic, work).await;
+    let done = done.map_err(|fault| DataFusionError::External(Box::new(fault)))?;
+    done.map_err(|fault| unread(topic, kafka.bootstrap_servers(), &fault))
 }
 
 fn unread(topic: &str, servers: &str, fault: &KafkaError) -> DataFusionError {
@@ -454,6 +495,7 @@ impl TableProvider for Asked {
         let start_us = bounds.iter().filter_map(|bound| bound.start_us()).chain(start_us).max();
         if let Some(start_us) = start_us {
             let find = move |kafka: &Kafka, topic: &str| {
+                let mut ranges = ranges.clone();
                 from_time(kafka, topic, &mut ranges, start_us)?;
                 Ok(ranges)
             };

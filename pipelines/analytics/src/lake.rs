@@ -6,10 +6,13 @@
 //! Invariant: a table is made with the columns of [`Table`], partitioned by day; one that is there already is not changed
 //! unless it lacks columns that were added since, which are then added.
 
-use crate::table::{DATE, Table};
+use crate::{
+    encode::Encoded,
+    table::{DATE, Table},
+};
 use deltalake_core::{
     DeltaResult, DeltaTable, DeltaTableBuilder, DeltaTableError,
-    kernel::{StructField, engine::arrow_conversion::TryIntoKernel as _, transaction::CommitProperties},
+    kernel::{Add, StructField, engine::arrow_conversion::TryIntoKernel as _, transaction::CommitProperties},
     logstore::{
         LogStore, LogStoreFactory, ObjectStoreFactory, ObjectStoreRef, StorageConfig, default_logstore,
         logstore_factories, object_store_factories,
@@ -18,7 +21,7 @@ use deltalake_core::{
     protocol::SaveMode,
 };
 use std::{collections::HashMap, sync::Arc};
-use tables_store::{ObjectStore, aws, path::Path};
+use tables_store::{ObjectStore, PutMode, PutOptions, aws, path::Path};
 use url::Url;
 
 /// Checkpoints are written every so many versions: a reader then opens at most so many small files.
@@ -95,6 +98,32 @@ pub fn location(root: &Url, table: Table) -> Url {
         segments.pop_if_empty().push(table.name());
     }
     url
+}
+
+/// Writes a file that no version names yet; what names it. It is created and never overwritten: one that stood still for long must not
+/// put other bytes where a version looks.
+pub async fn write(
+    table: &DeltaTable,
+    path: &str,
+    file: Encoded,
+    now_ms: i64,
+) -> Result<Add, tables_store::Error> {
+    let size = i64::try_from(file.bytes.len()).unwrap_or(i64::MAX);
+    let create = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
+    table.object_store().put_opts(&Path::from(path), file.bytes.into(), create).await?;
+    Ok(Add {
+        path: path.to_owned(),
+        partition_values: HashMap::from([(DATE.to_owned(), Some(file.date))]),
+        size,
+        modification_time: now_ms,
+        data_change: true,
+        stats: Some(file.stats),
+        tags: None,
+        deletion_vector: None,
+        base_row_id: None,
+        default_row_commit_version: None,
+        clustering_provider: None,
+    })
 }
 
 fn builder(url: &Url, options: &Options) -> DeltaResult<DeltaTableBuilder> {

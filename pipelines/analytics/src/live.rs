@@ -9,10 +9,10 @@
 use crate::kafka_table::{Form, Range, TopicTable, blocking, ranges};
 use crate::table::Table;
 use arrow::datatypes::SchemaRef;
-use datafusion::common::{DataFusionError, Result};
+use datafusion::common::{DataFusionError, Result, exec_err};
 use deltalake_core::DeltaTable;
-use forebay_runtime::host::kafka::{Kafka, topic_ids};
-use std::time::Duration;
+use forebay_runtime::host::kafka::{Kafka, TopicIds};
+use std::{sync::Arc, time::Duration};
 use tokio::sync::OnceCell;
 use tracing::warn;
 
@@ -32,12 +32,14 @@ pub struct Live {
     /// The full name of the topic.
     topic: String,
     cluster: OnceCell<String>,
+    /// Kept, since each query asks.
+    topic_ids: OnceCell<Arc<TopicIds>>,
 }
 
 impl Live {
     /// The topic of [`TABLE`], by its full name.
     pub fn new(kafka: Kafka, topic: String) -> Self {
-        Self { kafka, topic, cluster: OnceCell::new() }
+        Self { kafka, topic, cluster: OnceCell::new(), topic_ids: OnceCell::new() }
     }
 
     /// The Kafka.
@@ -70,9 +72,16 @@ impl Live {
             waited(move || kafka.cluster_id(KAFKA_WAIT))
         });
         let cluster = cluster.await?.clone();
-        let (kafka, topic) = (self.kafka.clone(), self.topic.clone());
-        let ids = waited(move || topic_ids(&kafka, &[topic], KAFKA_WAIT)).await?;
-        let id = ids.get(&self.topic).map(String::as_str).unwrap_or_default();
+        let asked = self.topic_ids.get_or_try_init(|| {
+            let kafka = self.kafka.clone();
+            waited(move || TopicIds::new(&kafka).map(Arc::new))
+        });
+        let (asked, topic) = (Arc::clone(asked.await?), self.topic.clone());
+        let ids = waited(move || asked.of(&[topic], KAFKA_WAIT)).await?;
+        // Under no name it would be read from its beginning, and rows be seen twice.
+        let Some(id) = ids.get(&self.topic) else {
+            return exec_err!("topic {} is being made or deleted; ask again in a moment", self.topic);
+        };
         Ok(format!("{cluster}/{id}"))
     }
 }

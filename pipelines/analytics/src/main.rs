@@ -8,7 +8,8 @@ use clap::{Args as ClapArgs, Parser, Subcommand};
 use forebay_analytics::{
     generate, report,
     settings::{Settings, SettingsError},
-    shell, sink,
+    shell,
+    sink::{self, Leaves},
 };
 use forebay_telemetry::logging;
 use std::{io::Write as _, process::ExitCode};
@@ -44,14 +45,27 @@ enum Command {
 #[command(after_help = "\
 Examples:
   forebay sink            until SIGTERM, which writes what waits and leaves
-  forebay sink --once     up to what the topics hold now, and leaves: for cron")]
+  forebay sink --once     up to what the topics hold now, with what files and roll-ups need by then, and leaves: for cron")]
 struct Sink {
-    /// Leaves as soon as all is written that the topics hold at the start.
+    /// Leaves as soon as all is written that the topics hold at the start, small files are joined, and days that are over are rolled up.
     #[arg(long)]
     once: bool,
+    /// Leaves as soon as all is written, and files as they are.
+    #[arg(long, requires = "once")]
+    without_compaction: bool,
     /// Leaves when its standard input is closed: whoever keeps it cannot outlive it, nor it whoever keeps it.
     #[arg(long, hide = true)]
     until_stdin_closes: bool,
+}
+
+impl Sink {
+    const fn leaves(&self) -> Leaves {
+        match (self.once, self.without_compaction) {
+            (false, _) => Leaves::Never,
+            (true, true) => Leaves::Written,
+            (true, false) => Leaves::Kept,
+        }
+    }
 }
 
 /// What is logged unless FOREBAY_LOG says otherwise. The table format calls each commit that lost a race an error, and each
@@ -89,7 +103,9 @@ fn run(args: Args) -> anyhow::Result<()> {
 
 async fn command(command: Command, settings: Settings) -> anyhow::Result<()> {
     match command {
-        Command::Sink(args) => Ok(sink::run(settings, args.once, shutdown(args.until_stdin_closes)?).await?),
+        Command::Sink(args) => {
+            Ok(sink::run(settings, args.leaves(), shutdown(args.until_stdin_closes)?).await?)
+        }
         // Ctrl-C stops a query of the shell and not the shell, so it is heard there.
         Command::Sql(args) => shell::run(*args, settings).await,
         Command::Generate(args) => {

@@ -13,7 +13,7 @@
 
 use crate::{
     compact,
-    encode::{Encoded, encode},
+    encode::encode,
     guards::{Limits, Scope},
     lake,
     session::{self, Answer, Session},
@@ -28,18 +28,17 @@ use arrow::{
 use datafusion::prelude::SessionContext;
 use deltalake_core::{
     DeltaTable,
-    kernel::{Action, Add, LogicalFileView},
+    kernel::{Action, LogicalFileView},
     protocol::{DeltaOperation, SaveMode},
     table::state::DeltaTableState,
 };
 use forebay_runtime::crash::crash_point;
 use serde::Deserialize;
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet},
     sync::Arc,
     time::Duration,
 };
-use tables_store::{PutMode, PutOptions, path::Path};
 use tracing::info;
 use url::Url;
 
@@ -434,7 +433,10 @@ async fn roll_up(
             (counted, hours, bytes) = (counted + added_up, hours + batch.num_rows(), 0);
             held.clear();
             for file in encode(rollup, &batch).map_err(not_rows)? {
-                actions.push(Action::Add(write(rollup, table, file, now_ms).await?));
+                let path = file.path(&format!("rolled-{}", uuid::Uuid::now_v7()), false);
+                let add = lake::write(table, &path, file, now_ms).await;
+                let add = add.map_err(|source| compact::not_file(rollup, "write", &path, source))?;
+                actions.push(Action::Add(add));
             }
         }
         if is_last {
@@ -460,28 +462,6 @@ async fn ask(session: &Session, context: &SessionContext, sql: &str) -> Result<A
     let unwritten = || session::Error::Query { message: "there is no query".to_owned(), at: None };
     let statement = session.parse(sql)?.pop_front().ok_or_else(unwritten)?;
     session.answer(context.clone(), statement, None).await
-}
-
-/// Writes a file that no version names yet.
-async fn write(rollup: Table, table: &DeltaTable, file: Encoded, now_ms: i64) -> Result<Add, Error> {
-    let path = format!("{DATE}={}/rolled-{}.parquet", file.date, uuid::Uuid::now_v7());
-    let size = i64::try_from(file.bytes.len()).unwrap_or(i64::MAX);
-    let create = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
-    let put = table.object_store().put_opts(&Path::from(path.as_str()), file.bytes.into(), create).await;
-    put.map_err(|source| compact::not_file(rollup, "write", &path, source))?;
-    Ok(Add {
-        path,
-        partition_values: HashMap::from([(DATE.to_owned(), Some(file.date))]),
-        size,
-        modification_time: now_ms,
-        data_change: true,
-        stats: Some(file.stats),
-        tags: None,
-        deletion_vector: None,
-        base_row_id: None,
-        default_row_commit_version: None,
-        clustering_provider: None,
-    })
 }
 
 /// Rows in the types of the table, each with the number of rows that their day has; and how many rows were added up to these.

@@ -137,14 +137,9 @@ impl World {
     }
 
     /// Waits until a sink has written all that was written to the topic so far, by what it says.
-    async fn written_by(&self, told: &mut Lines<BufReader<ChildStderr>>) {
+    async fn written_by(&self, told: &mut Told) {
         while self.table().await.len() < self.written.len() {
-            loop {
-                let line = timeout(LIMIT, told.next_line()).await.expect("it writes rows").unwrap();
-                if line.expect("it runs until it is told to leave").contains("rows are in their table") {
-                    break;
-                }
-            }
+            told.until(|line| line.contains(WRITTEN)).await;
         }
     }
 
@@ -228,6 +223,33 @@ impl World {
     }
 }
 
+/// What a sink says when rows are in their table.
+const WRITTEN: &str = "rows are in their table";
+
+/// What a sink says, line by line; for one that was told where to crash, since others say nothing here.
+struct Told(Lines<BufReader<ChildStderr>>);
+
+impl Told {
+    fn by(sink: &mut Child) -> Self {
+        Self(BufReader::new(sink.stderr.take().expect("its words are heard here")).lines())
+    }
+
+    /// Waits until it says this.
+    async fn until(&mut self, is_meant: impl Fn(&str) -> bool) {
+        loop {
+            let line = timeout(LIMIT, self.0.next_line()).await.expect("it says so in time").unwrap();
+            if is_meant(&line.expect("it runs until it has said so")) {
+                return;
+            }
+        }
+    }
+
+    /// It says on into a pipe that is read to its end.
+    fn let_go(mut self) {
+        tokio::spawn(async move { while let Ok(Some(_)) = self.0.next_line().await {} });
+    }
+}
+
 /// Dead letters are small, so that what is too large for them need not be large.
 fn new_topic(table: Table, name: &str) -> NewTopic<'_> {
     let partitions = if table == Table::Attempts { PARTITIONS } else { 1 };
@@ -276,15 +298,13 @@ async fn killed_at_any_moment_while_rows_come_it_loses_and_doubles_none() {
     for kill in 0..kills {
         // A group of its own each time, so that it need not wait until the one before is missed.
         let mut sink = world.sink(&format!("g{kill}"), &[], Some("nowhere:1"));
-        let mut told = BufReader::new(sink.stderr.take().unwrap()).lines();
+        let mut told = Told::by(&mut sink);
         let is_late = random.random_bool(0.7);
         let moment = Duration::from_millis(random.random_range(0..if is_late { 250 } else { 1_500 }));
         let killed = async {
             // Rows may come in one lot or in several; the first is waited for.
-            let mut has_written = !is_late;
-            while !has_written {
-                let line = timeout(LIMIT, told.next_line()).await.expect("it writes rows").unwrap();
-                has_written = line.expect("it runs until it is killed").contains("rows are in their table");
+            if is_late {
+                told.until(|line| line.contains(WRITTEN)).await;
             }
             // It does not end by itself: waited for is the moment of its death.
             assert!(timeout(moment, sink.wait()).await.is_err(), "the sink ended by itself");
@@ -319,18 +339,11 @@ async fn killed_while_it_joins_files_or_raced_at_it_no_row_is_added_or_taken() {
     world.write(200).await;
     let mut sinks = ["one", "other"].map(|group| world.sink(group, &[], Some("nowhere:1")));
     for sink in &mut sinks {
-        let mut told = BufReader::new(sink.stderr.take().unwrap()).lines();
+        let mut told = Told::by(sink);
         // What the one has joined, the other need not look after any more.
         let done = ["looked after the files", "could not look after the files", "nothing to look after"];
-        loop {
-            let line = timeout(LIMIT, told.next_line()).await.expect("it joins files").unwrap();
-            let line = line.expect("it runs until it is told to leave");
-            if line.contains("attempts") && done.iter().any(|done| line.contains(done)) {
-                break;
-            }
-        }
-        // It writes on into a pipe that is read to its end.
-        tokio::spawn(async move { while let Ok(Some(_)) = told.next_line().await {} });
+        told.until(|line| line.contains("attempts") && done.iter().any(|done| line.contains(done))).await;
+        told.let_go();
     }
     for sink in &mut sinks {
         terminate(sink);
@@ -387,7 +400,7 @@ async fn a_topic_that_is_made_anew_while_it_is_read_is_another_topic() {
         for mut world in World::everywhere().await {
             world.write(before).await;
             let mut sink = world.sink("one", &[], Some("nowhere:1"));
-            let mut told = BufReader::new(sink.stderr.take().unwrap()).lines();
+            let mut told = Told::by(&mut sink);
             world.written_by(&mut told).await;
             // It stands still meanwhile, so that it finds the new topic where the old one was: behind its end, or in its middle.
             signal(&sink, "-STOP");
@@ -396,7 +409,7 @@ async fn a_topic_that_is_made_anew_while_it_is_read_is_another_topic() {
             signal(&sink, "-CONT");
             world.written_by(&mut told).await;
             world.check().await;
-            tokio::spawn(async move { while let Ok(Some(_)) = told.next_line().await {} });
+            told.let_go();
             signal(&sink, "-TERM");
             assert!(timeout(LIMIT, sink.wait()).await.expect("the sink leaves").unwrap().success());
             // Whoever comes next begins where the table ends.

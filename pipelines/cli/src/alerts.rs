@@ -1,4 +1,4 @@
-//! Tells of what budgets spend: at the end of each minute, on the topic `alerts` and to a webhook.
+//! Tells of what budgets spend: at the end of each minute, on the topic `alerts`, from where [`webhook`] posts it.
 //!
 //! Every process that calls a model reads the counters and watches. Where they share counters, one of them tells: it holds a counter
 //! of the minute that has room for one, and settles it once its alerts are on their topic. The one that told the last minute asks
@@ -7,11 +7,16 @@
 //! Invariant: no call waits for anything here, and whatever is away, a bounded number of alerts waits for it. An alert is told at least
 //! once while a process is there; told twice, as by one that was cut off in between, both have one id.
 
-use crate::config::{Config, alerts::Webhook};
+mod webhook;
+
+use crate::config::Config;
 use anyhow::Context as _;
 use forebay_operator::Clock;
 use forebay_operators::budgets::{Budgets, watch::Watch};
-use forebay_runtime::host::kafka::{Kafka, LogContext};
+use forebay_runtime::{
+    crash::crash_point,
+    host::kafka::{Kafka, LogContext},
+};
 use forebay_schemas::{Alert, Record as _, topics};
 use forebay_stores::{
     Counters, Error as StoreError,
@@ -20,9 +25,7 @@ use forebay_stores::{
 use forebay_telemetry::{AlertMeter, Lost};
 use futures::future::join_all;
 use rdkafka::producer::{FutureProducer, FutureRecord};
-use reqwest::{StatusCode, header::AUTHORIZATION};
 use std::{sync::Arc, time::Duration};
-use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
@@ -41,13 +44,6 @@ const TOPIC_MAX: Duration = Duration::from_secs(10);
 const TOLD_KEEP: Duration = Duration::from_secs(10 * 60);
 /// The most alerts that wait for the topic: those of ten minutes at the worst.
 const WAITING_MAX: usize = 10_000;
-/// The most alerts that wait for the webhook.
-const QUEUE_MAX: usize = 1_000;
-/// How long the webhook may take for one try.
-const POST_MAX: Duration = Duration::from_secs(5);
-const POST_TRIES_MAX: u32 = 5;
-/// How long to wait before the second try; twice as long before each further one.
-const POST_PAUSE: Duration = Duration::from_secs(1);
 
 /// Watches what a process spends.
 struct Watcher {
@@ -59,7 +55,6 @@ struct Watcher {
     is_shared: bool,
     producer: FutureProducer<LogContext>,
     topic: String,
-    hook: Option<mpsc::Sender<Alert>>,
     meter: AlertMeter,
 }
 
@@ -75,15 +70,9 @@ pub fn start(
     let mut producer = kafka.producer_config();
     // What took longer is tried again with the next minute.
     producer.set("message.timeout.ms", TOPIC_MAX.as_millis().to_string());
-    let hook = match &config.alerts.webhook {
-        Some(webhook) => {
-            let client = reqwest::Client::builder().timeout(POST_MAX).build().context("alerts.webhook")?;
-            let (hook, queue) = mpsc::channel(QUEUE_MAX);
-            tokio::spawn(post_all(client, webhook.clone(), queue, meter.clone()));
-            Some(hook)
-        }
-        None => None,
-    };
+    if let Some(hook) = &config.alerts.webhook {
+        webhook::start(hook.clone(), config, kafka, meter.clone(), clock, stop.clone())?;
+    }
     let watcher = Watcher {
         watch: Watch::new(budgets.all().to_vec(), config.alerts.rules.clone()),
         clock,
@@ -94,7 +83,6 @@ pub fn start(
         is_shared: config.key_value.is_some(),
         producer: producer.create_with_context(LogContext).context("alerts")?,
         topic: config.topic(topics::ALERTS.name),
-        hook,
         meter,
         budgets,
     };
@@ -168,7 +156,7 @@ impl Watcher {
         Ok(if is_told { Turn::Told } else { Turn::Failed })
     }
 
-    /// Writes alerts to the topic, and then hands them to the webhook.
+    /// Writes alerts to the topic.
     async fn tell(&self, alerts: &[Alert]) -> bool {
         let sent = join_all(alerts.iter().map(|alert| self.write(alert))).await;
         let faults: Vec<_> = sent.into_iter().filter_map(Result::err).collect();
@@ -185,10 +173,9 @@ impl Watcher {
             let (kind, state) = (alert.kind.as_str(), alert.state.as_str());
             info!(id = alert.id, kind, state, holder = alert.holder, "alert");
             self.meter.told(kind, state);
-            if self.hook.as_ref().is_some_and(|hook| hook.try_send(alert.clone()).is_err()) {
-                warn!(id = alert.id, "the webhook is too slow; an alert is on its topic only");
-                self.meter.lost(1, Lost::Queue);
-            }
+        }
+        if !alerts.is_empty() {
+            crash_point("alerts.told");
         }
         true
     }
@@ -238,61 +225,6 @@ enum Turn {
     Failed,
 }
 
-/// Posts one alert after the other.
-async fn post_all(
-    client: reqwest::Client,
-    webhook: Webhook,
-    mut queue: mpsc::Receiver<Alert>,
-    meter: AlertMeter,
-) {
-    while let Some(alert) = queue.recv().await {
-        if let Err(fault) = post(&client, &webhook, &alert).await {
-            // Whoever knows the address may post there, so only its host is said.
-            let host = webhook.url.host_str().unwrap_or_default();
-            warn!(
-                host,
-                id = alert.id,
-                error = fault,
-                tries_max = POST_TRIES_MAX,
-                "the webhook did not take an alert; it is on its topic only"
-            );
-            meter.lost(1, Lost::Webhook);
-        }
-    }
-}
-
-/// Posts an alert, again where that may help.
-async fn post(client: &reqwest::Client, webhook: &Webhook, alert: &Alert) -> Result<(), String> {
-    let mut pause = POST_PAUSE;
-    for tried in 1.. {
-        let mut request = client.post(webhook.url.clone()).json(alert).header("idempotency-key", key(alert));
-        if let Some(key) = &webhook.key {
-            request = request.header(AUTHORIZATION, key.bearer());
-        }
-        let (fault, may_help) = match request.send().await {
-            Ok(answer) if answer.status().is_success() => return Ok(()),
-            Ok(answer) => (format!("it answered {}", answer.status()), may_help(answer.status())),
-            Err(fault) => (fault.without_url().to_string(), true),
-        };
-        if !may_help || tried == POST_TRIES_MAX {
-            return Err(fault);
-        }
-        tokio::time::sleep(pause).await;
-        pause *= 2;
-    }
-    Ok(())
-}
-
-/// What tells posts apart of which one may be a repetition.
-fn key(alert: &Alert) -> String {
-    format!("{}-{}-{}", alert.id, alert.state.as_str(), alert.seen_at)
-}
-
-/// Whether the same would be answered otherwise a little later.
-fn may_help(status: StatusCode) -> bool {
-    status.is_server_error() || matches!(status, StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_MANY_REQUESTS)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -327,14 +259,5 @@ mod tests {
         assert!(a.take(2).await.unwrap());
         tokio::time::advance(FOLLOW_AFTER).await;
         assert!(b.take(2).await.unwrap(), "it died in between");
-    }
-
-    #[test]
-    fn only_what_may_be_mended_is_posted_again() {
-        let may = |status: u16| may_help(StatusCode::from_u16(status).unwrap());
-        assert_eq!(
-            [500, 503, 408, 429, 400, 401, 404, 302].map(may),
-            [true, true, true, true, false, false, false, false]
-        );
     }
 }

@@ -415,14 +415,15 @@ of one that was cut what was read. So what is counted should lie between the two
 the larger. A process that counts for itself and was started again has counted less than the log, and one that died has not
 counted what it was about to. Of the day that is not over, calls of the last minute are not in their table yet.
 
-Budgets of keys and jobs are left out, as the log does not know them, and those of minutes.
+Budgets of minutes are left out.
 
 Examples:
   forebay budgets drift                                yesterday: for cron, a while after midnight UTC
   forebay budgets drift --date 2026-11-29 --over 0.1
   forebay budgets drift --json | jq 'select(.is_over)'")]
 pub struct BudgetsDrift {
-    /// The day in UTC, as 2026-11-29; yesterday when absent. Counters are kept for a day and a half after it.
+    /// The day in UTC, as 2026-11-29; yesterday when absent. Counters are kept for a day and a half after it, those of keys and jobs for a day
+    /// after their last call.
     #[arg(long, value_name = "DATE")]
     pub date: Option<Date>,
     /// How much drift is too much.

@@ -373,6 +373,33 @@ impl Config {
     }
 }
 
+/// What a setting says; nothing where it says nothing.
+fn text<'a>(values: &'a BTreeMap<String, Sourced>, path: &str) -> &'a str {
+    values.get(path).map(|sourced| sourced.value.as_str()).unwrap_or_default()
+}
+
+/// Where it is said.
+fn from<'a>(values: &'a BTreeMap<String, Sourced>, path: &str) -> &'a str {
+    values.get(path).map(|sourced| sourced.from.as_str()).unwrap_or_default()
+}
+
+/// What a setting says, read as one of what is expected.
+fn one_of<T>(
+    values: &BTreeMap<String, Sourced>,
+    path: &str,
+    expected: &str,
+    read: impl Fn(&str) -> Option<T>,
+) -> anyhow::Result<T> {
+    let value = text(values, path);
+    read(value).ok_or_else(|| {
+        wrong(format!(
+            "{path} is {:?} (from {}); it may be {expected}",
+            without_password(value),
+            from(values, path)
+        ))
+    })
+}
+
 /// A URL without what may be secret in it: user and password, and the query. Anything else as it is.
 fn without_password(url: &str) -> String {
     let Some((scheme, rest)) = url.split_once("://") else { return url.to_owned() };

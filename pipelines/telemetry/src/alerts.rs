@@ -22,8 +22,8 @@ pub enum Lost {
     Topic,
     /// The webhook did not take it.
     Webhook,
-    /// Too many waited for the webhook.
-    Queue,
+    /// It was no news any more when it could be posted.
+    Late,
     /// The counters could not be read.
     Counters,
 }
@@ -43,7 +43,7 @@ impl AlertMeter {
         let why = match why {
             Lost::Topic => "topic",
             Lost::Webhook => "webhook",
-            Lost::Queue => "queue",
+            Lost::Late => "late",
             Lost::Counters => "counters",
         };
         self.lost.add(u64::try_from(count).unwrap_or(u64::MAX), &[KeyValue::new("why", why)]);

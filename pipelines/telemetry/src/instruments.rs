@@ -602,8 +602,8 @@ pub(crate) const ALERTS_LOST: Declared = Declared {
     unit: "{alert}",
     labels: &["why"],
     meaning: "Alerts that did not come where they should: `topic`, too many waited for their topic; `webhook`, it did not take them; \
-              `queue`, too many waited for the webhook. Beside them `counters`, minutes in which the counters of budgets could not \
-              be read.",
+              `late`, they were older than a day when the webhook could have them. Beside them `counters`, minutes in which the \
+              counters of budgets could not be read.",
     ..LINE
 };
 

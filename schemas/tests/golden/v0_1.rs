@@ -88,6 +88,10 @@ pub fn samples() -> Vec<Sample> {
             "ledger-entry-19-columns.json",
             LedgerEntry { row: Some(attempt_of_19_columns()), ..ledger_entry() },
         ),
+        older(
+            "ledger-entry-23-columns.json",
+            LedgerEntry { row: Some(attempt_of_23_columns()), ..ledger_entry() },
+        ),
         written(
             "ledger-entry-lease.json",
             LedgerEntry::of_lease(EntryKind::Renewed, "0123456789abcdef", 1_795_500_000_000),
@@ -96,6 +100,8 @@ pub fn samples() -> Vec<Sample> {
         written("attempt-nulls.avro", attempt_of_nothing()),
         older("attempt-19-columns.avro", attempt_of_19_columns()),
         older("attempt-nulls-19-columns.avro", attempt_of_nothing()),
+        older("attempt-23-columns.avro", attempt_of_23_columns()),
+        older("attempt-nulls-23-columns.avro", attempt_of_nothing()),
         written("audit.json", audit()),
         typed("audit-minimal.json", AUDIT, audit_of_little()),
         written("label.json", label()),
@@ -666,7 +672,13 @@ fn attempt() -> Attempt {
         cached_read_tokens: Some(64),
         cached_write_tokens: Some(32),
         reasoning_tokens: Some(5),
+        key_id: Some("key-7".into()),
+        job: Some("nightly".into()),
     }
+}
+
+fn attempt_of_23_columns() -> Attempt {
+    Attempt { key_id: None, job: None, ..attempt() }
 }
 
 fn attempt_of_19_columns() -> Attempt {
@@ -675,7 +687,7 @@ fn attempt_of_19_columns() -> Attempt {
         cached_read_tokens: None,
         cached_write_tokens: None,
         reasoning_tokens: None,
-        ..attempt()
+        ..attempt_of_23_columns()
     }
 }
 

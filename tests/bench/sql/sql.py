@@ -323,7 +323,7 @@ def ingest():
             if who == "bare":
                 spent = run(options.bare, options.kafka, f"{prefix}outcomes", folder)
             else:
-                spent = run(options.program, "sink", "--once", tables=str(folder), data=str(folder),
+                spent = run(options.program, "sink", "--once", "--without-compaction", tables=str(folder), data=str(folder),
                             group=f"{prefix}{round_}", **kafka)
                 table = DeltaTable(str(folder / "outcomes"))
                 [(found,)] = duckdb.sql(f"SELECT count(DISTINCT request_id) FROM read_parquet({table.file_uris()!r})").fetchall()

@@ -249,6 +249,8 @@ impl Rows {
                 cached_read_tokens: given(outcome.cached_read_tokens),
                 cached_write_tokens: None,
                 reasoning_tokens: given(outcome.reasoning_tokens),
+                key_id: None,
+                job: None,
             }
         };
         (0..outcome.attempts).map(attempt).collect()

@@ -10,7 +10,10 @@ use forebay_runtime::host::kafka::KafkaSettings;
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::message::{Header, OwnedHeaders};
+use rdkafka::mocking::MockCluster;
 use rdkafka::producer::{FutureProducer, FutureRecord};
+use rdkafka::types::{RDKafkaApiKey, RDKafkaRespErr};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use tempfile::TempDir;
 
 /// A broker with a client, and tables beside it.
@@ -145,4 +148,42 @@ async fn what_cannot_be_read_is_told_with_the_way_out() {
     let alone = Tables::new().session(Limits::default(), Scope::All);
     let told = alone.collect("SELECT * FROM kafka('t')").await.unwrap_err().to_string();
     assert!(told.contains("needs a Kafka"), "{told}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_partition_that_is_changing_its_leader_is_asked_again_and_what_is_not_known_is_not_empty() {
+    let cluster = MockCluster::new(1).unwrap();
+    cluster.create_topic("t", 2, 1).unwrap();
+    let bootstrap_servers = cluster.bootstrap_servers();
+    let kafka = Kafka::new(&KafkaSettings { bootstrap_servers, properties: [].into() }).unwrap();
+    let empty = |partition| Range { partition, from: 0, to: 0 };
+    let unknown = RDKafkaRespErr::RD_KAFKA_RESP_ERR_LEADER_NOT_AVAILABLE;
+    for fault in [RDKafkaRespErr::RD_KAFKA_RESP_ERR_NOT_LEADER_FOR_PARTITION, unknown] {
+        cluster.request_errors(RDKafkaApiKey::ListOffsets, &[fault; 3]);
+        assert_eq!(blocking(&kafka, "t", ranges).await.unwrap(), [empty(0), empty(1)]);
+    }
+    assert_eq!(ranges(&kafka, "nothing").unwrap(), []);
+    cluster.topic_error("t", unknown).unwrap();
+    assert!(is_passing(&ranges(&kafka, "t").unwrap_err()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn for_a_leader_is_waited_a_bounded_time_and_for_nothing_else() {
+    let bootstrap_servers = "127.0.0.1:1".to_owned();
+    let kafka = Kafka::new(&KafkaSettings { bootstrap_servers, properties: [].into() }).unwrap();
+    let asked = async |fault| {
+        let count = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&count);
+        let ask = move |_: &Kafka, _: &str| {
+            counted.fetch_add(1, Ordering::Relaxed);
+            Err::<(), _>(KafkaError::MetadataFetch(fault))
+        };
+        assert!(patiently(&kafka, "t", ask).await.unwrap().is_err());
+        count.load(Ordering::Relaxed)
+    };
+    assert_eq!(asked(RDKafkaErrorCode::TopicAuthorizationFailed).await, 1);
+    let began = tokio::time::Instant::now();
+    // After 0, 0.1, 0.3, … 6.3 and 12.7 s.
+    assert_eq!(asked(RDKafkaErrorCode::NotLeaderForPartition).await, 8);
+    assert!(began.elapsed() >= LEADER_MAX && began.elapsed() < LEADER_MAX * 2);
 }

@@ -1,6 +1,7 @@
 //! Roll-ups over real Delta tables in a folder: an answer is the same with them and without.
 
 use super::*;
+use crate::encode::Encoded;
 use crate::guards::Refused;
 use crate::session::{
     Error as SessionError,
@@ -9,7 +10,7 @@ use crate::session::{
 use crate::views::VIEWS;
 use proptest::prelude::*;
 use serde_json::{Value, json};
-use tables_store::ObjectStoreExt as _;
+use tables_store::{ObjectStoreExt as _, path::Path};
 
 const DAY_MS: i64 = 86_400_000;
 /// The first moment of 2026-11-20 in UTC.
@@ -105,20 +106,9 @@ async fn of_two_that_start_from_one_version_the_second_is_refused() {
     let path = file.path().replace("rolled-", "again-");
     let bytes =
         other.object_store().get(&Path::from(file.path().as_ref())).await.unwrap().bytes().await.unwrap();
-    other.object_store().put(&Path::from(path.as_str()), bytes.into()).await.unwrap();
-    let again = Add {
-        path,
-        partition_values: file.partition_values_map(),
-        size: file.size(),
-        modification_time: 0,
-        data_change: true,
-        stats: file.stats(),
-        tags: None,
-        deletion_vector: None,
-        base_row_id: None,
-        default_row_commit_version: None,
-        clustering_provider: None,
-    };
+    let date = compact::date(&file).unwrap();
+    let file = Encoded { date, rows: 2, stats: file.stats().unwrap(), unpacked: 0, bytes: bytes.to_vec() };
+    let again = lake::write(&other, &path, file, 0).await.unwrap();
     let operation = DeltaOperation::Write { mode: SaveMode::Append, partition_by: None, predicate: None };
     let refused = compact::commit(rollup, &other, (&on, count), vec![Action::Add(again)], operation).await;
     assert!(format!("{:?}", refused.unwrap_err()).contains("ConcurrentTransaction"));

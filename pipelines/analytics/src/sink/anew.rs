@@ -11,7 +11,7 @@
 
 use super::{Error, KAFKA_WAIT, application, lane::Lane};
 use crate::decode::Message;
-use forebay_runtime::host::kafka::{Kafka, LogContext, topic_ids};
+use forebay_runtime::host::kafka::{Kafka, LogContext, TopicIds};
 use rdkafka::{
     Message as _, Offset, TopicPartitionList,
     consumer::{BaseConsumer, Consumer as _},
@@ -30,16 +30,21 @@ const POLL: Duration = Duration::from_millis(100);
 
 /// The ids of the topics that are there, by their full names.
 pub async fn ids(
-    kafka: &Kafka,
+    asked: &Arc<TopicIds>,
     topics: impl Iterator<Item = &Arc<str>>,
 ) -> Result<BTreeMap<String, String>, Error> {
-    let (kafka, names) = (kafka.clone(), topics.map(ToString::to_string).collect::<Vec<_>>());
-    Ok(tokio::task::spawn_blocking(move || topic_ids(&kafka, &names, KAFKA_WAIT)).await??)
+    let (asked, names) = (Arc::clone(asked), topics.map(ToString::to_string).collect::<Vec<_>>());
+    Ok(tokio::task::spawn_blocking(move || asked.of(&names, KAFKA_WAIT)).await??)
 }
 
 /// Has the partitions of topics begin anew that were made anew since these partitions were set.
-pub async fn renew(kafka: &Kafka, cluster: &str, lanes: &mut BTreeMap<Arc<str>, Lane>) -> Result<(), Error> {
-    let ids = ids(kafka, lanes.keys()).await?;
+pub async fn renew(
+    kafka: &Kafka,
+    asked: &Arc<TopicIds>,
+    cluster: &str,
+    lanes: &mut BTreeMap<Arc<str>, Lane>,
+) -> Result<(), Error> {
+    let ids = ids(asked, lanes.keys()).await?;
     for (topic, lane) in lanes {
         // One that is gone has no successor yet: what was read is its own.
         let Some(id) = ids.get(&**topic) else { continue };

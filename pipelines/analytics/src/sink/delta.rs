@@ -7,6 +7,7 @@ use super::flush::{Commit, Log, Part};
 use crate::{
     decode::{self, Decoder, Message, Reject, runs},
     encode::{Encoded, LARGE_BYTES, encode},
+    lake,
     table::{DATE, Table},
 };
 use arrow::error::ArrowError;
@@ -26,11 +27,9 @@ use forebay_runtime::{
 use forebay_schemas::{DeadLetter, NanoUsd, RequestId, Tenant};
 use futures::future::join_all;
 use std::{
-    collections::HashMap,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
-use tables_store::{PutMode, PutOptions, path::Path};
 use tracing::warn;
 
 /// What stands as the step of a dead letter whose record could not become a row.
@@ -307,31 +306,15 @@ impl Log for DeltaLog {
         let (first, partition) = (first.offset, part.partition);
         let (encoded, rejects, messages) = self.encode(part.messages.clone()).await?;
         self.set_aside(partition, &rejects, &messages).await?;
-        let store = self.table.object_store();
         let mut files = Vec::with_capacity(encoded.len());
         for file in encoded {
             let name = format!("{}-{partition}-{first}-{last}-{}", self.topic, uuid::Uuid::now_v7());
             let path = file.path(&name, file.unpacked >= LARGE_BYTES);
-            let Encoded { date, stats, bytes, .. } = file;
-            let size = bytes.len() as u64;
-            let create = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
-            let put = store.put_opts(&Path::from(path.as_str()), bytes.into(), create).await;
-            put.map_err(|source| Error::Put { table: self.kind.name(), path: path.clone(), source })?;
+            let add = lake::write(&self.table, &path, file, (self.now_ms)()).await;
+            let add = add.map_err(|source| Error::Put { table: self.kind.name(), path, source })?;
             self.counted.files += 1;
-            self.counted.bytes += size;
-            files.push(Add {
-                path,
-                partition_values: HashMap::from([(DATE.to_owned(), Some(date))]),
-                size: i64::try_from(size).unwrap_or(i64::MAX),
-                modification_time: (self.now_ms)(),
-                data_change: true,
-                stats: Some(stats),
-                tags: None,
-                deletion_vector: None,
-                base_row_id: None,
-                default_row_commit_version: None,
-                clustering_provider: None,
-            });
+            self.counted.bytes += u64::try_from(add.size).unwrap_or_default();
+            files.push(add);
         }
         Ok(files)
     }
@@ -381,7 +364,7 @@ const CLEAN_EVERY: u64 = 500;
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::{lake, sink::flush::flush};
+    use crate::sink::flush::flush;
     use arrow::array::AsArray as _;
     use datafusion::prelude::SessionContext;
     use forebay_schemas::{Headers, Label, Record as _};

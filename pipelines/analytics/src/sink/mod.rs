@@ -12,6 +12,7 @@ mod lane;
 
 use crate::{
     compact::{self, Compacted},
+    kafka_table::{patiently, ranges},
     lake, rollup,
     settings::{Settings, SettingsError},
     table::Table,
@@ -23,7 +24,7 @@ use forebay_runtime::{
     crash::crash_point,
     drive::{Event, Progress, Source as _},
     host::kafka::{
-        Kafka, KafkaSink, KafkaSource, LogContext, ReadBounds, Reading, SettingsError as KafkaError,
+        Kafka, KafkaSink, KafkaSource, ReadBounds, Reading, SettingsError as KafkaError, TopicIds,
         TopicIdsError, UnreachableError,
         topics::{TopicsError, existing},
     },
@@ -33,7 +34,6 @@ use forebay_schemas::topics;
 use forebay_telemetry::{Health, StartError, Telemetry, admin};
 use futures::future::join_all;
 use lane::{Gap, Lane};
-use rdkafka::consumer::{BaseConsumer, Consumer as _};
 use std::{
     collections::BTreeMap,
     sync::Arc,
@@ -62,6 +62,8 @@ const FIND_AGAIN: Duration = Duration::from_secs(1);
 const ASK_EVERY: Duration = Duration::from_secs(30);
 /// How often files are swept that no version names: all files of the table are listed for it.
 const SWEEP_EVERY: Duration = Duration::from_secs(24 * 3_600);
+/// In so many rounds a sink that leaves by itself looks after a table at most: more than the days that any is kept need.
+const LAST_ROUNDS_MAX: usize = 100;
 /// With `--once`: how long other members of the group may keep partitions from us, or a topic may be silent before its end.
 const ONCE_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -144,8 +146,19 @@ pub fn application(cluster: &str, topic_id: &str, partition: i32) -> String {
     format!("{cluster}/{topic_id}/{partition}")
 }
 
-/// Runs the sink until `shutdown`, or with `once` until all is written that the topics hold now.
-pub async fn run(settings: Settings, once: bool, shutdown: CancellationToken) -> Result<(), Error> {
+/// When a sink leaves by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Leaves {
+    /// Never.
+    Never,
+    /// As soon as all is written that the topics hold now.
+    Written,
+    /// Then, and when all is done that the files of tables need by now.
+    Kept,
+}
+
+/// Runs the sink until `shutdown`, or until it leaves by itself.
+pub async fn run(settings: Settings, leaves: Leaves, shutdown: CancellationToken) -> Result<(), Error> {
     let health = Health::new();
     let telemetry = telemetry(&settings)?;
     let address = settings.admin.clone().unwrap_or_else(|| "127.0.0.1:0".to_owned());
@@ -165,7 +178,7 @@ pub async fn run(settings: Settings, once: bool, shutdown: CancellationToken) ->
         tokio::time::sleep(DRAIN_MAX).await;
         hurry.cancel();
     });
-    let done = sink.run(once).await;
+    let done = sink.run(leaves).await;
     hurrying.abort();
     // It may be cut off anywhere, as by a crash.
     if let Some(keeping) = sink.keeping.take() {
@@ -187,6 +200,27 @@ fn telemetry(settings: &Settings) -> Result<Telemetry, StartError> {
 /// The one place here that reads the clock: milliseconds since 1970.
 fn now_ms() -> i64 {
     chrono::Utc::now().timestamp_millis()
+}
+
+/// Looks after a table once; whether that did anything, so that more may be left to do.
+async fn look_after(
+    kind: Table,
+    table: &mut DeltaTable,
+    (root, options): &(Url, lake::Options),
+    sweeps: bool,
+) -> bool {
+    // Before days are forgotten.
+    let rolled = rollup::keep(kind, (root, options), sweeps, now_ms()).await.unwrap_or_else(|fault| {
+        let cause = std::error::Error::source(&fault).map(ToString::to_string).unwrap_or_default();
+        warn!(table = kind.name(), error = %fault, cause, "could not roll up days of a table");
+        0
+    });
+    let kept = keep(kind, table, sweeps).await.unwrap_or_else(|fault| {
+        let cause = std::error::Error::source(&fault).map(ToString::to_string).unwrap_or_default();
+        warn!(table = kind.name(), error = %fault, cause, "could not look after the files of a table");
+        Compacted::default()
+    });
+    rolled > 0 || kept != Compacted::default()
 }
 
 async fn keep(kind: Table, table: &mut DeltaTable, sweeps: bool) -> Result<Compacted, compact::Error> {
@@ -211,6 +245,8 @@ async fn keep(kind: Table, table: &mut DeltaTable, sweeps: bool) -> Result<Compa
 
 struct Sink {
     kafka: Kafka,
+    /// Kept: an admin client takes a tenth of a second to end, and each flush asks.
+    topic_ids: Arc<TopicIds>,
     cluster: Arc<str>,
     source: KafkaSource,
     lanes: BTreeMap<Arc<str>, Lane>,
@@ -231,7 +267,8 @@ struct Sink {
     /// Looks after files, beside the loop.
     keeping: Option<JoinHandle<()>>,
     keep_every: Duration,
-    keep_at: Instant,
+    /// When that is done next; not by itself when absent.
+    keep_at: Option<Instant>,
     sweep_at: Instant,
     health: Health,
 }
@@ -281,6 +318,7 @@ impl Sink {
         let name = settings.group.clone().unwrap_or_else(|| settings.topic("sink"));
         let source = KafkaSource::join(&kafka, &[Group { name, inputs }], reading)?;
         Ok(Self {
+            topic_ids: Arc::new(TopicIds::new(&kafka)?),
             kafka,
             cluster,
             source,
@@ -296,19 +334,22 @@ impl Sink {
             hurry: CancellationToken::new(),
             keeping: None,
             keep_every: settings.compact_every(),
-            keep_at: Instant::now() + settings.compact_every(),
+            keep_at: Some(Instant::now() + settings.compact_every()),
             sweep_at: Instant::now() + SWEEP_EVERY,
             health: health.clone(),
         })
     }
 
-    async fn run(&mut self, once: bool) -> Result<(), Error> {
+    async fn run(&mut self, leaves: Leaves) -> Result<(), Error> {
         let (shutdown, hurry) = (self.shutdown.clone(), self.hurry.clone());
-        let ends = if once { Some(self.ends().await?) } else { None };
+        let ends = if leaves == Leaves::Never { None } else { Some(self.ends().await?) };
+        if leaves == Leaves::Written {
+            self.keep_at = None;
+        }
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut heard = Instant::now();
-        let mut is_leaving = false;
+        let (mut is_kept, mut is_leaving) = (false, false);
         loop {
             tokio::select! {
                 event = self.source.next() => {
@@ -331,9 +372,15 @@ impl Sink {
                     return Ok(());
                 }
             }
-            if let (Some(ends), false) = (&ends, is_leaving)
-                && self.has_reached(ends, heard).await
+            let is_idle = !is_leaving && !self.is_keeping();
+            if let (Some(ends), true) = (&ends, is_idle)
+                && (is_kept || self.has_reached(ends, heard).await)
             {
+                if leaves == Leaves::Kept && !is_kept {
+                    self.keep_all();
+                    is_kept = true;
+                    continue;
+                }
                 self.source.close();
                 is_leaving = true;
             }
@@ -427,35 +474,43 @@ impl Sink {
         self.keep();
     }
 
-    /// Has the files of tables looked after where that is due, beside the loop and one table after the other.
+    /// Has the files of tables looked after where that is due.
     fn keep(&mut self) {
         let now = Instant::now();
-        let is_busy = self.keeping.as_ref().is_some_and(|keeping| !keeping.is_finished());
-        if now < self.keep_at || is_busy {
+        if self.keep_at.is_none_or(|at| now < at) || self.is_keeping() {
             return;
         }
-        self.keep_at = now + self.keep_every;
+        self.keep_at = Some(now + self.keep_every);
         let sweeps = now >= self.sweep_at;
         if sweeps {
             self.sweep_at = now + SWEEP_EVERY;
         }
+        self.keep_in(1, sweeps);
+    }
+
+    /// Has all done that files need by now, before the sink leaves. Swept as well: a sink that is run each night is never there for a day.
+    fn keep_all(&mut self) {
+        self.keep_at = None;
+        self.keep_in(LAST_ROUNDS_MAX, true);
+    }
+
+    /// Has files looked after beside the loop, one table after the other, each for so many rounds at most.
+    fn keep_in(&mut self, rounds_max: usize, sweeps: bool) {
         let tables: Vec<_> = self.lanes.values().filter_map(Lane::kept_here).collect();
-        let (root, options) = self.place.clone();
+        let place = self.place.clone();
         self.keeping = Some(tokio::spawn(async move {
             for (kind, mut table) in tables {
-                // Before days are forgotten.
-                if let Err(fault) = rollup::keep(kind, (&root, &options), sweeps, now_ms()).await {
-                    let cause =
-                        std::error::Error::source(&fault).map(ToString::to_string).unwrap_or_default();
-                    warn!(table = kind.name(), error = %fault, cause, "could not roll up days of a table");
-                }
-                if let Err(fault) = keep(kind, &mut table, sweeps).await {
-                    let cause =
-                        std::error::Error::source(&fault).map(ToString::to_string).unwrap_or_default();
-                    warn!(table = kind.name(), error = %fault, cause, "could not look after the files of a table");
+                for round in 0..rounds_max {
+                    if !look_after(kind, &mut table, &place, sweeps && round == 0).await {
+                        break;
+                    }
                 }
             }
         }));
+    }
+
+    fn is_keeping(&self) -> bool {
+        self.keeping.as_ref().is_some_and(|keeping| !keeping.is_finished())
     }
 
     /// Sets partitions to where their tables end.
@@ -476,7 +531,7 @@ impl Sink {
 
     async fn try_find(&mut self) -> Result<(), Error> {
         // Asked anew each time: a topic that was made anew has another id, and begins anew.
-        let ids = anew::ids(&self.kafka, self.lanes.keys()).await?;
+        let ids = anew::ids(&self.topic_ids, self.lanes.keys()).await?;
         let cluster = Arc::clone(&self.cluster);
         for (topic, lane) in self.lanes.iter_mut().filter(|(_, lane)| lane.has_unknown()) {
             let Some(id) = ids.get(&**topic) else { continue };
@@ -501,9 +556,9 @@ impl Sink {
             return;
         }
         self.ask_at = Instant::now() + ASK_EVERY;
-        let (kafka, cluster, lanes) = (&self.kafka, &self.cluster, &mut self.lanes);
+        let (kafka, asked, cluster, lanes) = (&self.kafka, &self.topic_ids, &self.cluster, &mut self.lanes);
         let flushing = async {
-            anew::renew(kafka, cluster, lanes).await?;
+            anew::renew(kafka, asked, cluster, lanes).await?;
             let due = lanes.iter_mut().filter(|(_, lane)| which(lane));
             let due = due.map(|(topic, lane)| async { (Arc::clone(topic), lane.flush(now_ms).await) });
             Ok::<_, Error>(join_all(due).await)
@@ -539,16 +594,10 @@ impl Sink {
 
     /// Messages are missing where a partition begins: forgotten by its topic, or never there.
     async fn tell_gap(&self, topic: &Arc<str>, gap: Gap) {
-        let (kafka, name) = (self.kafka.clone(), topic.to_string());
-        let low = tokio::task::spawn_blocking(move || {
-            let reader: BaseConsumer<LogContext> = kafka.reader_config().create_with_context(LogContext)?;
-            reader.fetch_watermarks(&name, gap.partition, KAFKA_WAIT)
-        });
-        let low = match low.await {
-            Ok(Ok((low, _))) => low,
-            // Not known: said as the worst that it may be.
-            _ => gap.found,
-        };
+        let ranges = patiently(&self.kafka, topic, ranges).await.ok().and_then(Result::ok);
+        let found = ranges.iter().flatten().find(|range| range.partition == gap.partition);
+        // Not known: said as the worst that it may be.
+        let low = found.map_or(gap.found, |range| range.from);
         if low > gap.expected {
             let lost = low.min(gap.found) - gap.expected;
             error!(topic = %topic, partition = gap.partition, table_ends = gap.expected, topic_begins = low, lost,
@@ -561,26 +610,15 @@ impl Sink {
 
     /// Where the topics end now.
     async fn ends(&self) -> Result<Ends, Error> {
-        let (kafka, names) = (self.kafka.clone(), self.lanes.keys().cloned().collect::<Vec<_>>());
-        tokio::task::spawn_blocking(move || {
-            let there = existing(&kafka, KAFKA_WAIT)?;
-            let fault = |topic: &str| {
-                let topic = topic.to_owned();
-                move |source| Error::Ends { topic, source }
-            };
-            let reader: BaseConsumer<LogContext> =
-                kafka.reader_config().create_with_context(LogContext).map_err(fault("of any name"))?;
-            let mut ends = Ends::new();
-            for topic in names {
-                for partition in 0..there.get(&*topic).copied().unwrap_or_default() {
-                    let marks =
-                        reader.fetch_watermarks(&topic, partition, KAFKA_WAIT).map_err(fault(&topic))?;
-                    ends.insert((Arc::clone(&topic), partition), marks);
-                }
-            }
-            Ok(ends)
-        })
-        .await?
+        let mut ends = Ends::new();
+        for topic in self.lanes.keys() {
+            let ranges = patiently(&self.kafka, topic, ranges).await?;
+            let ranges = ranges.map_err(|source| Error::Ends { topic: topic.to_string(), source })?;
+            ends.extend(
+                ranges.iter().map(|range| ((Arc::clone(topic), range.partition), (range.from, range.to))),
+            );
+        }
+        Ok(ends)
     }
 
     /// Whether all is written that was there at the start, as far as it is ours to write.

@@ -64,17 +64,10 @@ async fn killed_while_it_rolls_days_up_or_raced_at_it_each_row_is_counted_once()
     world.write(200).await;
     let mut sinks = ["one", "other"].map(|group| world.sink(group, &[], Some("nowhere:1")));
     for sink in &mut sinks {
-        let mut told = BufReader::new(sink.stderr.take().unwrap()).lines();
-        loop {
-            let line = timeout(LIMIT, told.next_line()).await.expect("it looks after files").unwrap();
-            let line = line.expect("it runs until it is told to leave");
-            if line.contains("attempts") && (line.contains("looked after") || line.contains("to look after"))
-            {
-                break;
-            }
-        }
-        // It writes on into a pipe that is read to its end.
-        tokio::spawn(async move { while let Ok(Some(_)) = told.next_line().await {} });
+        let mut told = Told::by(sink);
+        let done = ["looked after", "to look after"];
+        told.until(|line| line.contains("attempts") && done.iter().any(|done| line.contains(done))).await;
+        told.let_go();
     }
     for sink in &mut sinks {
         terminate(sink);
@@ -84,4 +77,21 @@ async fn killed_while_it_rolls_days_up_or_raced_at_it_each_row_is_counted_once()
     world.check().await;
     assert_eq!(world.check_stored().await, 3);
     world.check_counts().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sink_that_is_run_once_leaves_days_joined_and_rolled_up() {
+    let mut world = World::new().await;
+    for (group, rows) in [("first", 60), ("second", 90)] {
+        world.write(rows).await;
+        assert!(world.to_the_end(group, None).await.success());
+        assert_eq!((world.files().await, world.check_stored().await), (3, 3), "a file a day");
+        world.check().await;
+        world.check_counts().await;
+    }
+    world.write(60).await;
+    let mut sink = world.sink("third", &["--once", "--without-compaction"], None);
+    assert!(timeout(LIMIT, sink.wait()).await.expect("the sink ends").unwrap().success());
+    assert!(world.files().await > 3, "they are left as they are");
+    world.check().await;
 }

@@ -98,28 +98,23 @@ async fn drift(args: &BudgetsDrift, config: &Config, now_ms: i64) -> anyhow::Res
     }
     let mut counted = standings::read(config, day_ms, now_ms.min(day_ms + DAY_MS - 1)).await?;
     counted.retain(|row| is_compared(row, day_ms));
-    let left_out = counted.iter().filter(|row| !row["name"].is_null()).count();
-    counted.retain(|row| row["name"].is_null());
     if counted.is_empty() {
-        return Err(wrong(format!(
-            "no budget of a tenant, or of all, of that day or its month is counted; counters are kept for {} after it",
-            "a day and a half"
-        )));
+        return Err(wrong(
+            "no budget of that day or its month is counted; counters are kept for a day and a half after it, and those of keys and \
+             jobs for a day or a month after their last call",
+        ));
     }
     let spans: BTreeSet<_> =
         counted.iter().map(|row| (number(row, "begins_at"), number(row, "ends_at"))).collect();
-    let log = read_log(tables::ask(&query(&spans), config).await?);
+    // A log has more of them than rows are worth reading where nobody asks for them.
+    let has_names = counted.iter().any(|row| !row["name"].is_null());
+    let log = read_log(tables::ask(&query(&spans, has_names), config).await?);
     let compared: Vec<Value> = compare(counted, &log, args.over);
     let is_over = compared.iter().any(|row| row["is_over"] == true);
     if args.json {
         compared.iter().for_each(out);
     } else {
         out(drift_table(&compared));
-    }
-    if left_out > 0 {
-        say(format_args!(
-            "forebay: {left_out} budgets of keys and jobs are not compared; the log does not say whose a call was there"
-        ));
     }
     Ok(if is_over { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
@@ -131,21 +126,26 @@ fn is_compared(row: &Value, day_ms: i64) -> bool {
     begins <= day_us && day_us < ends && ends - begins > MINUTE_US
 }
 
-/// What the log has of each span and tenant. A call stands there once for each time that its record was read, so a try is counted
-/// once. An answered try is what budgets count; one that was cut may be counted too, as somebody read what came of it.
-fn query(spans: &BTreeSet<(i64, i64)>) -> String {
+/// What the log has of each span and tenant, and of its keys and jobs where these have budgets. A call stands there once for each time that
+/// its record was read, so a try is counted once. An answered try is what budgets count; one that was cut may be counted too, as somebody
+/// read what came of it.
+fn query(spans: &BTreeSet<(i64, i64)>, has_names: bool) -> String {
+    let [of_try, named] = match has_names {
+        true => ["max(key_id) AS key_id, max(job) AS job, ", ", key_id, job"],
+        false => ["", ""],
+    };
     let of = |(begins, ends): &(i64, i64)| {
         let day = |us: i64| time(us).chars().take(10).collect::<String>();
         format!(
-            "SELECT {begins} AS begins_at, tenant, \
+            "SELECT {begins} AS begins_at, tenant{named}, \
              CAST(coalesce(sum(cost) FILTER (WHERE is_ok), 0) AS BIGINT) AS money, \
              CAST(coalesce(sum(cost), 0) AS BIGINT) AS money_all, \
              CAST(coalesce(sum(tokens) FILTER (WHERE is_ok), 0) AS BIGINT) AS tokens, \
              CAST(coalesce(sum(tokens), 0) AS BIGINT) AS tokens_all \
-             FROM (SELECT tenant, attempt_id, bool_or(status = 'ok') AS is_ok, max(cost_nano_usd) AS cost, \
+             FROM (SELECT tenant, attempt_id, {of_try}bool_or(status = 'ok') AS is_ok, max(cost_nano_usd) AS cost, \
              max(coalesce(input_tokens, 0) + coalesce(output_tokens, 0)) AS tokens FROM attempts \
              WHERE date >= DATE '{}' AND date <= DATE '{}' \
-             AND started_at >= TIMESTAMP '{}' AND started_at < TIMESTAMP '{}' GROUP BY tenant, attempt_id) GROUP BY tenant",
+             AND started_at >= TIMESTAMP '{}' AND started_at < TIMESTAMP '{}' GROUP BY tenant, attempt_id) GROUP BY tenant{named}",
             day(*begins),
             day(*ends),
             time(*begins),
@@ -171,8 +171,11 @@ impl Logged {
     }
 }
 
-/// By the begin of a span, the tenant, none for all of them, and the unit.
-type Log = BTreeMap<(i64, Option<String>, &'static str), Logged>;
+/// By the begin of a span, whose budget it is, and the unit.
+type Log = BTreeMap<(i64, Whose, &'static str), Logged>;
+
+/// A holder's word, the tenant where it is not all of them, and the name of a key or a job.
+type Whose = (&'static str, Option<String>, Option<String>);
 
 fn read_log(rows: Vec<Value>) -> Log {
     let mut log = Log::new();
@@ -181,8 +184,16 @@ fn read_log(rows: Vec<Value>) -> Log {
         for (unit, answered, all) in [("nano-USD", "money", "money_all"), ("tokens", "tokens", "tokens_all")]
         {
             let logged = Logged { answered: number(&row, answered), all: number(&row, all) };
-            for tenant in [row["tenant"].as_str().map(str::to_owned), None] {
-                let sum = log.entry((begins, tenant, unit)).or_default();
+            let tenant = said(&row, "tenant");
+            let of = |holder, name: Option<String>| name.map(|name| (holder, tenant.clone(), Some(name)));
+            let whose = [
+                Some(("all", None, None)),
+                Some(("tenant", tenant.clone(), None)),
+                of("key", said(&row, "key_id")),
+                of("job", said(&row, "job")),
+            ];
+            for whose in whose.into_iter().flatten() {
+                let sum = log.entry((begins, whose, unit)).or_default();
                 *sum = sum.plus(logged);
             }
         }
@@ -194,9 +205,10 @@ fn read_log(rows: Vec<Value>) -> Log {
 fn compare(counted: Vec<Value>, log: &Log, over_percent: f64) -> Vec<Value> {
     let compare = |mut row: Value| {
         let unit = if row["unit"] == "tokens" { "tokens" } else { "nano-USD" };
-        let tenant = row["tenant"].as_str().map(str::to_owned);
+        let holder = ["all", "tenant", "key", "job"].into_iter().find(|holder| row["holder"] == *holder);
+        let whose = (holder.unwrap_or_default(), said(&row, "tenant"), said(&row, "name"));
         let Logged { answered, all } =
-            log.get(&(number(&row, "begins_at"), tenant, unit)).copied().unwrap_or_default();
+            log.get(&(number(&row, "begins_at"), whose, unit)).copied().unwrap_or_default();
         let used = number(&row, "used");
         let drift = used - used.clamp(answered, all.max(answered));
         let most = used.max(answered).max(1);
@@ -217,6 +229,7 @@ fn drift_table(rows: &[Value]) -> Table {
     table.set_header([
         "holder",
         "tenant",
+        "name",
         "budget",
         "since",
         "counted",
@@ -231,6 +244,7 @@ fn drift_table(rows: &[Value]) -> Table {
         table.add_row([
             text(row, "holder"),
             text(row, "tenant"),
+            text(row, "name"),
             text(row, "budget"),
             time(number(row, "begins_at")),
             amount(row, number(row, "used")),
@@ -246,8 +260,12 @@ fn drift_table(rows: &[Value]) -> Table {
     table
 }
 
+fn said(row: &Value, field: &str) -> Option<String> {
+    row[field].as_str().map(str::to_owned)
+}
+
 fn text(row: &Value, field: &str) -> String {
-    row[field].as_str().unwrap_or("-").to_owned()
+    said(row, field).unwrap_or_else(|| "-".to_owned())
 }
 
 fn number(row: &Value, field: &str) -> i64 {
@@ -302,6 +320,27 @@ mod tests {
     }
 
     #[test]
+    fn keys_and_jobs_are_compared_with_the_calls_of_their_tenant_that_name_them() {
+        let of = |tenant: &str, key: Option<&str>, job: Option<&str>| {
+            let mut row = logged(tenant, 100, 100);
+            (row["key_id"], row["job"]) = (json!(key), json!(job));
+            row
+        };
+        let rows = vec![of("a", Some("k"), Some("j")), of("a", Some("k"), None), of("b", Some("k"), None)];
+        let log = read_log(rows);
+        let drift = |holder: &str, tenant: Option<&str>, name: Option<&str>| {
+            let mut row = row(tenant, 200);
+            (row["holder"], row["name"]) = (json!(holder), json!(name));
+            number(&compare(vec![row], &log, 1.0).remove(0), "drift")
+        };
+        assert_eq!(drift("key", Some("a"), Some("k")), 0);
+        assert_eq!(drift("job", Some("a"), Some("j")), 100);
+        assert_eq!(drift("key", Some("b"), Some("k")), 100);
+        assert_eq!(drift("job", Some("a"), Some("k")), 200, "a key is no job");
+        assert_eq!((drift("tenant", Some("a"), None), drift("all", None, None)), (0, -100));
+    }
+
+    #[test]
     fn a_day_is_compared_with_its_day_and_its_month_and_with_nothing_else() {
         let of = |begins: i64, ends: i64| json!({"begins_at": begins * DAY_US, "ends_at": ends * DAY_US});
         let are: Vec<_> = [(1, 2), (0, 31), (2, 3), (0, 1)]
@@ -309,7 +348,9 @@ mod tests {
             .into();
         assert_eq!(are, [true, true, false, false]);
         assert!(!is_compared(&json!({"begins_at": DAY_US, "ends_at": DAY_US + MINUTE_US}), DAY_MS));
-        let query = query(&BTreeSet::from([(DAY_US, 2 * DAY_US), (0, 31 * DAY_US)]));
+        let spans = BTreeSet::from([(DAY_US, 2 * DAY_US), (0, 31 * DAY_US)]);
+        assert!(query(&spans, true).contains("GROUP BY tenant, key_id, job"));
+        let query = query(&spans, false);
         assert!(query.contains("date >= DATE '1970-01-02' AND date <= DATE '1970-01-03'"), "{query}");
         assert!(
             query.contains("started_at < TIMESTAMP '1970-02-01T00:00:00Z'") && query.contains(" UNION ALL "),

@@ -54,7 +54,7 @@ pub async fn run(args: Demo, config: Config) -> anyhow::Result<()> {
     if show {
         out(format_args!("Forebay {} is up after {:.1?}.", env!("CARGO_PKG_VERSION"), started.elapsed()));
     }
-    let sink = tables::Sink::start(&up.config, &up.kafka, true);
+    let sink = tables::Sink::start(&up.config, &up.kafka, true, &up.shutdown);
     let told = tell(&up, documents, questions, show).await;
     match told {
         Ok(true) if !args.exit => {

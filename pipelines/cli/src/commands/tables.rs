@@ -15,13 +15,19 @@ use crate::{
 use anyhow::Context as _;
 use forebay_runtime::host::kafka::Kafka;
 use forebay_telemetry::logging::FILTER_VARIABLE;
+use rustix::process::Signal;
 use serde_json::{Value, json};
 use std::{
     ffi::OsString,
-    os::unix::process::CommandExt as _,
+    io,
+    os::unix::process::{CommandExt as _, ExitStatusExt as _},
     path::PathBuf,
-    process::{Child, Command, ExitStatus, Stdio},
+    process::{ExitStatus, Stdio},
     time::{Duration, Instant},
+};
+use tokio::{
+    process::{Child, Command},
+    time::timeout,
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
@@ -34,8 +40,8 @@ const BUILD: &str = "cargo build --release -p forebay-analytics";
 const VARIABLE: &str = "FOREBAY_SQL_SETTINGS";
 /// How fresh the tables of a process are that keeps its own sink, unless somebody says otherwise: who looks at a demo waits.
 const FRESH: Duration = Duration::from_secs(2);
-/// How often to look whether it still runs.
-const LOOK_EVERY: Duration = Duration::from_millis(200);
+/// How long after a sink that was told to leave this process may be told to end: a signal to a whole group reaches both in either order.
+const TOGETHER: Duration = Duration::from_secs(1);
 /// How long a sink that ended is left alone, doubled each time; one that ran for longer begins anew.
 const PAUSE_MIN: Duration = Duration::from_secs(1);
 const PAUSE_MAX: Duration = Duration::from_secs(60);
@@ -83,7 +89,8 @@ pub async fn run(command: &str, arguments: &[OsString], config: Config) -> anyho
         None => embedded::running(&config).await.ok(),
     };
     let settings = settings(&config, servers.as_deref(), config.admin.as_deref(), config.sink_flush);
-    let fault = Command::new(&program).arg(command).args(arguments).env(VARIABLE, settings).exec();
+    let fault =
+        std::process::Command::new(&program).arg(command).args(arguments).env(VARIABLE, settings).exec();
     Err(anyhow::anyhow!(fault).context(format!("could not start {}", program.display())))
 }
 
@@ -94,8 +101,7 @@ pub async fn ask(query: &str, config: &Config) -> anyhow::Result<Vec<Value>> {
     command.args(["sql", "--format", "json", "--command", query]).env(VARIABLE, settings);
     command.stdin(Stdio::null()).stderr(Stdio::inherit());
     // It says itself what is wrong, and has a deadline.
-    let answer =
-        tokio::task::spawn_blocking(move || command.output()).await?.context("could not ask the tables")?;
+    let answer = command.output().await.context("could not ask the tables")?;
     anyhow::ensure!(
         answer.status.success(),
         "the tables could not be asked: {PROGRAM} ended with {}",
@@ -113,8 +119,14 @@ pub struct Sink {
 }
 
 impl Sink {
-    /// Starts it, with warnings alone where `is_quiet`; says what to do where it is not built.
-    pub fn start(config: &Config, kafka: &Kafka, is_quiet: bool) -> Option<Self> {
+    /// Starts it, with warnings alone where `is_quiet`; says what to do where it is not built. `shutdown` is given when this process is to
+    /// end, at once or after its stages.
+    pub fn start(
+        config: &Config,
+        kafka: &Kafka,
+        is_quiet: bool,
+        shutdown: &CancellationToken,
+    ) -> Option<Self> {
         let Some(program) = program() else {
             say(format_args!("  tables   none: {PROGRAM} is not built; `{BUILD}` does it"));
             return None;
@@ -125,7 +137,7 @@ impl Sink {
             config.tables.clone().unwrap_or_else(|| config.data.join("tables").display().to_string());
         say(format_args!("  tables   {tables}  (forebay sql)"));
         let stop = CancellationToken::new();
-        let kept = tokio::spawn(keep(program, settings, is_quiet, stop.clone()));
+        let kept = tokio::spawn(keep(program, settings, is_quiet, shutdown.clone(), stop.clone()));
         Some(Self { stop, kept })
     }
 
@@ -138,21 +150,36 @@ impl Sink {
     }
 }
 
-/// Keeps a sink at work until told to stop: one that ends by itself is started again, later each time.
-async fn keep(program: PathBuf, settings: String, is_quiet: bool, stop: CancellationToken) {
+/// Keeps a sink at work until `stop`: one that ends by itself is started again, later each time. Not one that left as it was told to, where
+/// this process is to end as well.
+async fn keep(
+    program: PathBuf,
+    settings: String,
+    is_quiet: bool,
+    shutdown: CancellationToken,
+    stop: CancellationToken,
+) {
     let mut pause = PAUSE_MIN;
     while !stop.is_cancelled() {
         let started = Instant::now();
-        match spawn(&program, &settings, is_quiet) {
-            Ok(child) => {
-                let Some(status) = watch(child, &stop).await else { return };
+        let watched = match spawn(&program, &settings, is_quiet) {
+            Ok(child) => watch(child, &stop).await,
+            Err(fault) => Err(fault),
+        };
+        match watched {
+            Ok(None) => return,
+            Ok(Some(status)) if has_left(status) && timeout(TOGETHER, shutdown.cancelled()).await.is_ok() => {
+                info!("the sink of the tables has left first; what stages still write waits on its topics");
+                return;
+            }
+            Ok(Some(status)) => {
                 if started.elapsed() > PAUSE_MAX {
                     pause = PAUSE_MIN;
                 }
                 error!(%status, again_in_s = pause.as_secs(), "the sink of the tables ended by itself; rows wait on their topics");
             }
             Err(fault) => {
-                error!(program = %program.display(), error = %fault, "could not start the sink of the tables")
+                error!(program = %program.display(), error = %fault, again_in_s = pause.as_secs(), "could not run the sink of the tables");
             }
         }
         tokio::select! {
@@ -163,8 +190,13 @@ async fn keep(program: PathBuf, settings: String, is_quiet: bool, stop: Cancella
     }
 }
 
+/// Whether a sink ended since somebody told it to, if only before it could listen.
+fn has_left(status: ExitStatus) -> bool {
+    status.success() || status.signal() == Some(Signal::TERM.as_raw())
+}
+
 /// Its standard input is ours to close, which is how it is told to leave: also by the death of this process.
-fn spawn(program: &PathBuf, settings: &str, is_quiet: bool) -> std::io::Result<Child> {
+fn spawn(program: &PathBuf, settings: &str, is_quiet: bool) -> io::Result<Child> {
     let mut command = Command::new(program);
     // A demo is not talked over.
     if is_quiet && std::env::var_os(FILTER_VARIABLE).is_none() {
@@ -174,39 +206,22 @@ fn spawn(program: &PathBuf, settings: &str, is_quiet: bool) -> std::io::Result<C
     command.stdin(Stdio::piped()).stdout(Stdio::null()).spawn()
 }
 
-/// How it ended by itself; nothing where it was told to.
-async fn watch(mut child: Child, stop: &CancellationToken) -> Option<ExitStatus> {
-    loop {
-        match child.try_wait() {
-            Ok(Some(status)) => return Some(status),
-            Ok(None) => {}
-            Err(fault) => warn!(error = %fault, "could not look whether the sink runs"),
-        }
-        tokio::select! {
-            () = tokio::time::sleep(LOOK_EVERY) => {}
-            () = stop.cancelled() => break,
-        }
+/// How it ended by itself; nothing where it was told to by `stop`.
+async fn watch(mut child: Child, stop: &CancellationToken) -> io::Result<Option<ExitStatus>> {
+    // Not left in there: who waits for a child closes it first.
+    let stdin = child.stdin.take();
+    tokio::select! {
+        status = child.wait() => return status.map(Some),
+        () = stop.cancelled() => drop(stdin),
     }
-    drop(child.stdin.take());
-    let until = Instant::now() + END_MAX;
-    while Instant::now() < until {
-        match child.try_wait() {
-            Ok(Some(status)) => {
-                info!(%status, "the sink of the tables has left");
-                return None;
-            }
-            Ok(None) => tokio::time::sleep(LOOK_EVERY).await,
-            Err(fault) => {
-                warn!(error = %fault, "could not look whether the sink runs");
-                break;
-            }
-        }
+    if let Ok(ended) = timeout(END_MAX, child.wait()).await {
+        let status = ended?;
+        info!(%status, "the sink of the tables has left");
+    } else {
+        warn!("the sink of the tables did not leave in time; what it had not written is read again");
+        child.kill().await?;
     }
-    warn!("the sink of the tables did not leave in time; what it had not written is read again");
-    if let Err(fault) = child.kill().and_then(|()| child.wait()) {
-        warn!(error = %fault, "could not end the sink");
-    }
-    None
+    Ok(None)
 }
 
 #[cfg(test)]
@@ -226,5 +241,76 @@ mod tests {
             "tables": "s3://bucket/log", "admin": null, "otlp_endpoint": null, "flush_ms": 5000, "flush_bytes": 134_217_728,
         });
         assert_eq!(handed, expected);
+    }
+    /// A program that notes when it starts and when it leaves, which its `body` says.
+    struct Noted {
+        folder: tempfile::TempDir,
+        shutdown: CancellationToken,
+        stop: CancellationToken,
+    }
+
+    impl Noted {
+        fn new(body: &str) -> Self {
+            let folder = tempfile::tempdir().unwrap();
+            let script = format!("#!/bin/sh\ncd {}\necho >>started\n{body}\n", folder.path().display());
+            let [text, sink] = ["text", "sink"].map(|name| folder.path().join(name));
+            std::fs::write(&text, script).unwrap();
+            // By another process: what this one has open to write, one that another test just starts has too, and then it is too busy to run.
+            let made =
+                std::process::Command::new("install").args(["-m", "755"]).args([&text, &sink]).status();
+            assert!(made.unwrap().success());
+            Self { folder, shutdown: CancellationToken::new(), stop: CancellationToken::new() }
+        }
+
+        async fn kept(&self) {
+            let program = self.folder.path().join("sink");
+            keep(program, "{}".to_owned(), false, self.shutdown.clone(), self.stop.clone()).await;
+        }
+
+        fn count(&self, note: &str) -> usize {
+            std::fs::read_to_string(self.folder.path().join(note)).map_or(0, |notes| notes.lines().count())
+        }
+
+        /// Waits until it was noted so often, while time stands still: a runtime that has work does not pass it.
+        async fn noted(&self, note: &str, times: usize) {
+            while self.count(note) < times {
+                tokio::task::yield_now().await;
+            }
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_sink_that_leaves_when_all_are_told_to_is_not_started_again() {
+        for leaves in ["exit 0", "kill -TERM $$"] {
+            let sink = Noted::new(&format!("echo >>left\n{leaves}"));
+            // It hears of it first, and this process within the second.
+            tokio::join!(sink.kept(), async {
+                sink.noted("left", 1).await;
+                sink.shutdown.cancel();
+            });
+            assert_eq!(sink.count("started"), 1);
+            // Or this process does.
+            sink.kept().await;
+            assert_eq!(sink.count("started"), 2);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_sink_that_fails_or_is_ended_alone_is_started_again_until_it_is_stopped() {
+        for (ends, is_shutting_down) in [("exit 1", true), ("exit 0", false)] {
+            let sink = Noted::new(&format!("[ $(wc -l <started) = 2 ] || {ends}\ncat\necho >>left"));
+            if is_shutting_down {
+                sink.shutdown.cancel();
+            }
+            tokio::join!(sink.kept(), async {
+                while sink.count("started") < 2 {
+                    tokio::time::advance(PAUSE_MIN).await;
+                }
+                assert_eq!(sink.count("left"), 0, "it stays until it is stopped");
+                sink.stop.cancel();
+                sink.noted("left", 1).await;
+            });
+            assert_eq!(sink.count("started"), 2);
+        }
     }
 }

@@ -38,7 +38,7 @@ pub async fn up(pipeline: &PipelineArg, config: Config) -> anyhow::Result<()> {
     };
     say(format_args!("forebay: pipeline {} is up", up.plan.name));
     up.tell();
-    let sink = tables::Sink::start(&up.config, &up.kafka, false);
+    let sink = tables::Sink::start(&up.config, &up.kafka, false, &up.shutdown);
     up.ended(sink).await
 }
 

@@ -1,7 +1,7 @@
 //! The settings of alerts: what is told of what budgets spend, and to which webhook.
 
 use crate::{
-    config::{Sourced, without_password},
+    config::{Sourced, from, one_of, text},
     console::wrong,
 };
 use forebay_calls::{Secret, prices};
@@ -114,30 +114,6 @@ fn caps(text: &str) -> Option<Vec<u64>> {
     parts.sort_unstable();
     parts.dedup();
     (parts.len() <= CAPS_MAX).then_some(parts)
-}
-
-fn one_of<T>(
-    values: &BTreeMap<String, Sourced>,
-    path: &str,
-    expected: &str,
-    read: impl Fn(&str) -> Option<T>,
-) -> anyhow::Result<T> {
-    let value = text(values, path);
-    read(value).ok_or_else(|| {
-        wrong(format!(
-            "{path} is {:?} (from {}); it may be {expected}",
-            without_password(value),
-            from(values, path)
-        ))
-    })
-}
-
-fn text<'a>(values: &'a BTreeMap<String, Sourced>, path: &str) -> &'a str {
-    values.get(path).map(|sourced| sourced.value.as_str()).unwrap_or_default()
-}
-
-fn from<'a>(values: &'a BTreeMap<String, Sourced>, path: &str) -> &'a str {
-    values.get(path).map(|sourced| sourced.from.as_str()).unwrap_or_default()
 }
 
 #[cfg(test)]

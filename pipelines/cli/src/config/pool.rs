@@ -3,7 +3,7 @@
 //! Invariant: one model URL without any of them is called as it always was, without a pool.
 
 use crate::{
-    config::{Sourced, served::Served, without_password},
+    config::{Sourced, one_of, served::Served, text},
     console::wrong,
 };
 use forebay_calls::{client::Hedging, throttle::Caps};
@@ -92,23 +92,6 @@ impl PoolSettings {
         }
         Ok(Some(Self { caps, hedging, fallbacks, starts_cold, wake_url }))
     }
-}
-
-pub(super) fn text<'a>(values: &'a BTreeMap<String, Sourced>, path: &str) -> &'a str {
-    values.get(path).map(|sourced| sourced.value.as_str()).unwrap_or_default()
-}
-
-pub(super) fn one_of<T>(
-    values: &BTreeMap<String, Sourced>,
-    path: &str,
-    expected: &str,
-    read: impl Fn(&str) -> Option<T>,
-) -> anyhow::Result<T> {
-    let value = text(values, path);
-    read(value).ok_or_else(|| {
-        let from = values.get(path).map(|sourced| sourced.from.as_str()).unwrap_or_default();
-        wrong(format!("{path} is {:?} (from {from}); it may be {expected}", without_password(value)))
-    })
 }
 
 fn fallbacks(text: &str, served: &[Served]) -> Option<Vec<Fallback>> {

@@ -3,11 +3,7 @@
 //! Invariant: all of its servers are of one model, which stands in the cache's key.
 
 use crate::{
-    config::{
-        Sourced,
-        pool::{PoolSettings, one_of, text},
-        served::Served,
-    },
+    config::{Sourced, one_of, pool::PoolSettings, served::Served, text},
     console::wrong,
 };
 use forebay_calls::{client::Hedging, throttle::Caps};

@@ -5,7 +5,7 @@
 //! Invariant: a key comes from a file or the environment, and from a file of its own for each endpoint that has one.
 
 use crate::{
-    config::{Sourced, without_password},
+    config::{Sourced, from, text, without_password},
     console::wrong,
 };
 use forebay_calls::{Api, server::Vllm};
@@ -141,14 +141,6 @@ fn keys(values: &BTreeMap<String, Sourced>, path: &str) -> anyhow::Result<Vec<St
         (key, _) => key.to_owned(),
     };
     Ok(keys.split_whitespace().map(str::to_owned).collect())
-}
-
-fn text<'a>(values: &'a BTreeMap<String, Sourced>, path: &str) -> &'a str {
-    values.get(path).map(|sourced| sourced.value.as_str()).unwrap_or_default()
-}
-
-fn from<'a>(values: &'a BTreeMap<String, Sourced>, path: &str) -> &'a str {
-    values.get(path).map(|sourced| sourced.from.as_str()).unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -159,6 +159,8 @@ fn row(owner: &str, number: i32) -> Attempt {
         cached_read_tokens: None,
         cached_write_tokens: None,
         reasoning_tokens: None,
+        key_id: None,
+        job: None,
     }
 }
 

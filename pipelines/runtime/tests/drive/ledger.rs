@@ -127,6 +127,8 @@ fn row(cx: &Context, attempt: i32, status: &str) -> Attempt {
         cached_read_tokens: None,
         cached_write_tokens: None,
         reasoning_tokens: None,
+        key_id: None,
+        job: None,
     }
 }
 

@@ -140,7 +140,7 @@ impl Kafka {
     }
 
     /// The settings of a member of a consumer group.
-    pub(super) fn group_config(&self, group: &str) -> ClientConfig {
+    pub fn group_config(&self, group: &str) -> ClientConfig {
         let mut config = self.config();
         let kip_848 = is_kip_848(&config);
         // Defaults first, so that what the user passed through wins.

@@ -18,4 +18,4 @@ pub use ledger::KafkaLedger;
 pub use sink::KafkaSink;
 pub use source::{KafkaSource, ReadBounds, Reading, headers};
 pub use table::{TableError, TableReader};
-pub use topic_ids::{TopicIdsError, topic_ids};
+pub use topic_ids::{TopicIds, TopicIdsError};

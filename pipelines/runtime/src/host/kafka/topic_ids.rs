@@ -5,7 +5,7 @@
 //!
 //! Invariant: what librdkafka gives out is copied before it is given back, and given back on every way out.
 
-use super::{Kafka, LogContext};
+use super::{Kafka, LogContext, SettingsError};
 use rdkafka::{
     admin::AdminClient,
     bindings as rd,
@@ -28,26 +28,34 @@ pub struct TopicIdsError {
     reason: String,
 }
 
-/// Full name → id, as `kafka-topics --describe` prints it, of the topics among `names` that are there. Blocks.
-pub fn topic_ids(
-    kafka: &Kafka,
-    names: &[String],
-    wait: Duration,
-) -> Result<BTreeMap<String, String>, TopicIdsError> {
-    let fault = |reason: String| TopicIdsError {
-        topics: names.join(", "),
-        bootstrap_servers: kafka.bootstrap_servers().to_owned(),
-        reason,
-    };
-    let client: AdminClient<LogContext> =
-        kafka.config().create_with_context(LogContext).map_err(|error| fault(error.to_string()))?;
-    let texts: Vec<CString> = names
-        .iter()
-        .map(|name| CString::new(name.as_str()))
-        .collect::<Result<_, _>>()
-        .map_err(|_| fault("a name has a zero byte".to_owned()))?;
-    let wait_ms = i32::try_from(wait.as_millis()).unwrap_or(i32::MAX);
-    describe(client.inner().native_ptr(), &texts, wait_ms).map_err(fault)
+/// Asks a cluster for the ids of topics, each time over the same connections.
+pub struct TopicIds {
+    client: AdminClient<LogContext>,
+    bootstrap_servers: String,
+}
+
+impl TopicIds {
+    /// Connects to nothing yet.
+    pub fn new(kafka: &Kafka) -> Result<Self, SettingsError> {
+        let client = kafka.config().create_with_context(LogContext).map_err(SettingsError::Client)?;
+        Ok(Self { client, bootstrap_servers: kafka.bootstrap_servers().to_owned() })
+    }
+
+    /// Full name → id, as `kafka-topics --describe` prints it, of the topics among `names` that are there. Blocks.
+    pub fn of(&self, names: &[String], wait: Duration) -> Result<BTreeMap<String, String>, TopicIdsError> {
+        let fault = |reason: String| TopicIdsError {
+            topics: names.join(", "),
+            bootstrap_servers: self.bootstrap_servers.clone(),
+            reason,
+        };
+        let texts: Vec<CString> = names
+            .iter()
+            .map(|name| CString::new(name.as_str()))
+            .collect::<Result<_, _>>()
+            .map_err(|_| fault("a name has a zero byte".to_owned()))?;
+        let wait_ms = i32::try_from(wait.as_millis()).unwrap_or(i32::MAX);
+        describe(self.client.inner().native_ptr(), &texts, wait_ms).map_err(fault)
+    }
 }
 
 /// What was made by librdkafka and is given back when dropped.
