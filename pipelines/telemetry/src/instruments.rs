@@ -440,7 +440,8 @@ pub(crate) const CALL_WAIT: Declared = Declared {
     unit: "s",
     labels: &["stage", "for"],
     meaning: "How long a call waited, apart from its tries: for `room` at an endpoint, as breakers and throttles have it; for others, to \
-              share a try for vectors (`batch`); for its next try (`retry`); for the `ledger` to write down each try, and how it ended. A call that found room at once counts with 0.",
+              share a try for vectors (`batch`); for its next try (`retry`); for the `ledger` to write down each try, and how it \
+              ended. A call that found room at once counts with 0.",
     ..LINE
 };
 pub(crate) const CALL_EXTENDED: Declared = Declared {
