@@ -1,7 +1,7 @@
 //! Answers a request from the cache, or hands it on.
 //!
 //! A candidate is an answer only while retrieval, run again as it was run then, gives the same chunks in the same order:
-//! no answer outlives the document that it rests on. A reranker is not asked for that.
+//! no answer outlives the document that it rests on. Neither embedder nor reranker is asked for that.
 //!
 //! Invariant: the cache fails open. Whatever is wrong with a store, the request goes on as a miss, in bounded time.
 
@@ -70,7 +70,7 @@ impl Shipped for CacheLookup {
 
     fn new(settings: Settings, resources: &Resources) -> Self {
         let shape = Shape { temperature_max: settings.temperature_max, ..resources.shape.clone() };
-        let retriever = Retriever::new(resources.vectors.clone());
+        let retriever = Retriever::new(resources);
         Self { cache: resources.cache.clone(), retriever, shape, settings }
     }
 }

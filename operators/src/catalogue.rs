@@ -5,6 +5,7 @@
 
 use crate::{
     CacheLookup, CacheTable, ChunksTable, FillCache, Index, Infer, Publish, Retrieve, Shape, Validate, cache,
+    embedder::Embedder,
 };
 use forebay_calls::Model;
 use forebay_operator::{Operator, Output, Port, Step, Table, step};
@@ -28,6 +29,8 @@ pub struct Resources {
     pub model: Arc<dyn Model>,
     /// Whatever scores passages; absent where nothing does, and they keep the order in which they were found.
     pub reranker: Option<Arc<dyn Model>>,
+    /// Whatever embeds texts; absent where nothing does, and passages are found by their words alone.
+    pub embedder: Option<Embedder>,
     /// What shapes all answers of the pipeline alike; see [`shape`].
     pub shape: Shape,
 }
@@ -39,6 +42,8 @@ pub enum Asks {
     Model,
     /// Whatever scores passages.
     Reranker,
+    /// Whatever embeds texts.
+    Embedder,
 }
 
 /// An operator that the catalogue can build.
@@ -50,8 +55,8 @@ pub trait Shipped: Operator + Sized {
     const TABLES: &'static [&'static str] = &[];
 
     /// Whom it asks with these settings.
-    fn asks(_settings: &Self::Settings) -> Option<Asks> {
-        None
+    fn asks(_settings: &Self::Settings) -> Vec<Asks> {
+        Vec::new()
     }
 
     /// What the type of the settings cannot say: the key that is wrong and why.
@@ -111,10 +116,10 @@ macro_rules! operators {
         }
 
         /// Whom an operator asks with these settings; with its defaults, where they cannot be read.
-        pub fn asks(operator: &str, settings: &Value) -> Option<Asks> {
+        pub fn asks(operator: &str, settings: &Value) -> Vec<Asks> {
             match operator {
                 $($name::NAME => $name::asks(&read::<$name>(settings).unwrap_or_default()),)+
-                _ => None,
+                _ => Vec::new(),
             }
         }
 
@@ -172,33 +177,43 @@ operators! {
 pub fn table(record: &str, resources: &Resources) -> Option<Arc<dyn Table>> {
     match record {
         CacheEntry::NAME => Some(Arc::new(CacheTable::new(resources.cache.clone()))),
-        Chunks::NAME => Some(Arc::new(ChunksTable::new(resources.vectors.clone()))),
+        Chunks::NAME => {
+            Some(Arc::new(ChunksTable::new(resources.vectors.clone(), resources.embedder.clone())))
+        }
         _ => None,
     }
 }
 
-/// What shapes all answers of a pipeline alike: its model, its reranker where one is asked, and the settings of the steps that
-/// find and write them. It is part of every cache key, so that an answer made otherwise is not found again.
+/// What shapes all answers of a pipeline alike: its model, its reranker and its embedder where they are asked, and the settings of
+/// the steps that find and write them. It is part of every cache key, so that an answer made otherwise is not found again.
 ///
 /// `steps` are the operators of the whole pipeline with their settings, also where this process runs only some.
 pub fn shape<'s>(
     steps: impl IntoIterator<Item = (&'s str, &'s Value)>,
     model: &dyn Model,
     reranker: Option<&dyn Model>,
+    embedder: Option<&Embedder>,
 ) -> Result<Shape, SettingsError> {
     let mut shape = Shape::default();
-    let (mut shaping, mut reranks) = (Vec::new(), false);
+    let (mut shaping, mut asked) = (Vec::new(), Vec::new());
     for (operator, settings) in steps {
-        reranks |= asks(operator, settings) == Some(Asks::Reranker);
+        asked.extend(asks(operator, settings));
         match self::settings(operator, settings)? {
             Settings::CacheLookup(settings) => shape.temperature_max = settings.temperature_max,
             settings @ (Settings::Retrieve(_) | Settings::Infer(_)) => shaping.push(settings),
             Settings::Validate(_) | Settings::Publish(_) | Settings::FillCache(_) | Settings::Index(_) => {}
         }
     }
-    let reranker = reranker.filter(|_| reranks).map(|reranker| reranker.name());
-    let (provider, model) = (model.provider(), model.name());
-    let shaping = json!({"provider": provider, "model": model, "reranker": reranker, "steps": shaping});
+    let reranker = reranker.filter(|_| asked.contains(&Asks::Reranker)).map(|reranker| reranker.name());
+    let embedder = embedder.filter(|_| asked.contains(&Asks::Embedder));
+    let embedder = embedder.map(|embedder| json!([embedder.name(), embedder.dimensions()]));
+    let shaping = json!({
+        "provider": model.provider(),
+        "model": model.name(),
+        "reranker": reranker,
+        "embedder": embedder,
+        "steps": shaping,
+    });
     shape.fingerprint = cache::fingerprint(&shaping);
     Ok(shape)
 }
@@ -272,13 +287,19 @@ mod tests {
 
     #[test]
     fn what_is_not_set_has_its_default_and_what_is_wrong_is_named() {
-        let usual = r#""rerank":0,"rerank_timeout_ms":2000,"tokens_max":2400}"#;
-        check("retrieve", Value::Null, &format!(r#"{{"limit":8,{usual}"#));
-        check("retrieve", json!({"limit": 3}), &format!(r#"{{"limit":3,{usual}"#));
+        let usual = |limit: u8| {
+            format!(
+                r#"{{"embed":false,"embed_timeout_ms":2000,"limit":{limit},"rerank":0,"rerank_timeout_ms":2000,"tokens_max":2400}}"#
+            )
+        };
+        check("retrieve", Value::Null, &usual(8));
+        check("retrieve", json!({"limit": 3}), &usual(3));
+        check("index", json!({"embed": true}), r#"{"embed":true}"#);
         check("retrieve", json!({"limt": 3}), r#"limt: operator "retrieve" has no setting "limt""#);
         check("retrieve", json!({"limit": 51}), "limit: 51 is over 50");
         check("retrieve", json!({"rerank": 51}), "rerank: 51 is over 50");
         check("retrieve", json!({"rerank": 7}), "rerank: 7 is under limit, which is 8");
+        check("retrieve", json!({"embed_timeout_ms": 60_001}), "embed_timeout_ms: 60001 is over 60000");
         check("retrieve", json!({"rerank_timeout_ms": 60_001}), "rerank_timeout_ms: 60001 is over 60000");
         let zero = "limit: invalid value: integer `0`, expected a nonzero usize";
         check("retrieve", json!({"tokens_max": 5, "limit": 0}), zero);
@@ -308,12 +329,15 @@ mod tests {
         assert!(describe("nothing").is_none() && table("Request", &world.resources).is_none());
     }
 
-    #[test]
-    fn settings_that_shape_answers_shape_the_key() {
-        let by = |reranker: Option<&dyn Model>, retrieve: Value, lookup: Value| {
+    #[tokio::test]
+    async fn settings_that_shape_answers_shape_the_key() {
+        let by_both = |(reranker, embedder): (Option<&dyn Model>, Option<&Embedder>),
+                       retrieve: Value,
+                       lookup: Value| {
             let steps = [("retrieve", &retrieve), ("cache_lookup", &lookup)];
-            shape(steps, &Extractive, reranker).unwrap()
+            shape(steps, &Extractive, reranker, embedder).unwrap()
         };
+        let by = |reranker, retrieve: Value, lookup: Value| by_both((reranker, None), retrieve, lookup);
         let fingerprint = |retrieve, lookup| by(None, retrieve, lookup);
         let usual = fingerprint(json!({}), json!({}));
         assert_eq!(usual, fingerprint(json!({"limit": 8}), json!({"ttl_s": 5})));
@@ -322,5 +346,13 @@ mod tests {
         assert_eq!(usual, by(Some(&Extractive), json!({}), json!({})), "nobody asks it");
         let reranked = json!({"rerank": 32});
         assert_ne!(by(None, reranked.clone(), json!({})), by(Some(&Extractive), reranked, json!({})));
+        let world = samples::World::new().await;
+        let of =
+            |dimensions| Embedder::new(Arc::new(Extractive), dimensions, world.resources.vectors.clone());
+        let embedded =
+            |of: Option<&Embedder>, embed: bool| by_both((None, of), json!({"embed": embed}), json!({}));
+        assert_eq!(usual, embedded(Some(&of(3)), false), "nobody asks it");
+        assert_ne!(embedded(None, true), embedded(Some(&of(3)), true));
+        assert_ne!(embedded(Some(&of(2)), true), embedded(Some(&of(3)), true));
     }
 }

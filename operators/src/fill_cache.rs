@@ -78,7 +78,7 @@ mod tests {
     use super::*;
     use crate::samples;
     use forebay_operator::{Clock, compliance};
-    use forebay_schemas::{CacheControl, Record as _, Rerank};
+    use forebay_schemas::{CacheControl, Embed, Embedding, Record as _, Rerank};
 
     fn cx() -> Context {
         Context::quiet(compliance::envelope(), Clock::starting_at(compliance::NOW_MS))
@@ -104,6 +104,10 @@ mod tests {
         }
     }
 
+    fn embedded(question: Option<Embedding>) -> impl FnOnce(&mut Ending) {
+        move |ending| ending.retrieval.as_mut().unwrap().embed = Some(Embed { question })
+    }
+
     #[tokio::test]
     async fn only_a_whole_validated_answer_of_a_model_is_kept() {
         check(|_| {}, true).await;
@@ -114,6 +118,8 @@ mod tests {
         check(|ending| ending.answer = None, false).await;
         check(reranked(Some("of these")), true).await;
         check(reranked(None), false).await;
+        check(embedded(Embedding::new("m", vec![1.0])), true).await;
+        check(embedded(None), false).await;
         check(|ending| ending.answer.as_mut().unwrap().is_fallback = true, false).await;
         check(|ending| ending.answer.as_mut().unwrap().finish_reason = Some("length".to_owned()), false)
             .await;

@@ -15,6 +15,7 @@ pub mod budgets;
 mod cache;
 mod cache_lookup;
 pub mod catalogue;
+pub mod embedder;
 mod extractive;
 mod fill_cache;
 mod index;

@@ -3,6 +3,7 @@
 use crate::{
     Extractive, Shape,
     catalogue::{self, Resources},
+    embedder::Embedder,
 };
 use bytes::Bytes;
 use forebay_calls::{Call, CallError, Class, Listener, Model, Reply, Task, Tried, Upstream};
@@ -24,6 +25,7 @@ pub(crate) const GUIDE: &str = "# The broker\n\nThe broker keeps records in segm
 /// Stores in a folder that goes with it.
 pub(crate) struct World {
     pub(crate) resources: Resources,
+    database: Database,
     _folder: tempfile::TempDir,
 }
 
@@ -39,14 +41,29 @@ impl World {
             objects: Arc::new(objects::Folder::open(folder.path().join("objects")).await.unwrap()),
             model: Arc::new(Extractive),
             reranker: None,
+            embedder: None,
             shape: Shape::default(),
         };
-        Self { resources, _folder: folder }
+        Self { resources, database, _folder: folder }
+    }
+
+    /// The same with an embedder of vectors of this length, which indexes what is learnt from now on.
+    pub(crate) async fn embedding(mut self, numbers: Arc<Numbers>, dimensions: usize) -> Self {
+        let vectors = vectors::Embedded::open(&self.database, "embeddings").await.unwrap();
+        self.resources.embedder = Some(Embedder::new(numbers, dimensions, Arc::new(vectors)));
+        self
     }
 
     /// Indexes a document, or deletes it, as the pipeline does.
     pub(crate) async fn learn(&self, document: Document) {
-        let step = catalogue::build("index", &serde_json::Value::Null, &self.resources).unwrap();
+        self.learn_by(self.resources.embedder.clone(), document).await;
+    }
+
+    /// The same, by another embedder.
+    pub(crate) async fn learn_by(&self, embedder: Option<Embedder>, document: Document) {
+        let settings = serde_json::json!({"embed": embedder.is_some()});
+        let resources = Resources { embedder, ..self.resources.clone() };
+        let step = catalogue::build("index", &settings, &resources).unwrap();
         let cx = cx();
         let body = document.encode().unwrap();
         let out = step.open(Some(&document.id), body.as_deref()).unwrap().run(&cx).await.unwrap();
@@ -105,7 +122,7 @@ pub(crate) fn completion() -> Completion {
     };
     Completion {
         request: request(r#"{"prompt": "what does the broker keep?", "metadata": {"a": 1}}"#),
-        retrieval: Some(Retrieval { limit: 8, tokens_max: 2400, rerank: None }),
+        retrieval: Some(Retrieval { limit: 8, tokens_max: 2400, rerank: None, embed: None }),
         passages: vec![passage],
         cache: CacheStatus::Miss,
         answer: Generated {
@@ -138,20 +155,39 @@ pub(crate) fn ending() -> Ending {
     }
 }
 
-/// What a reranker is told to do with documents: scores, an error, or nothing until nobody waits any more.
-type Ranking = dyn Fn(&[&str]) -> Option<Result<Vec<f32>, CallError>> + Send + Sync;
+/// What is done with texts: numbers for each, an error, or nothing until nobody waits any more.
+type Telling = dyn Fn(&[&str]) -> Option<Result<Vec<Vec<f32>>, CallError>> + Send + Sync;
 
-/// A reranker that does as it is told, and keeps what it was asked.
-pub(crate) struct Ranks {
-    told: Box<Ranking>,
+/// A reranker or an embedder that does as it is told, and keeps what it was asked.
+pub(crate) struct Numbers {
+    name: &'static str,
+    told: Box<Telling>,
     pub(crate) asked: Mutex<Vec<Vec<String>>>,
 }
 
-impl Ranks {
+impl Numbers {
     pub(crate) fn by(
         told: impl Fn(&[&str]) -> Option<Result<Vec<f32>, CallError>> + Send + Sync + 'static,
     ) -> Arc<Self> {
-        Arc::new(Self { told: Box::new(told), asked: Mutex::default() })
+        let each = |scores: Vec<f32>| scores.into_iter().map(|score| vec![score]).collect();
+        Self::of("ranker", move |documents| Some(told(documents)?.map(each)))
+    }
+
+    /// An embedder of this name.
+    pub(crate) fn of(
+        name: &'static str,
+        told: impl Fn(&[&str]) -> Option<Result<Vec<Vec<f32>>, CallError>> + Send + Sync + 'static,
+    ) -> Arc<Self> {
+        Arc::new(Self { name, told: Box::new(told), asked: Mutex::default() })
+    }
+
+    /// An embedder that knows that a car is an automobile, and nothing else.
+    pub(crate) fn meanings(name: &'static str) -> Arc<Self> {
+        let means = |text: &&str| match text.contains("car") || text.contains("automobile") {
+            true => vec![1.0, 0.25, 0.0],
+            false => vec![-0.25, 1.0, 0.0],
+        };
+        Self::of(name, move |texts| Some(Ok(texts.iter().map(means).collect())))
     }
 
     /// The last becomes the first.
@@ -162,28 +198,29 @@ impl Ranks {
     }
 }
 
-impl Model for Ranks {
+impl Model for Numbers {
     fn provider(&self) -> &'static str {
         "told"
     }
     fn name(&self) -> &str {
-        "ranker"
+        self.name
     }
     fn complete<'a>(
         &'a self,
         call: &'a Call<'_>,
         listener: &'a dyn Listener,
     ) -> BoxFuture<'a, Result<Reply, CallError>> {
-        const HERE: Upstream<'_> =
-            Upstream { provider: "told", endpoint: Some("http://here"), model: "ranker" };
-        let Task::Rank { documents, .. } = call.task else { panic!("it is a reranker") };
+        let here = Upstream { provider: "told", endpoint: Some("http://here"), model: self.name };
+        let (Task::Rank { documents, .. } | Task::Embed(documents)) = call.task else {
+            panic!("it writes no answers")
+        };
         self.asked.lock().unwrap().push(documents.iter().map(|&text| text.to_owned()).collect());
         let tried = async move {
-            listener.started(HERE);
+            listener.started(here);
             let began = Instant::now();
             let result = match (self.told)(documents) {
-                Some(scores) => scores.map(|scores| Reply {
-                    vectors: scores.into_iter().map(|score| vec![score]).collect(),
+                Some(numbers) => numbers.map(|vectors| Reply {
+                    vectors,
                     model: "ranker-2".to_owned(),
                     usage: Some(Usage::of(40, 0)),
                     cost_nano_usd: Some(NanoUsd(9)),
@@ -195,9 +232,9 @@ impl Model for Ranks {
                 }
             };
             let duration = began.elapsed();
-            listener.ended(&Tried { to: HERE, duration, ttft: None, result: result.as_ref() });
+            listener.ended(&Tried { to: here, duration, ttft: None, result: result.as_ref() });
             result
         };
-        listener.paid(HERE, Box::pin(tried))
+        listener.paid(here, Box::pin(tried))
     }
 }

@@ -38,6 +38,7 @@ impl World {
             objects: Arc::new(objects::Folder::open(folder.path().join("objects")).await.unwrap()),
             model: Arc::new(Extractive),
             reranker: None,
+            embedder: None,
             shape: Shape::default(),
         };
         let world = Self { resources, _folder: folder };

@@ -1,11 +1,11 @@
 //! A document, split for retrieval.
 
-use crate::{DecodeError, DocumentVersion, EncodeError, Record, Tenant};
+use crate::{DecodeError, DocumentVersion, Embedding, EncodeError, Record, Tenant};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// A piece of a document, with where it stands there.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Chunk {
     /// `document:version:hash of the text`.
     pub id: String,
@@ -17,13 +17,16 @@ pub struct Chunk {
     pub heading: Vec<String>,
     /// Bytes `start..end` of the document's text.
     pub text: String,
+    /// What an embedder made of its headings and its text; absent where none was asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub embedding: Option<Embedding>,
 }
 
 /// The record of `chunks`: all chunks of one version of a document; its key is the document's id.
 ///
 /// One record holds them all, so that a reader passes from one version to the next in a single step and never
 /// sees half of each. A message without a value takes the document away.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(from = "Written")]
 pub struct Chunks {
     /// The document's id.
@@ -34,7 +37,7 @@ pub struct Chunks {
 }
 
 /// One version of a document in pieces.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Split {
     /// Whose it is; `*` is everybody's.
     pub tenant: Tenant,

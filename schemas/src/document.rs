@@ -1,6 +1,6 @@
 //! A source of knowledge, as its owner writes it.
 
-use crate::{DecodeError, EncodeError, Record, Tenant, id::ID_BYTES_MAX};
+use crate::{DecodeError, EncodeError, Identity, Record, Tenant, id::ID_BYTES_MAX};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -66,5 +66,10 @@ impl Record for Document {
 
     fn key(&self) -> Option<&str> {
         Some(&self.id)
+    }
+
+    /// Whoever owns a document pays for what is asked about it.
+    fn identity(&self) -> Identity {
+        Identity { tenant: Some(self.tenant.clone()), ..Identity::default() }
     }
 }

@@ -1,11 +1,11 @@
 //! A question with what may answer it.
 
-use crate::{Identity, Passage, Record, Request, record::json_wire};
+use crate::{Embedding, Identity, Passage, Record, Request, record::json_wire};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// How passages were sought. Kept with an answer so that a cache can seek again and compare.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Retrieval {
     /// At most so many passages.
     pub limit: usize,
@@ -14,6 +14,9 @@ pub struct Retrieval {
     /// How a reranker had part in it; absent where none was to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rerank: Option<Rerank>,
+    /// How an embedder had part in it; absent where none was to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub embed: Option<Embed>,
 }
 
 /// What became of the candidates that a reranker was to score.
@@ -27,10 +30,20 @@ pub struct Rerank {
     pub scored: Option<String>,
 }
 
+/// What became of a question that was to be embedded.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Embed {
+    /// By what passages were sought beside its words, so that they can be sought again without asking the embedder. Absent where
+    /// that did not answer, and the words alone count.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub question: Option<Embedding>,
+}
+
 impl Retrieval {
-    /// Whether the passages have another order than they were to have, as the reranker did not answer.
+    /// Whether the passages may be others, or in another order, than they were to be, as embedder or reranker did not answer.
     pub fn is_degraded(&self) -> bool {
         self.rerank.as_ref().is_some_and(|rerank| rerank.scored.is_none())
+            || self.embed.as_ref().is_some_and(|embed| embed.question.is_none())
     }
 }
 

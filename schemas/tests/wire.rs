@@ -150,12 +150,15 @@ mod any_record {
         (any::<usize>(), option::of(text())).prop_map(|(candidates, scored)| Rerank { candidates, scored })
     }
 
+    fn embedding() -> impl Strategy<Value = Embedding> {
+        let number = any::<f32>().prop_filter("a vector has no other", |number| number.is_finite());
+        (text(), vec(number, 1..4)).prop_map(|(model, vector)| Embedding::new(model, vector).unwrap())
+    }
+
     fn retrieval() -> impl Strategy<Value = Retrieval> {
-        (any::<(usize, usize)>(), option::of(rerank())).prop_map(|((limit, tokens_max), rerank)| Retrieval {
-            limit,
-            tokens_max,
-            rerank,
-        })
+        let embed = option::of(embedding()).prop_map(|question| Embed { question });
+        (any::<(usize, usize)>(), option::of(rerank()), option::of(embed))
+            .prop_map(|((limit, tokens_max), rerank, embed)| Retrieval { limit, tokens_max, rerank, embed })
     }
 
     pub fn grounded() -> impl Strategy<Value = Grounded> {
@@ -272,12 +275,9 @@ mod any_record {
     }
 
     pub fn chunks() -> impl Strategy<Value = Chunks> {
-        let chunk = passage().prop_map(|Passage { chunk: id, start, end, heading, text, .. }| Chunk {
-            id,
-            start,
-            end,
-            heading,
-            text,
+        let chunk = (passage(), option::of(embedding())).prop_map(|(passage, embedding)| {
+            let Passage { chunk: id, start, end, heading, text, .. } = passage;
+            Chunk { id, start, end, heading, text, embedding }
         });
         (text(), tenant(), text(), vec(chunk, 0..3)).prop_map(|(document, tenant, text, chunks)| Chunks {
             document,
@@ -475,7 +475,7 @@ fn a_score_that_is_no_number_is_not_written() {
         text: String::new(),
         score: f32::NAN,
     };
-    let retrieval = Retrieval { limit: 1, tokens_max: 1, rerank: None };
+    let retrieval = Retrieval { limit: 1, tokens_max: 1, rerank: None, embed: None };
     let grounded = Grounded { request: Request::default(), retrieval, passages: vec![passage] };
     let error = grounded.encode().unwrap_err();
     assert_eq!(error.source().unwrap().to_string(), "JSON has no number NaN");
@@ -539,6 +539,27 @@ fn a_damaged_record_of_a_compacted_topic_is_no_removal() {
     assert!(refusal::<CacheEntry>(r#"{"key": "a"}"#).contains("missing field"));
     let damaged = r#"{"key": "a", "retrieval": null, "answer": 5, "chunks": [], "made_at_ms": 1}"#;
     assert!(refusal::<CacheEntry>(damaged).contains("invalid type: integer `5`, expected struct Generated"));
+}
+
+#[test]
+fn a_vector_that_is_none_is_refused() {
+    let chunks = |dimensions: usize, vector: &str| {
+        let embedding = format!(r#"{{"model": "m", "dimensions": {dimensions}, "vector": "{vector}"}}"#);
+        let chunk = format!(
+            r#"{{"id": "c", "start": 0, "end": 1, "heading": [], "text": "a", "embedding": {embedding}}}"#
+        );
+        format!(r#"{{"document": "a", "tenant": "t", "version": "0", "chunks": [{chunk}]}}"#)
+    };
+    let one = embedding::to_base64(&[1.5]);
+    assert_eq!(one, "AADAPw==");
+    let read = Chunks::decode(chunks(1, &one).as_bytes()).unwrap().content.unwrap();
+    assert_eq!(read.chunks[0].embedding, Embedding::new("m", vec![1.5]));
+    let refused = |dimensions, vector: &str| refusal::<Chunks>(chunks(dimensions, vector));
+    assert!(refused(2, &one).contains("not as many numbers"));
+    assert!(refused(0, "").contains("has no numbers"));
+    assert!(refused(1, "AADAPw").contains("no base64") && refused(1, "AADA").contains("no base64"));
+    assert!(refused(1, &embedding::to_base64(&[f32::NAN])).contains("not finite"));
+    assert_eq!(Embedding::new("m", vec![1.0, f32::INFINITY]), None);
 }
 
 #[test]

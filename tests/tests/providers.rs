@@ -4,9 +4,8 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on says why by panicking")]
 
 use forebay_calls::{
-    Api, Call, CallError, Embeddings, Listener, Model, Reply, Secret, Server, Task, Tried, TryId, Upstream,
-    batch::{Asker, Size},
-    server::Timeouts,
+    Api, Batch, Call, CallError, Listener, Model, Reply, Secret, Server, Task, Tried, TryId, Upstream,
+    batch::Size, server::Timeouts,
 };
 use forebay_schemas::{Content, Message, Role};
 use forebay_simulator::{Options, Settings, Simulator};
@@ -239,17 +238,21 @@ async fn until(is_so: impl Fn() -> bool) {
 async fn vectors_come_in_lots_and_scores_in_one_call() {
     let up = Up::with(&[("embedding.dimensions", "256")]).await;
     let size = Size { texts: 40, ..Size::default() };
-    let embeddings =
-        Embeddings::new(Arc::new(up.server(Api::Embeddings)), size, Arc::new(|| Box::new(Heard::default())));
+    let batch = Batch::new(Arc::new(up.server(Api::Embeddings)), size);
     let texts: Vec<String> = (0..100)
         .map(|number| format!("{} {}", "lag ".repeat(1 + number % 50), ["kafka", "offset"][number % 2]))
         .collect();
-    let asker = Asker::default();
-    let vectors = embeddings.embed(texts, &asker).await.unwrap();
+    let heard = Heard::default();
+    let vectors = join_all(texts.iter().map(async |text| {
+        let texts = [text.as_str()];
+        let call = Call { task: Task::Embed(&texts), ..Call::default() };
+        batch.complete(&call, &heard).await.unwrap().vectors.concat()
+    }));
+    let vectors = vectors.await;
     assert!(vectors.len() == 100 && vectors.iter().all(|vector| vector.len() == 256));
     assert_eq!(vectors[7], vectors[57], "the same text has the same vector");
     assert_ne!(vectors[7], vectors[8]);
-    assert_eq!(up.calls().len(), 3, "100 texts in lots of 40");
+    assert_eq!(up.calls().len(), 3, "100 callers in lots of 40");
 
     let documents = &["Kafka keeps offsets", "cats sleep", "committed offsets of Kafka groups"];
     let mut both = Vec::new();

@@ -2,7 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on says why by panicking")]
 
-use forebay_schemas::{Attempt, Grounded, Record as _};
+use forebay_schemas::{Attempt, Chunk, Chunks, Grounded, Record as _};
 use forebay_tests::{
     Client, Reader, Running, Signal,
     product::{DRAIN, Up, command, finish},
@@ -108,6 +108,7 @@ fn set(url: &str, settings: &str) {
 
 /// Asks one question over and over, and reads what becomes of it.
 struct Asking {
+    prompt: &'static str,
     client: Client,
     prompts: Reader,
     results: Reader,
@@ -116,12 +117,20 @@ struct Asking {
 }
 
 impl Asking {
+    fn new(prompt: &'static str, client: &Client) -> Self {
+        let [prompts, results, attempts] = ["prompts", "results", "attempts"].map(|topic| client.read(topic));
+        Self { prompt, client: client.clone(), prompts, results, attempts, asked: 0 }
+    }
+
+    fn write(&self, id: &str, cache: &Value) {
+        self.client.ask(json!({"id": id, "prompt": self.prompt, "cache": cache}));
+    }
+
     /// Asks, and gives id and result.
     fn ask(&mut self, cache: &Value) -> (String, Value) {
         let id = format!("r{}", self.asked);
         self.asked += 1;
-        let prompt = "What is the lag of consumers in groups?";
-        self.client.ask(json!({"id": id, "prompt": prompt, "cache": cache}));
+        self.write(&id, cache);
         let result = self.results.of_key(&id, LIMIT).json();
         assert_eq!(result["status"], "answered", "{result}");
         (id, result)
@@ -136,11 +145,16 @@ impl Asking {
         (grounded, files)
     }
 
-    /// The rows about calls of the reranker for a request.
-    fn rows(&mut self, id: &str) -> Vec<Attempt> {
+    /// The rows about calls of a step.
+    fn rows_of(&mut self, stage: &str) -> Vec<Attempt> {
         let read = self.attempts.to_the_end(LIMIT).iter();
         let rows = read.map(|record| Attempt::decode(record.value.as_deref().unwrap()).unwrap());
-        rows.filter(|row| row.request_id == id && row.stage == "retrieve").collect()
+        rows.filter(|row| row.stage == stage).collect()
+    }
+
+    /// The rows about calls that retrieval made for a request.
+    fn rows(&mut self, id: &str) -> Vec<Attempt> {
+        self.rows_of("retrieve").into_iter().filter(|row| row.request_id == id).collect()
     }
 }
 
@@ -171,8 +185,7 @@ fn a_reranker_orders_the_passages_and_is_done_without_when_it_fails() {
     let ingested = finish(&mut command(data.path(), &["ingest", &documents[0], &documents[1]]), LIMIT);
     assert_eq!(ingested.code, 0, "{ingested:?}");
     let client = up.client();
-    let [prompts, results, attempts] = ["prompts", "results", "attempts"].map(|topic| client.read(topic));
-    let mut asking = Asking { client: client.clone(), prompts, results, attempts, asked: 0 };
+    let mut asking = Asking::new("What is the lag of consumers in groups?", &client);
 
     // Documents are indexed while questions are answered.
     let unseen = json!({"no_cache": true, "no_store": true});
@@ -219,6 +232,151 @@ fn a_reranker_orders_the_passages_and_is_done_without_when_it_fails() {
     assert!(has("forebay_reranked_questions_total", "outcome=\"ok\""), "{metrics}");
     assert!(has("forebay_reranked_questions_total", "outcome=\"model_unavailable\""), "{metrics}");
     assert!(has("forebay_call_batch_items_count", "gen_ai_operation_name=\"rerank\""), "{metrics}");
+    up.drain();
+    simulator.signal(Signal::TERM);
+    assert_eq!(simulator.ended(DRAIN).code(), Some(0));
+}
+
+/// What is on `chunks` now, by document.
+fn chunks(reader: &mut Reader) -> std::collections::BTreeMap<String, Vec<Chunk>> {
+    let read = reader.to_the_end(LIMIT).iter();
+    let all = read.map(|record| Chunks::decode(record.value.as_deref().unwrap()).unwrap());
+    let name = |document: &str| document.rsplit('/').next().unwrap().to_owned();
+    all.map(|chunks| (name(&chunks.document), chunks.content.unwrap().chunks)).collect()
+}
+
+fn failed_calls(log: &Path) -> usize {
+    lines(log).iter().filter(|line| line["status"] == 503).count()
+}
+
+/// The sum of a metric over all that have these labels.
+fn counted(metrics: &str, name: &str, labels: [&str; 2]) -> f64 {
+    let is_of = |line: &&str| line.starts_with(name) && labels.iter().all(|label| line.contains(label));
+    metrics.lines().filter(is_of).map(|line| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap()).sum()
+}
+
+#[test]
+fn questions_and_documents_are_embedded_and_found_by_their_words_alone_when_that_fails() {
+    let data = tempfile::tempdir().unwrap();
+    let file = |name: &str, text: &str| {
+        let path = data.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let log = data.path().join("calls.jsonl");
+    let arguments =
+        ["--latency", "5ms", "--set", "embedding.dimensions=256", "--call-log", log.to_str().unwrap()];
+    let (mut simulator, url) = simulator(data.path(), &arguments);
+    let shipped = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../pipelines/answer.yaml"));
+    let shipped = shipped.unwrap().replace("{limit: 8}", "{limit: 8, embed: true}");
+    let embedding = shipped.replace("order: key", "order: key\n    settings: {embed: true}");
+    let pipeline = file("answer.yaml", &embedding);
+    let refused = finish(&mut command(data.path(), &["up", &pipeline, "--admin", "127.0.0.1:0"]), LIMIT);
+    assert!(refused.code == 2 && refused.stderr.contains("FOREBAY_EMBEDDINGS_URL"), "{refused:?}");
+
+    let prices = file("prices.json", r#"{"simulated": {"input_cost_per_token": 1e-6}}"#);
+    let config = format!(
+        "prices: {prices}\nembeddings: {{url: '{url}', model: simulated, dimensions: 256}}\n\
+         budgets: '* 1000000 tokens/day'\n"
+    );
+    let up = Up::start(data.path(), &[&pipeline, "--config", &file("forebay.yaml", &config)]);
+    // All words that it shares with the question are too common for the lexical search; the simulator's embedder counts them.
+    let odd = file("odd.txt", "Which of those were there with them, and what were these yellow things?");
+    let sections: String =
+        (0..30).map(|number| format!("# Part {number}\n\nLag of group {number}.\n\n")).collect();
+    let documents = [odd, file("parts.md", &sections)];
+    let ingested = finish(&mut command(data.path(), &["ingest", &documents[0], &documents[1]]), LIMIT);
+    assert_eq!(ingested.code, 0, "{ingested:?}");
+    let client = up.client();
+    let mut asking = Asking::new("Which zebra of those were there with them, and what were these?", &client);
+    let unseen = json!({"no_cache": true, "no_store": true});
+    let (id, result) = wait_for("the document", LIMIT, || {
+        let (id, result) = asking.ask(&unseen);
+        asking.found(&id).1.starts_with("odd.txt").then_some((id, result))
+    });
+    let (grounded, _) = asking.found(&id);
+    let question = grounded.retrieval.embed.as_ref().unwrap().question.as_ref().unwrap();
+    assert!(question.is_of("simulated", 256) && !grounded.retrieval.is_degraded());
+    let rows = asking.rows(&id);
+    let [row] = &rows[..] else { panic!("{rows:?}") };
+    assert_eq!((row.status.as_str(), row.model.as_deref()), ("ok", Some("simulated")));
+    assert_eq!(row.cost_nano_usd, Some(1_000 * row.input_tokens.unwrap()));
+    assert_eq!(result["cost_nano_usd"].as_i64(), row.cost_nano_usd, "{result}");
+    let line = lines(&log).into_iter().find(|line| line["call_id"] == row.call_id.as_str()).unwrap();
+    assert_eq!(
+        (line["path"].as_str(), line["status"].as_i64()),
+        (Some("/v1/embeddings"), Some(200)),
+        "{line}"
+    );
+
+    // Each passage has its vector, and the calls for them were few.
+    let mut on_chunks = client.read("chunks");
+    let split =
+        wait_for("both documents", LIMIT, || Some(chunks(&mut on_chunks)).filter(|split| split.len() == 2));
+    assert!(split["parts.md"].len() == 30, "{split:?}");
+    for chunk in split.values().flatten() {
+        assert!(chunk.embedding.as_ref().unwrap().is_of("simulated", 256), "{chunk:?}");
+    }
+    let of_index =
+        wait_for("the rows", LIMIT, || Some(asking.rows_of("index")).filter(|rows| rows.len() == 2));
+    assert!(
+        of_index.iter().all(|row| row.status == "ok" && row.tenant == "*" && row.cost_nano_usd > Some(0))
+    );
+    for (topic, call) in [("questions", &row.call_id), ("documents", &of_index[0].call_id)] {
+        let stage = if topic == "questions" { "retrieve" } else { "index" };
+        let mut ledger = client.read(&format!("ledger.{stage}.{topic}"));
+        let entries =
+            ledger.to_the_end(LIMIT).iter().filter(|entry| entry.key_text().starts_with(call)).count();
+        assert!(entries >= 2, "it is noted that the call was sent, and how it ended: {entries}");
+    }
+
+    let metrics = up.get("/metrics").1;
+    let labels = ["stage=\"index\"", "gen_ai_operation_name=\"embeddings\""];
+    let texts = counted(&metrics, "forebay_call_batch_items_sum{", labels);
+    let calls = counted(&metrics, "forebay_call_batch_items_count{", labels);
+    assert!(texts == 31.0 && (1.0..=2.0).contains(&calls), "{texts} texts in {calls} calls: {metrics}");
+
+    // The same request again is processed again, and nobody is asked.
+    let calls = lines(&log).len();
+    asking.write(&id, &unseen);
+    let copies = asking.prompts.until("the copy", LIMIT, |records| {
+        let copies = records.iter().filter(|record| record.key_text() == id);
+        let copies: Vec<_> =
+            copies.map(|copy| Grounded::decode(copy.value.as_deref().unwrap()).unwrap()).collect();
+        (copies.len() == 2).then_some(copies)
+    });
+    assert_eq!(copies[0].retrieval, copies[1].retrieval);
+    let tries: BTreeSet<_> = asking.rows(&id).into_iter().map(|row| row.attempt_id).collect();
+    assert_eq!((tries.len(), lines(&log).len()), (1, calls));
+
+    // Without the embedder the words stand, and here there are none; the answer of before is given again without it.
+    let (_, kept) = asking.ask(&json!({"no_cache": true}));
+    set(&url, "faults: {status_503: 100%}");
+    let (id, _) = asking.ask(&unseen);
+    let (grounded, files) = asking.found(&id);
+    assert!(files.is_empty() && grounded.retrieval.is_degraded(), "{files}");
+    let rows = asking.rows(&id);
+    let is_failed = |row: &Attempt| row.status == "failed" && row.http_status == Some(503);
+    assert!(!rows.is_empty() && rows.iter().all(is_failed), "{rows:?}");
+    let hit = wait_for("a hit", LIMIT, || Some(asking.ask(&json!({})).1).filter(|one| one["cache"] == "hit"));
+    assert_eq!((&hit["text"], hit["cost_nano_usd"].as_i64()), (&kept["text"], Some(0)));
+
+    // A document waits for the embedder, and leaves with its vectors.
+    let failed_before = failed_calls(&log);
+    let late = file("late.txt", "Late it came, and lately it went.");
+    assert_eq!(finish(&mut command(data.path(), &["ingest", &late]), LIMIT).code, 0);
+    wait_for("a failed try", LIMIT, || (failed_calls(&log) > failed_before).then_some(()));
+    assert_eq!(chunks(&mut on_chunks).len(), 2, "it is not there without");
+    set(&url, "faults: {status_503: 0%}");
+    let split =
+        wait_for("the document", LIMIT, || Some(chunks(&mut on_chunks)).filter(|split| split.len() == 3));
+    assert!(split["late.txt"][0].embedding.as_ref().unwrap().is_of("simulated", 256));
+
+    let of = |outcome: &str| {
+        let outcome = format!("outcome=\"{outcome}\"");
+        counted(&up.get("/metrics").1, "forebay_embedded_questions_total{", ["stage=\"retrieve\"", &outcome])
+    };
+    assert!(of("ok") > 0.0 && of("model_unavailable") > 0.0);
     up.drain();
     simulator.signal(Signal::TERM);
     assert_eq!(simulator.ended(DRAIN).code(), Some(0));

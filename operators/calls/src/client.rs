@@ -1,8 +1,9 @@
 //! All layers of a pool's client, in their order.
 
 use crate::{
-    Allowed, Budget, Fallback, Hedge, Model, Pool, Retry, Tiers,
+    Allowed, Batch, Budget, Fallback, Hedge, Model, Pool, Retry, Tiers,
     allowance::Allowances,
+    batch::Size,
     retry::Jitter,
     tiers::{Policy, Tier},
 };
@@ -37,21 +38,32 @@ pub struct Parts {
 /// A client, from the inside out. Each layer is a [`Model`] around a `Model`.
 pub fn client(parts: Parts) -> Arc<dyn Model> {
     // One for all that is made beyond the first try of a call, or three layers would each add their fifth.
-    tier(String::new(), parts, &Arc::default()).model
+    tier(String::new(), parts, None, &Arc::default()).model
+}
+
+/// A client whose calls for vectors go together, in lots of this size. A lot is not hedged: it is many callers' at once.
+pub fn joining(parts: Parts, size: Size) -> Arc<dyn Model> {
+    let parts = Parts { hedging: Hedging::Off, ..parts };
+    tier(String::new(), parts, Some(size), &Arc::default()).model
 }
 
 /// A client of several pools, the cheapest first, each under the name of its tier. Each tier is paid out of the allowances by
 /// itself, as the next one may not be within them.
 pub fn tiered(tiers: Vec<(String, Parts)>, policy: Policy) -> Arc<dyn Model> {
     let budget = Arc::default();
-    let tiers = tiers.into_iter().map(|(name, parts)| tier(name, parts, &budget)).collect();
+    let tiers = tiers.into_iter().map(|(name, parts)| tier(name, parts, None, &budget)).collect();
     Arc::new(Tiers::new(tiers, policy))
 }
 
-fn tier(name: String, parts: Parts, budget: &Arc<Budget>) -> Tier {
+fn tier(name: String, parts: Parts, lots: Option<Size>, budget: &Arc<Budget>) -> Tier {
     let Parts { pool, hedging, fallbacks, allowances, jitter } = parts;
     // One try, at the best endpoint that its breaker and throttle let it go to.
     let model: Arc<dyn Model> = pool.clone();
+    // Around it: what several calls want at once is one try.
+    let model: Arc<dyn Model> = match lots {
+        Some(size) => Arc::new(Batch::new(model, size)),
+        None => model,
+    };
     // Around one try: a hedge is the other half of it. It knows the pool, as it must not fire when that is full.
     let model: Arc<dyn Model> = match hedging {
         Hedging::Off => model,

@@ -4,12 +4,12 @@
 //! `Model`, stacked by [`client`](client()), here from the outside in:
 //!
 //! ```text
-//! Embeddings  texts of many callers in few calls; for vectors only
 //! Tiers       the cheapest model that is good enough; around a client for each of them
 //! Allowed     a tenant spends what it may, and no more
 //! Fallback    where a model is given up, the next one is asked
 //! Retry       what the world failed is tried again, shortly, elsewhere, and as the budget has it
 //! Hedge       what is slow is asked elsewhere too, and the first token wins
+//! Batch       texts of several calls in one; for vectors only
 //! Pool        the best endpoint that has room; before each, for each model:
 //!   Breaker     nothing goes where nothing comes back
 //!   Throttle    no more than the provider bears, of all processes together where they share it
@@ -45,7 +45,7 @@ pub mod tiers;
 mod window;
 
 pub use allowance::Allowed;
-pub use batch::Embeddings;
+pub use batch::Batch;
 pub use budget::Budget;
 pub use client::client;
 pub use error::{CODES, CallError, Class, Health};

@@ -150,7 +150,7 @@ pub struct Reply {
     /// The answer; empty only where vectors were wanted.
     pub text: String,
     /// The vector of each text; or the score of each document, as a vector of one number.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty", with = "vectors")]
     pub vectors: Vec<Vec<f32>>,
     /// The quotations that it rests on; absent for a model that writes text only.
     pub citations: Option<Vec<Citation>>,
@@ -174,6 +174,38 @@ pub struct Reply {
     /// The tier that answered, where there are tiers and none stood in. Noted around what a ledger keeps.
     #[serde(skip)]
     pub answered: Option<Answered>,
+}
+
+/// How vectors are kept: those of texts by their bytes, as their digits would take more than twice the room in a ledger, and
+/// scores as the numbers that they are.
+mod vectors {
+    use forebay_schemas::embedding::{of_base64, to_base64};
+    use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
+
+    #[derive(Serialize, Deserialize)]
+    #[serde(untagged)]
+    enum Kept {
+        Bytes(String),
+        Numbers(Vec<f32>),
+    }
+
+    pub(super) fn serialize<S: Serializer>(vectors: &[Vec<f32>], serializer: S) -> Result<S::Ok, S::Error> {
+        let kept = |vector: &Vec<f32>| match vector.len() {
+            ..=1 => Kept::Numbers(vector.clone()),
+            _ => Kept::Bytes(to_base64(vector)),
+        };
+        serializer.collect_seq(vectors.iter().map(kept))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Vec<f32>>, D::Error> {
+        let read = |kept| match kept {
+            Kept::Numbers(numbers) => Ok(numbers),
+            Kept::Bytes(text) => {
+                of_base64(&text).ok_or_else(|| D::Error::custom("no base64 of 32-bit floats"))
+            }
+        };
+        Vec::<Kept>::deserialize(deserializer)?.into_iter().map(read).collect()
+    }
 }
 
 /// Whom a try asks.
@@ -214,6 +246,8 @@ pub struct Tried<'a> {
 pub enum Wait {
     /// Room at an endpoint, as breakers and throttles have it.
     Room,
+    /// Others, whose texts go with it.
+    Batch,
     /// Its next try.
     Retry,
 }
@@ -223,6 +257,9 @@ pub enum Wait {
 pub enum Happening {
     /// It waited so long; told also of a call that did not have to.
     Waited(Wait, Duration),
+    /// The try that was started is shared with other calls. The first of them is told how many texts it brings in all; to the others
+    /// it is part of a try that is counted already.
+    Joined(Option<usize>),
     /// It is tried again.
     Retried,
     /// It is tried elsewhere too, beside a try that is slow.
@@ -404,6 +441,19 @@ mod tests {
     };
     use forebay_operator::Clock;
     use std::sync::Arc;
+
+    #[test]
+    fn a_ledger_keeps_vectors_exactly_and_reads_those_of_older_versions() {
+        let of = |vectors: Vec<Vec<f32>>| Reply { vectors, ..Reply::default() };
+        let reply = of(vec![vec![0.1, -2.0e-9, f32::MAX], vec![0.25]]);
+        let written = serde_json::to_value(&reply).unwrap();
+        assert_eq!(written["vectors"][1], serde_json::json!([0.25]));
+        assert!(written["vectors"][0].is_string(), "{written}");
+        assert_eq!(serde_json::from_value::<Reply>(written.clone()).unwrap(), reply);
+        let mut older = written;
+        older["vectors"] = serde_json::json!([[0.5, 1.5], [0.25]]);
+        assert_eq!(serde_json::from_value::<Reply>(older).unwrap(), of(vec![vec![0.5, 1.5], vec![0.25]]));
+    }
 
     /// Answers every question otherwise than by default.
     struct Own;

@@ -43,6 +43,11 @@ pub enum Event {
         /// How many were found.
         passages: usize,
     },
+    /// An embedder was to make a vector of a question.
+    Embedded {
+        /// `ok`, or the code of the error for which its passages were sought by its words alone.
+        outcome: &'static str,
+    },
     /// A reranker was to score passages.
     Reranked {
         /// `ok`, or the code of the error for which they have the order in which they were found.
@@ -52,7 +57,7 @@ pub enum Event {
     Called(Called),
     /// A call waited, or did not have to.
     CallWaited {
-        /// `room` at an endpoint, its next `retry`, or the `ledger`.
+        /// `room` at an endpoint, others for its `batch`, its next `retry`, or the `ledger`.
         what: &'static str,
         /// How long, in microseconds.
         duration_us: i64,
@@ -102,7 +107,7 @@ impl Operation {
 pub struct Called {
     /// What it was for.
     pub operation: Operation,
-    /// Texts that it brought, for vectors or scores.
+    /// Texts that it brought, for vectors or scores; absent where it is told of as part of another that brought them.
     pub texts: Option<usize>,
     /// The kind of provider.
     pub provider: String,

@@ -3,7 +3,7 @@
 use super::*;
 use crate::{
     catalogue,
-    samples::{self, Ranks, World, document, request},
+    samples::{self, Numbers, World, document, request},
 };
 use forebay_operator::{Clock, compliance};
 use forebay_schemas::{Completion, Ending, Envelope, Tenant};
@@ -15,8 +15,9 @@ const QUESTION: &str = r#"{"prompt": "What does compaction keep?"}"#;
 
 /// Runs a step on a record and gives what leaves by each port.
 async fn run(world: &World, operator: &str, body: &[u8], cx: &Context) -> Vec<(&'static str, Vec<u8>)> {
-    let settings = match (operator, &world.resources.reranker) {
-        ("retrieve", Some(_)) => json!({"rerank": 8}),
+    let settings = match (operator, &world.resources.reranker, &world.resources.embedder) {
+        ("retrieve", Some(_), _) => json!({"rerank": 8}),
+        ("retrieve", _, Some(_)) => json!({"embed": true}),
         _ => Value::Null,
     };
     let step = catalogue::build(operator, &settings, &world.resources).unwrap();
@@ -116,7 +117,7 @@ async fn an_answer_from_reranked_passages_is_given_again_without_asking_the_rera
     const QUESTION: &str = r#"{"prompt": "What of segments?"}"#;
     let mut world = world().await;
     let found = fill(&world, QUESTION).await.chunks;
-    let ranks = Ranks::backwards();
+    let ranks = Numbers::backwards();
     world.resources.reranker = Some(ranks.clone());
     let mut filled = fill(&world, QUESTION).await.chunks;
     let Looked::Hit(hit) = look(&world, QUESTION, json!({}), 0).await else { panic!("a miss") };
@@ -128,6 +129,25 @@ async fn an_answer_from_reranked_passages_is_given_again_without_asking_the_rera
     check(&world, QUESTION, "miss").await;
     world.learn(document("other.md", None)).await;
     check(&world, QUESTION, "hit").await;
+}
+
+#[tokio::test]
+async fn an_answer_that_was_found_by_its_meaning_is_given_again_without_asking_the_embedder() {
+    const QUESTION: &str = r#"{"prompt": "Which hue has the automobile?"}"#;
+    let numbers = Numbers::meanings("m");
+    let mut world = World::new().await.embedding(numbers.clone(), 3).await;
+    world.learn(document("car.md", Some("The car is red."))).await;
+    assert_eq!(fill(&world, QUESTION).await.chunks.len(), 1);
+    check(&world, QUESTION, "hit").await;
+    assert_eq!(numbers.asked.lock().unwrap().len(), 2, "the document, and the question once");
+    // What means the same is a source too, whatever its words.
+    world.learn(document("other.md", Some("No car is green."))).await;
+    check(&world, QUESTION, "miss").await;
+    world.learn(document("other.md", None)).await;
+    check(&world, QUESTION, "hit").await;
+    // Whoever does not know that embedder cannot tell.
+    world.resources.embedder = None;
+    check(&world, QUESTION, "miss").await;
 }
 
 #[tokio::test]

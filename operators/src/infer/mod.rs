@@ -58,8 +58,8 @@ pub struct Infer {
 impl Shipped for Infer {
     type Settings = Settings;
 
-    fn asks(_: &Settings) -> Option<Asks> {
-        Some(Asks::Model)
+    fn asks(_: &Settings) -> Vec<Asks> {
+        vec![Asks::Model]
     }
 
     fn new(settings: Settings, resources: &Resources) -> Self {
@@ -94,16 +94,7 @@ impl Infer {
             }
         };
         let call = Call { judge: Judge(Some(&judge)), ..self.call(grounded, cx) };
-        let rows = Rows::new(cx, &call);
-        let replied = tokio::select! {
-            biased;
-            stop = cx.cancelled() => {
-                rows.given_up(stop);
-                return Err(stop.into());
-            }
-            replied = self.model.complete(&call, &rows) => replied,
-        };
-        rows.over();
+        let replied = Rows::new(cx, &call).ask(&*self.model, &call).await?;
         replied.map(|reply| self.generated(reply, grounded)).map_err(|mut error| {
             let read = error.partial.take().map(|read| self.generated(*read, grounded));
             error.into_failure(format!("model {}", self.model.name())).with_partial(read)

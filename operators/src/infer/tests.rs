@@ -129,7 +129,7 @@ impl Turn for &Remembers {
 
 fn grounded() -> Grounded {
     let completion = samples::completion();
-    let retrieval = Retrieval { limit: 8, tokens_max: 2400, rerank: None };
+    let retrieval = Retrieval { limit: 8, tokens_max: 2400, rerank: None, embed: None };
     Grounded { request: completion.request, retrieval, passages: completion.passages }
 }
 

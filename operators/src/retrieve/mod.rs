@@ -1,13 +1,15 @@
 //! Adds to a question the passages that may answer it.
 //!
-//! Sought among what the tenant owns and what is everybody's: a prefetch by vector, scored again by words, both
-//! rankings fused, and if wanted the best of them scored by a reranker; repeats dropped, packed into a budget.
+//! Sought among what the tenant owns and what is everybody's: a prefetch by lexical vector and, if wanted, one by the vector that an
+//! embedder makes of the question, scored again by words, all rankings fused, and if wanted the best of them scored by a reranker;
+//! repeats dropped, packed into a budget.
 //!
 //! Invariant: a question without passages still goes on. "Nothing found" is an answer the model can use; silence is
 //! not. And the same question over the same documents gives the same candidates in the same order: the cache relies
 //! on it.
 
-mod embedder;
+mod embed;
+mod lexical;
 mod rank;
 mod rerank;
 mod table;
@@ -16,12 +18,15 @@ pub use table::ChunksTable;
 
 use crate::{
     catalogue::{Asks, Resources, Shipped},
+    embedder::Embedder,
     store_failure::store_failure,
     text::{tokens, words},
 };
+use forebay_calls::{Call, Task};
 use forebay_operator::{Context, Event, Failure, Operator, ports};
 use forebay_schemas::{
-    Chunks, Grounded, Hop, Passage, Record as _, Request, Rerank, Retrieval, SHARED_TENANT, Tenant,
+    Chunks, Embed, Embedding, Grounded, Hop, Passage, Record as _, Request, Rerank, Retrieval, SHARED_TENANT,
+    Tenant,
 };
 use forebay_stores::{Vectors, vectors::Hit};
 use rank::Candidate;
@@ -34,16 +39,17 @@ use std::{
     sync::{Arc, PoisonError, RwLock},
     time::Duration,
 };
+use tokio::time::Instant;
 
-/// Candidates that the vector search gives to the ranking.
+/// Candidates that each vector search gives to the ranking.
 const PREFETCH: usize = 50;
 
-/// A candidate that shares no word with the question and points further away than this is no candidate: only chance
-/// brought it.
+/// A candidate that shares no word with the question, and whose lexical vector points further away than this, is no candidate: only
+/// chance brought it.
 const COSINE_MIN: f32 = 0.2;
 
-/// The longest that a reranker may be waited for.
-const RERANK_TIMEOUT_MS_MAX: u64 = 60_000;
+/// The longest that an embedder or a reranker may be waited for.
+const TIMEOUT_MS_MAX: u64 = 60_000;
 
 /// How passages are sought.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -53,6 +59,10 @@ pub struct Settings {
     pub limit: NonZeroUsize,
     /// At most so many tokens in all of them, estimated.
     pub tokens_max: NonZeroUsize,
+    /// Whether passages are sought by the vector that an embedder makes of the question too.
+    pub embed: bool,
+    /// Milliseconds for which the embedder is waited for, but for no more than half of the time until the deadline; to 60000.
+    pub embed_timeout_ms: NonZeroU64,
     /// So many of the best candidates are scored by the reranker, and only they are left; `limit` to 50. With 0 none is asked.
     pub rerank: usize,
     /// Milliseconds for which the reranker is waited for, but for no more than half of the time until the deadline; to 60000.
@@ -63,8 +73,15 @@ impl Default for Settings {
     fn default() -> Self {
         const LIMIT: NonZeroUsize = NonZeroUsize::new(8).unwrap();
         const TOKENS_MAX: NonZeroUsize = NonZeroUsize::new(2400).unwrap();
-        const RERANK_TIMEOUT_MS: NonZeroU64 = NonZeroU64::new(2000).unwrap();
-        Self { limit: LIMIT, tokens_max: TOKENS_MAX, rerank: 0, rerank_timeout_ms: RERANK_TIMEOUT_MS }
+        const TIMEOUT_MS: NonZeroU64 = NonZeroU64::new(2000).unwrap();
+        Self {
+            limit: LIMIT,
+            tokens_max: TOKENS_MAX,
+            embed: false,
+            embed_timeout_ms: TIMEOUT_MS,
+            rerank: 0,
+            rerank_timeout_ms: TIMEOUT_MS,
+        }
     }
 }
 
@@ -79,6 +96,7 @@ ports! {
 /// The operator `retrieve`.
 pub struct Retrieve {
     retriever: Retriever,
+    embedder: Option<embed::Asked>,
     reranker: Option<Reranker>,
     retrieval: Retrieval,
 }
@@ -87,13 +105,13 @@ impl Shipped for Retrieve {
     type Settings = Settings;
     const TABLES: &'static [&'static str] = &[Chunks::NAME];
 
-    fn asks(settings: &Settings) -> Option<Asks> {
-        (settings.rerank > 0).then_some(Asks::Reranker)
+    fn asks(settings: &Settings) -> Vec<Asks> {
+        let asked = [(settings.embed, Asks::Embedder), (settings.rerank > 0, Asks::Reranker)];
+        asked.into_iter().filter_map(|(is_asked, whom)| is_asked.then_some(whom)).collect()
     }
 
     fn fault(settings: &Settings) -> Option<(&'static str, String)> {
-        let (limit, rerank, timeout_ms) =
-            (settings.limit.get(), settings.rerank, settings.rerank_timeout_ms.get());
+        let (limit, rerank) = (settings.limit.get(), settings.rerank);
         if limit > PREFETCH {
             return Some(("limit", format!("{limit} is over {PREFETCH}")));
         }
@@ -103,18 +121,30 @@ impl Shipped for Retrieve {
         if rerank > 0 && rerank < limit {
             return Some(("rerank", format!("{rerank} is under limit, which is {limit}")));
         }
-        (timeout_ms > RERANK_TIMEOUT_MS_MAX)
-            .then(|| ("rerank_timeout_ms", format!("{timeout_ms} is over {RERANK_TIMEOUT_MS_MAX}")))
+        let timeouts = [
+            ("embed_timeout_ms", settings.embed_timeout_ms),
+            ("rerank_timeout_ms", settings.rerank_timeout_ms),
+        ];
+        let (key, timeout_ms) = timeouts.into_iter().find(|(_, ms)| ms.get() > TIMEOUT_MS_MAX)?;
+        Some((key, format!("{timeout_ms} is over {TIMEOUT_MS_MAX}")))
     }
 
     fn new(settings: Settings, resources: &Resources) -> Self {
-        let Settings { limit, tokens_max, rerank: candidates, rerank_timeout_ms } = settings;
-        let timeout = Duration::from_millis(rerank_timeout_ms.get());
-        let reranker = resources.reranker.clone().filter(|_| candidates > 0);
+        let Settings { limit, tokens_max, embed, embed_timeout_ms, rerank, rerank_timeout_ms } = settings;
+        let [embed_timeout, rerank_timeout] =
+            [embed_timeout_ms, rerank_timeout_ms].map(|ms| Duration::from_millis(ms.get()));
+        let embedder = resources.embedder.clone().filter(|_| embed);
+        let reranker = resources.reranker.clone().filter(|_| rerank > 0);
         Self {
-            retriever: Retriever::new(resources.vectors.clone()),
-            reranker: reranker.map(|model| Reranker { model, candidates, timeout }),
-            retrieval: Retrieval { limit: limit.get(), tokens_max: tokens_max.get(), rerank: None },
+            retriever: Retriever::new(resources),
+            embedder: embedder.map(|embedder| embed::Asked { embedder, timeout: embed_timeout }),
+            reranker: reranker.map(|model| Reranker { model, candidates: rerank, timeout: rerank_timeout }),
+            retrieval: Retrieval {
+                limit: limit.get(),
+                tokens_max: tokens_max.get(),
+                rerank: None,
+                embed: None,
+            },
         }
     }
 }
@@ -127,19 +157,41 @@ impl Operator for Retrieve {
 
     async fn process(&self, request: Request, cx: &Context) -> Result<Vec<Retrieved>, Failure> {
         let (mut retrieval, question) = (self.retrieval.clone(), request.question());
-        let sought = self.retriever.candidates(&question, &cx.envelope().tenant);
+        if let Some(embedder) = self.embedder.as_ref().filter(|_| !question.trim().is_empty()) {
+            retrieval.embed = Some(embedder.embed(&request, &question, cx).await?);
+        }
+        let embedding = retrieval.embed.as_ref().and_then(|embed| embed.question.as_ref());
+        let sought = self.retriever.candidates(&question, &cx.envelope().tenant, embedding);
         let mut candidates = tokio::select! {
             biased;
             stop = cx.cancelled() => return Err(stop.into()),
             candidates = sought => candidates?,
         };
         if let Some(reranker) = &self.reranker {
-            let (ordered, rerank) = reranker.rerank(&request, candidates, cx).await?;
+            // The first call has the number 0, whichever it is: by it a host knows copies of a record.
+            let number = u32::from(self.embedder.is_some());
+            let (ordered, rerank) = reranker.rerank(&request, candidates, number, cx).await?;
             (candidates, retrieval.rerank) = (ordered, Some(rerank));
         }
         let passages = pack(candidates, &retrieval);
         cx.observe(&Event::Retrieved { passages: passages.len() });
         Ok(vec![Retrieved::Grounded(Grounded { request, retrieval, passages })])
+    }
+}
+
+/// A call for numbers that a question needs, and goes on without.
+fn call<'a>(task: Task<'a>, request: &Request, timeout: Duration, cx: &Context) -> Call<'a> {
+    // The other half is for whoever writes the answer.
+    let timeout = cx.remaining().map_or(timeout, |left| timeout.min(left / 2));
+    Call {
+        task,
+        // All layers keep to it, so the try ends by itself and a ledger hears how; dropped, it would be ambiguous.
+        deadline: Some(Instant::now() + timeout),
+        tenant: cx.envelope().tenant.clone(),
+        key_id: request.key_id.clone(),
+        job: request.job.clone(),
+        lane: cx.envelope().lane,
+        ..Call::default()
     }
 }
 
@@ -149,18 +201,21 @@ const COUNTED_MAX: usize = 2000;
 /// Seeks passages; shared by all who must find the same ones.
 pub(crate) struct Retriever {
     vectors: Arc<dyn Vectors>,
+    embedder: Option<Embedder>,
     /// By the chunk's id, which says all: the same id is the same document, version and text.
     counted: RwLock<HashMap<String, Arc<rank::Counted>>>,
 }
 
 impl Retriever {
-    pub(crate) fn new(vectors: Arc<dyn Vectors>) -> Self {
-        Self { vectors, counted: RwLock::default() }
+    pub(crate) fn new(resources: &Resources) -> Self {
+        let (vectors, embedder) = (resources.vectors.clone(), resources.embedder.clone());
+        Self { vectors, embedder, counted: RwLock::default() }
     }
 
     /// The passages that an answer rests on, while seeking as it was done then gives these chunks in this order.
     ///
-    /// A reranker is not asked again: it would give the same candidates the same scores, and cost more than what is saved.
+    /// Neither embedder nor reranker is asked again: the question's vector is known, the same candidates would get the same scores,
+    /// and they cost more than what is saved.
     pub(crate) async fn seek_again(
         &self,
         question: &str,
@@ -168,7 +223,14 @@ impl Retriever {
         retrieval: &Retrieval,
         chunks: &[String],
     ) -> Result<Option<Vec<Passage>>, Failure> {
-        let mut candidates = self.candidates(question, tenant).await?;
+        let embedding = match &retrieval.embed {
+            None => None,
+            Some(Embed { question }) => match question.as_ref().filter(|one| self.knows(one)) {
+                None => return Ok(None),
+                known => known,
+            },
+        };
+        let mut candidates = self.candidates(question, tenant, embedding).await?;
         let passages = match &retrieval.rerank {
             None => pack(candidates, retrieval),
             Some(Rerank { candidates: scored_max, scored }) => {
@@ -184,20 +246,44 @@ impl Retriever {
         Ok(is_same.then_some(passages))
     }
 
-    /// What may answer a question of this tenant, best first.
-    async fn candidates(&self, question: &str, tenant: &Tenant) -> Result<Vec<Candidate>, Failure> {
+    /// Whether the vectors of passages that are here may be compared with this one.
+    fn knows(&self, embedding: &Embedding) -> bool {
+        self.embedder.as_ref().is_some_and(|embedder| embedder.knows(embedding))
+    }
+
+    /// What may answer a question of this tenant, best first; sought by its words, and by its vector where there is one.
+    async fn candidates(
+        &self,
+        question: &str,
+        tenant: &Tenant,
+        embedding: Option<&Embedding>,
+    ) -> Result<Vec<Candidate>, Failure> {
         let stems = words::stems(question);
-        if stems.is_empty() {
-            return Ok(Vec::new());
-        }
-        let vector = embedder::embed([stems.as_slice()]);
         let scopes = [tenant.as_str(), SHARED_TENANT];
-        let hits = self.vectors.search(&vector, &scopes, PREFETCH).await;
-        let hits = hits.map_err(|error| store_failure("vector store", error))?;
-        let mut candidates = Vec::with_capacity(hits.len());
-        for hit in hits {
-            let cosine = hit.score;
-            candidates.push(Candidate::new(self.counted(hit)?, cosine));
+        let by_vector = self.embedder.as_ref().zip(embedding);
+        let _turn = match by_vector {
+            Some((embedder, _)) => Some(embedder.searching().await),
+            None => None,
+        };
+        let lexical = match stems.is_empty() {
+            true => Vec::new(),
+            false => search(&*self.vectors, &lexical::embed([stems.as_slice()]), &scopes).await?,
+        };
+        let dense = match by_vector {
+            Some((embedder, embedding)) => search(&*embedder.vectors, embedding.vector(), &scopes).await?,
+            None => Vec::new(),
+        };
+        let mut candidates: Vec<Candidate> = Vec::with_capacity(lexical.len() + dense.len());
+        for hit in lexical {
+            let cosine = Some(hit.score);
+            candidates.push(Candidate::new(self.counted(hit)?, cosine, None));
+        }
+        for hit in dense {
+            let dense = Some(hit.score);
+            match candidates.iter_mut().find(|known| known.counted.passage.chunk == hit.id) {
+                Some(known) => known.dense = dense,
+                None => candidates.push(Candidate::new(self.counted(hit)?, None, dense)),
+            }
         }
         Ok(rank::rank(&stems, candidates, COSINE_MIN))
     }
@@ -219,6 +305,11 @@ impl Retriever {
         all.insert(hit.id, counted.clone());
         Ok(counted)
     }
+}
+
+async fn search(vectors: &dyn Vectors, vector: &[f32], scopes: &[&str]) -> Result<Vec<Hit>, Failure> {
+    let hits = vectors.search(vector, scopes, PREFETCH).await;
+    hits.map_err(|error| store_failure("vector store", error))
 }
 
 /// The best that fit, without repeats. What is too long for the room that is left gives way to what is shorter.

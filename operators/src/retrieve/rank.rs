@@ -1,4 +1,5 @@
-//! Orders candidates by two rankings, the vector's and the words', fused by reciprocal rank fusion.
+//! Orders candidates by their rankings, the lexical vector's, the words' and, where there is one, the embedder's, fused by reciprocal
+//! rank fusion. What is not in a ranking gets nothing from it, so a passage without an embedder's vector is ranked by its words alone.
 //!
 //! Invariant: the order depends on the candidates and the question alone; ties fall to the chunk's id.
 
@@ -53,17 +54,19 @@ impl Counted {
 /// A passage that may answer.
 pub(super) struct Candidate {
     pub(super) counted: Arc<Counted>,
-    /// How near the vector search found it.
-    pub(super) cosine: f32,
+    /// How near its lexical vector is; absent where that search did not find it.
+    pub(super) cosine: Option<f32>,
+    /// How near the vector is that an embedder made of it; absent where that search did not find it.
+    pub(super) dense: Option<f32>,
     /// How well the words match; set by [`rank`].
     bm25: f32,
-    /// Both rankings fused, set by [`rank`]; or what a reranker said.
+    /// All rankings fused, set by [`rank`]; or what a reranker said.
     pub(super) score: f32,
 }
 
 impl Candidate {
-    pub(super) fn new(counted: Arc<Counted>, cosine: f32) -> Self {
-        Self { counted, cosine, bm25: 0.0, score: 0.0 }
+    pub(super) fn new(counted: Arc<Counted>, cosine: Option<f32>, dense: Option<f32>) -> Self {
+        Self { counted, cosine, dense, bm25: 0.0, score: 0.0 }
     }
 
     /// The passage with its score.
@@ -71,7 +74,17 @@ impl Candidate {
         Passage { score: self.score, ..self.counted.passage.clone() }
     }
 
-    fn before(&self, other: &Self, value: fn(&Self) -> f32) -> Ordering {
+    /// Whether its words, or parts of them, speak for it.
+    fn is_told_by_words(&self, cosine_min: f32) -> bool {
+        self.bm25 > 0.0 || self.cosine.is_some_and(|cosine| cosine >= cosine_min)
+    }
+
+    /// What its words count for; nothing where only an embedder speaks for it.
+    fn words(&self) -> Option<f32> {
+        (self.bm25 > 0.0 || self.cosine.is_some()).then_some(self.bm25)
+    }
+
+    fn before(&self, other: &Self, value: impl Fn(&Self) -> f32) -> Ordering {
         let by_id = || self.counted.passage.chunk.cmp(&other.counted.passage.chunk);
         value(other).total_cmp(&value(self)).then_with(by_id)
     }
@@ -80,12 +93,22 @@ impl Candidate {
 /// The candidates best first, each with its fused score; what no word and no direction speaks for is left out.
 pub(super) fn rank(question: &[String], mut candidates: Vec<Candidate>, cosine_min: f32) -> Vec<Candidate> {
     bm25(question, &mut candidates);
-    candidates.retain(|candidate| candidate.bm25 > 0.0 || candidate.cosine >= cosine_min);
-    let rankings: [fn(&Candidate) -> f32; 2] = [|candidate| candidate.cosine, |candidate| candidate.bm25];
+    candidates.retain_mut(|candidate| {
+        let is_told = candidate.is_told_by_words(cosine_min);
+        if !is_told {
+            // Chance must not order what an embedder found.
+            candidate.cosine = None;
+        }
+        // At a right angle or beyond, an embedder found it by chance too.
+        is_told || candidate.dense.is_some_and(|dense| dense > 0.0)
+    });
+    let rankings: [fn(&Candidate) -> Option<f32>; 3] =
+        [|candidate| candidate.cosine, Candidate::words, |candidate| candidate.dense];
     for value in rankings {
-        candidates.sort_by(|a, b| a.before(b, value));
+        // Those without a value come last.
+        candidates.sort_by(|a, b| a.before(b, |one| value(one).unwrap_or(f32::NEG_INFINITY)));
         let mut rank = 1.0;
-        for candidate in &mut candidates {
+        for candidate in candidates.iter_mut().take_while(|candidate| value(candidate).is_some()) {
             candidate.score += 1.0 / (RRF_K + rank);
             rank += 1.0;
         }

@@ -7,12 +7,11 @@
 //! candidates were found.
 
 use super::rank::Candidate;
-use crate::rows::Rows;
-use forebay_calls::{Call, CallError, Class, Model, Reply, Task};
+use crate::{rows::Rows, text};
+use forebay_calls::{CallError, Class, Model, Reply, Task};
 use forebay_operator::{Context, Event, Stop};
-use forebay_schemas::{Passage, Request, Rerank};
+use forebay_schemas::{Request, Rerank};
 use std::{sync::Arc, time::Duration};
-use tokio::time::Instant;
 
 /// A reranker, and how it is asked.
 pub(super) struct Reranker {
@@ -24,11 +23,13 @@ pub(super) struct Reranker {
 }
 
 impl Reranker {
-    /// The best candidates in the order of their scores, or as they are where it does not answer.
+    /// The best candidates in the order of their scores, or as they are where it does not answer. `number` counts the record's
+    /// calls, from 0.
     pub(super) async fn rerank(
         &self,
         request: &Request,
         mut candidates: Vec<Candidate>,
+        number: u32,
         cx: &Context,
     ) -> Result<(Vec<Candidate>, Rerank), Stop> {
         candidates.truncate(self.candidates);
@@ -36,7 +37,7 @@ impl Reranker {
         if candidates.is_empty() {
             return Ok((candidates, rerank));
         }
-        let outcome = match self.ask(request, &candidates, cx).await? {
+        let outcome = match self.ask(request, &candidates, number, cx).await? {
             Ok(scores) => {
                 for (candidate, score) in candidates.iter_mut().zip(scores) {
                     candidate.score = score;
@@ -66,34 +67,18 @@ impl Reranker {
         &self,
         request: &Request,
         candidates: &[Candidate],
+        number: u32,
         cx: &Context,
     ) -> Result<Result<Vec<f32>, CallError>, Stop> {
         let question = request.question();
+        let passages = candidates.iter().map(|candidate| &candidate.counted.passage);
         let texts: Vec<String> =
-            candidates.iter().map(|candidate| said(&candidate.counted.passage)).collect();
+            passages.map(|passage| text::under(&passage.heading, &passage.text)).collect();
         let documents: Vec<&str> = texts.iter().map(String::as_str).collect();
-        // The other half is for whoever writes the answer.
-        let timeout = cx.remaining().map_or(self.timeout, |left| self.timeout.min(left / 2));
-        let call = Call {
-            task: Task::Rank { query: &question, documents: &documents },
-            // All layers keep to it, so the try ends by itself and a ledger hears how; dropped, it would be ambiguous.
-            deadline: Some(Instant::now() + timeout),
-            tenant: cx.envelope().tenant.clone(),
-            key_id: request.key_id.clone(),
-            job: request.job.clone(),
-            lane: cx.envelope().lane,
-            ..Call::default()
-        };
-        let rows = Rows::new(cx, &call);
-        let replied = tokio::select! {
-            biased;
-            stop = cx.cancelled() => {
-                rows.given_up(stop);
-                return Err(stop);
-            }
-            replied = self.model.complete(&call, &rows) => replied,
-        };
-        rows.over();
+        let task = Task::Rank { query: &question, documents: &documents };
+        let call = super::call(task, request, self.timeout, cx);
+        let rows = Rows::new(cx, &call).numbered(number).dispensable();
+        let replied = rows.ask(&*self.model, &call).await?;
         Ok(replied.and_then(|reply| scores(reply, candidates.len())))
     }
 }
@@ -107,14 +92,6 @@ fn scores(reply: Reply, wanted: usize) -> Result<Vec<f32>, CallError> {
             let message = format!("the reranker gave {} scores for {wanted} passages", scores.len());
             Err(CallError::new(Class::Transient, "model_malformed", message))
         }
-    }
-}
-
-/// A passage as it is read alone: its headings say what a short one is about.
-fn said(Passage { heading, text, .. }: &Passage) -> String {
-    match heading.is_empty() {
-        true => text.clone(),
-        false => format!("{}\n{text}", heading.join(" > ")),
     }
 }
 

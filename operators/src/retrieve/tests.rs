@@ -1,7 +1,7 @@
 //! Retrieval over real stores.
 
 use super::*;
-use crate::samples::{self, Ranks, World, document, request};
+use crate::samples::{self, Numbers, World, document, request};
 use forebay_calls::{CallError, Class};
 use forebay_operator::{
     Called, Clock, Delivery, Found, Host, Known, Ledger, Operation, StopSignal, Turn, compliance,
@@ -13,11 +13,11 @@ use tokio::time::Instant;
 
 async fn seek(world: &World, tenant: &str, question: &str, retrieval: Retrieval) -> Vec<Passage> {
     let tenant = Tenant::try_from(tenant.to_owned()).unwrap();
-    let retriever = Retriever::new(world.resources.vectors.clone());
-    pack(retriever.candidates(question, &tenant).await.unwrap(), &retrieval)
+    let retriever = Retriever::new(&world.resources);
+    pack(retriever.candidates(question, &tenant, None).await.unwrap(), &retrieval)
 }
 
-const USUAL: Retrieval = Retrieval { limit: 8, tokens_max: 2400, rerank: None };
+const USUAL: Retrieval = Retrieval { limit: 8, tokens_max: 2400, rerank: None, embed: None };
 
 /// Asks over the guide and says under which heading the best passage stands.
 async fn check(question: &str, expected: &str) {
@@ -85,7 +85,7 @@ async fn passages_fit_the_budget_and_do_not_repeat() {
         world.learn(document(id, Some(text))).await;
     }
     world.learn(document("c.md", Some("Lag grows again after a rebalance, until offsets are read."))).await;
-    let of = |limit, tokens_max| Retrieval { limit, tokens_max, rerank: None };
+    let of = |limit, tokens_max| Retrieval { limit, tokens_max, rerank: None, embed: None };
     assert_eq!(seek(&world, "default", "when does lag grow", of(8, 2400)).await.len(), 2);
     assert_eq!(seek(&world, "default", "when does lag grow", of(1, 2400)).await.len(), 1);
     assert_eq!(seek(&world, "default", "when does lag grow", of(8, 30)).await.len(), 1);
@@ -99,12 +99,19 @@ async fn it_complies() {
     let samples = [r#"{"prompt": "what does compaction keep?"}"#, r#"{"prompt": "?"}"#];
     let samples: Vec<Vec<u8>> = samples.map(|body| body.as_bytes().to_vec()).into();
     let rerankers: [Option<Arc<dyn forebay_calls::Model>>; 3] =
-        [None, Some(Ranks::backwards()), Some(Ranks::by(|_| None))];
+        [None, Some(Numbers::backwards()), Some(Numbers::by(|_| None))];
     for reranker in rerankers {
         let resources = Resources { reranker, ..world.resources.clone() };
         let rerank_timeout_ms = NonZeroU64::new(10).unwrap();
         let settings = Settings { rerank: 8, rerank_timeout_ms, ..Settings::default() };
         compliance::assert_complies(Retrieve::new(settings, &resources), Vec::clone(&samples)).await;
+    }
+    for numbers in [Numbers::meanings("m"), Numbers::of("m", |_| None)] {
+        let world = World::new().await.embedding(numbers, 3).await;
+        let embed_timeout_ms = NonZeroU64::new(10).unwrap();
+        let settings = Settings { embed: true, embed_timeout_ms, ..Settings::default() };
+        let retrieve = Retrieve::new(settings, &world.resources);
+        compliance::assert_complies(retrieve, Vec::clone(&samples)).await;
     }
 }
 
@@ -119,7 +126,7 @@ impl Host for Onlooker {
     }
 }
 
-/// What became of a question whose passages a reranker was to score.
+/// What became of a question for which others were asked.
 struct Seen {
     grounded: Grounded,
     rows: Vec<Attempt>,
@@ -134,7 +141,7 @@ impl Seen {
 
     fn outcome(&self) -> &'static str {
         let outcome = |event: &Event| match event {
-            Event::Reranked { outcome } => Some(*outcome),
+            Event::Reranked { outcome } | Event::Embedded { outcome } => Some(*outcome),
             _ => None,
         };
         self.events.iter().find_map(outcome).unwrap()
@@ -173,18 +180,28 @@ impl Turn for &Remembers {
 }
 
 /// Asks of segments; somebody waits for so many milliseconds.
-async fn rerank(world: &World, ranks: Option<&Arc<Ranks>>, settings: Settings, deadline_ms: i64) -> Seen {
+async fn rerank(world: &World, ranks: Option<&Arc<Numbers>>, settings: Settings, deadline_ms: i64) -> Seen {
     rerank_with(world, ranks, settings, (deadline_ms, None)).await
 }
 
 async fn rerank_with(
     world: &World,
-    ranks: Option<&Arc<Ranks>>,
+    ranks: Option<&Arc<Numbers>>,
     settings: Settings,
     (deadline_ms, ledger): (i64, Option<Arc<dyn Ledger>>),
 ) -> Seen {
     let reranker = ranks.map(|ranks| ranks.clone() as Arc<dyn forebay_calls::Model>);
-    let retrieve = Retrieve::new(settings, &Resources { reranker, ..world.resources.clone() });
+    let resources = Resources { reranker, ..world.resources.clone() };
+    run(&resources, "What of segments?", settings, (deadline_ms, ledger)).await
+}
+
+async fn run(
+    resources: &Resources,
+    question: &str,
+    settings: Settings,
+    (deadline_ms, ledger): (i64, Option<Arc<dyn Ledger>>),
+) -> Seen {
+    let retrieve = Retrieve::new(settings, resources);
     let mut envelope = compliance::envelope();
     envelope.deadline_at_ms = Some(compliance::NOW_MS + deadline_ms);
     let (stage, cluster) = ("retrieve".into(), "test".into());
@@ -193,7 +210,7 @@ async fn rerank_with(
     let clock = Clock::starting_at(compliance::NOW_MS);
     let cx = Context::new(delivery, clock, onlooker.clone(), StopSignal::new().1);
     let began = Instant::now();
-    let asked = request(r#"{"prompt": "What of segments?"}"#);
+    let asked = request(&serde_json::json!({ "prompt": question }).to_string());
     let Retrieved::Grounded(grounded) = retrieve.process(asked, &cx).await.unwrap().remove(0);
     let events = onlooker.0.lock().unwrap().clone();
     Seen { grounded, rows: cx.take_rows(), events, took: began.elapsed() }
@@ -214,7 +231,7 @@ async fn a_reranker_has_the_last_word_on_the_order_and_its_try_leaves_a_row() {
     let world = guide().await;
     let found = rerank(&world, None, of_eight(), 60_000).await;
     assert_eq!((found.headings().len(), &found.grounded.retrieval.rerank, found.rows.len()), (3, &None, 0));
-    let ranks = Ranks::backwards();
+    let ranks = Numbers::backwards();
     let seen = rerank(&world, Some(&ranks), of_eight(), 60_000).await;
     let mut backwards = found.headings();
     backwards.reverse();
@@ -242,7 +259,7 @@ async fn a_reranker_has_the_last_word_on_the_order_and_its_try_leaves_a_row() {
 #[tokio::test]
 async fn only_the_best_candidates_are_scored() {
     let world = guide().await;
-    let ranks = Ranks::backwards();
+    let ranks = Numbers::backwards();
     let settings = Settings { limit: NonZeroUsize::MIN, rerank: 2, ..Settings::default() };
     let seen = rerank(&world, Some(&ranks), settings, 60_000).await;
     let found = rerank(&world, None, of_eight(), 60_000).await;
@@ -258,7 +275,7 @@ async fn check_degraded(
     (outcome, took_ms, rows): (&str, u64, &str),
 ) {
     let found = rerank(world, None, of_eight(), 60_000).await;
-    let seen = rerank(world, Some(&Ranks::by(told)), of_eight(), deadline_ms).await;
+    let seen = rerank(world, Some(&Numbers::by(told)), of_eight(), deadline_ms).await;
     assert_eq!(seen.grounded.passages, found.grounded.passages, "{outcome}");
     assert!(seen.grounded.retrieval.is_degraded(), "{outcome}");
     assert_eq!(seen.outcome(), outcome);
@@ -294,13 +311,13 @@ async fn a_record_that_comes_twice_has_the_same_passages_and_scores_are_paid_for
     let found = rerank(&world, None, of_eight(), 60_000).await.grounded.passages;
     for answers_first in [true, false] {
         let ledger = Arc::new(Remembers::default());
-        let twice = async |ranks: &Arc<Ranks>| {
+        let twice = async |ranks: &Arc<Numbers>| {
             let ledger = Some(ledger.clone() as Arc<dyn Ledger>);
             rerank_with(&world, Some(ranks), of_eight(), (60_000, ledger)).await
         };
         let (good, bad) = (
-            Ranks::backwards(),
-            Ranks::by(|_| Some(Err(CallError::new(Class::Outage, "model_unavailable", "no")))),
+            Numbers::backwards(),
+            Numbers::by(|_| Some(Err(CallError::new(Class::Outage, "model_unavailable", "no")))),
         );
         let (first, second) = if answers_first { (&good, &bad) } else { (&bad, &good) };
         let (seen, again) = (twice(first).await, twice(second).await);
@@ -309,4 +326,131 @@ async fn a_record_that_comes_twice_has_the_same_passages_and_scores_are_paid_for
         assert_eq!(again.outcome(), if answers_first { "ok" } else { "tried_before" });
         assert_eq!(again.rows.len(), 0, "nobody was asked: {:?}", again.rows);
     }
+}
+
+const WHAT_CAR: &str = "Which hue has the automobile?";
+
+/// Documents of which no word of that question stands in the one that answers it; and, of each, how it is found.
+async fn cars(numbers: Arc<Numbers>) -> World {
+    let world = World::new().await.embedding(numbers, 3).await;
+    world.learn(document("car.md", Some("The car is red."))).await;
+    world.learn(document("ferry.md", Some("The ferry leaves at seven."))).await;
+    world
+}
+
+fn embedding() -> Settings {
+    Settings { embed: true, ..Settings::default() }
+}
+
+fn documents(seen: &Seen) -> Vec<&str> {
+    seen.grounded.passages.iter().map(|passage| passage.document.as_str()).collect()
+}
+
+#[tokio::test]
+async fn what_no_word_finds_its_meaning_does_and_the_try_leaves_a_row() {
+    let numbers = Numbers::meanings("m");
+    let world = cars(numbers.clone()).await;
+    let by_words = run(&world.resources, WHAT_CAR, Settings::default(), (60_000, None)).await;
+    assert_eq!((documents(&by_words), by_words.rows.len()), (vec![], 0));
+    assert_eq!(by_words.grounded.retrieval, USUAL);
+    let seen = run(&world.resources, WHAT_CAR, embedding(), (60_000, None)).await;
+    assert_eq!(documents(&seen), ["car.md"], "the other lies beyond a right angle");
+    let [row] = &seen.rows[..] else { panic!("{:?}", seen.rows) };
+    assert_eq!((row.status.as_str(), row.model.as_deref(), row.cost_nano_usd), ("ok", Some("m"), Some(9)));
+    let is_told = |event: &Event| {
+        matches!(event, Event::Called(Called { operation: Operation::Embeddings, texts: Some(1), .. }))
+    };
+    assert!(seen.events.iter().any(is_told) && seen.outcome() == "ok", "{:?}", seen.events);
+    let question = seen.grounded.retrieval.embed.unwrap().question;
+    assert_eq!(question, Embedding::new("m", vec![1.0, 0.25, 0.0]));
+    let asked = numbers.asked.lock().unwrap().concat();
+    assert_eq!(asked, ["The car is red.", "The ferry leaves at seven.", WHAT_CAR]);
+    // Where the words speak for one and the meaning for another, both are there.
+    let both = run(&world.resources, "Is the ferry an automobile?", embedding(), (60_000, None)).await;
+    let mut both = documents(&both);
+    both.sort();
+    assert_eq!(both, ["car.md", "ferry.md"]);
+}
+
+#[tokio::test]
+async fn vectors_of_another_model_or_length_are_not_compared_and_their_passages_found_by_words() {
+    let world = World::new().await.embedding(Numbers::meanings("m"), 3).await;
+    let vectors = world.resources.embedder.as_ref().unwrap().vectors.clone();
+    let other = |numbers, dimensions| Some(Embedder::new(numbers, dimensions, vectors.clone()));
+    let longer = Numbers::of("m", |texts| Some(Ok(vec![vec![1.0, 0.25, 0.0, 0.0]; texts.len()])));
+    world.learn_by(other(Numbers::meanings("n"), 3), document("a.md", Some("The car is red."))).await;
+    world.learn_by(other(longer, 4), document("b.md", Some("A car is green."))).await;
+    world.learn_by(None, document("c.md", Some("Each car is blue."))).await;
+    assert_eq!(vectors.count().await.unwrap(), 0);
+    let seen = run(&world.resources, WHAT_CAR, embedding(), (60_000, None)).await;
+    assert_eq!((documents(&seen), seen.outcome()), (vec![], "ok"));
+    let seen = run(&world.resources, "Is the car green?", embedding(), (60_000, None)).await;
+    assert_eq!((documents(&seen).len(), documents(&seen)[0]), (3, "b.md"), "by its words");
+    world.learn(document("a.md", Some("The car is red."))).await;
+    let seen = run(&world.resources, WHAT_CAR, embedding(), (60_000, None)).await;
+    assert_eq!(documents(&seen), ["a.md"], "indexed anew");
+    world.learn(document("a.md", None)).await;
+    assert_eq!(vectors.count().await.unwrap(), 0);
+}
+
+/// The embedder answers the question so; the passages must be those that its words find.
+async fn check_without(
+    told: impl Fn(&[&str]) -> Option<Result<Vec<Vec<f32>>, CallError>> + Send + Sync + 'static,
+    (outcome, took_ms, rows): (&str, u64, &str),
+) {
+    const QUESTION: &str = "Is the car red?";
+    let world = cars(Numbers::meanings("m")).await;
+    let found = run(&world.resources, QUESTION, Settings::default(), (60_000, None)).await;
+    let vectors = world.resources.embedder.as_ref().unwrap().vectors.clone();
+    let embedder = Some(Embedder::new(Numbers::of("m", told), 3, vectors));
+    let resources = Resources { embedder, ..world.resources.clone() };
+    tokio::time::pause();
+    let seen = run(&resources, QUESTION, embedding(), (60_000, None)).await;
+    tokio::time::resume();
+    assert!(
+        !found.grounded.passages.is_empty() && seen.grounded.passages == found.grounded.passages,
+        "{outcome}"
+    );
+    assert!(seen.grounded.retrieval.is_degraded(), "{outcome}");
+    assert_eq!(seen.outcome(), outcome);
+    // Timers are up to two milliseconds late.
+    let late = seen.took.checked_sub(Duration::from_millis(took_ms));
+    assert!(late.is_some_and(|late| late <= Duration::from_millis(2)), "{outcome}: {:?}", seen.took);
+    let told: Vec<_> = seen.rows.iter().map(|row| row.status.as_str()).collect();
+    assert_eq!(told.join(" "), rows, "{outcome}");
+}
+
+#[tokio::test]
+async fn whatever_the_embedder_does_the_question_goes_on_by_its_words() {
+    let refuses = |class, code| move |_: &[&str]| Some(Err(CallError::new(class, code, "no")));
+    let gives = |vectors: Vec<Vec<f32>>| move |_: &[&str]| Some(Ok(vectors.clone()));
+    let (gone, wrong, malformed) = ("model_unavailable", "model_rejected", "model_malformed");
+    check_without(refuses(Class::Outage, gone), (gone, 0, "failed")).await;
+    check_without(refuses(Class::Rejected, wrong), (wrong, 0, "rejected")).await;
+    check_without(gives(vec![]), (malformed, 0, "ok")).await;
+    check_without(gives(vec![vec![1.0, 0.0, 0.0]; 2]), (malformed, 0, "ok")).await;
+    check_without(gives(vec![vec![1.0, 0.0]]), (malformed, 0, "ok")).await;
+    check_without(gives(vec![vec![1.0, f32::NAN, 0.0]]), (malformed, 0, "ok")).await;
+    check_without(|_| None, ("model_timeout", 2_000, "failed")).await;
+}
+
+#[tokio::test]
+async fn a_question_that_comes_twice_is_embedded_once_and_each_of_its_calls_is_its_own() {
+    let world = cars(Numbers::meanings("m")).await;
+    let ledger = Arc::new(Remembers::default());
+    let twice = async || {
+        let ledger = Some(ledger.clone() as Arc<dyn Ledger>);
+        run(&world.resources, WHAT_CAR, embedding(), (60_000, ledger)).await
+    };
+    let (seen, again) = (twice().await, twice().await);
+    assert_eq!((seen.rows.len(), again.rows.len(), again.outcome()), (1, 0, "ok"));
+    assert_eq!(seen.grounded, again.grounded);
+    // With a reranker there are two calls, and so two ids; the second's tries are numbered on.
+    let resources = Resources { reranker: Some(Numbers::backwards()), ..world.resources.clone() };
+    let settings = Settings { rerank: 8, ..embedding() };
+    let seen = run(&resources, WHAT_CAR, settings, (60_000, None)).await;
+    let [embedded, scored] = &seen.rows[..] else { panic!("{:?}", seen.rows) };
+    assert_eq!((embedded.model.as_deref(), scored.model.as_deref()), (Some("m"), Some("ranker")));
+    assert_ne!(embedded.call_id, scored.call_id);
+    assert_eq!((embedded.attempt, scored.attempt), (0, 1));
 }

@@ -77,6 +77,7 @@ impl Drop for Away {
 pub(super) fn word(wait: Wait) -> &'static str {
     match wait {
         Wait::Room => "room",
+        Wait::Batch => "batch",
         Wait::Retry => "retry",
     }
 }

@@ -4,14 +4,15 @@
 //! kept under the call that it was made for, so whoever reads that call again never asks for the hedge.
 //!
 //! Each tier of a cascade is a call of its own too, by its place in the cascade: what one answered is remembered while the
-//! next is asked. Its tries have higher numbers than those before, so whoever reads along takes its tokens for the others'.
+//! next is asked. Its tries have higher numbers than those before, so whoever reads along takes its tokens for the others'. So it
+//! is with the calls that a record makes one after the other.
 //!
 //! Invariant: a try that was started leaves one row, however it ends; where nobody waited for its end, when this is dropped.
 
 mod account;
 
 use account::{Account, Away, word};
-use forebay_calls::{Call, CallError, Class, Happening, Listener, Reply, Tried, TryId, Upstream};
+use forebay_calls::{Call, CallError, Class, Happening, Listener, Model, Reply, Tried, TryId, Upstream};
 use forebay_operator::{Called, Context, Event, Failure, Operation, Stop};
 use forebay_schemas::{Attempt, NanoUsd};
 use futures::future::BoxFuture;
@@ -28,7 +29,7 @@ use tokio::time::Instant;
 /// Times between pieces of an answer that are kept; an answer with more is no other for it.
 const GAPS_MAX: usize = 8_192;
 
-/// Indices of calls that each tier has: its call, and the hedge beside it.
+/// Indices of calls that each tier, or each call of a record, has: its own, and the hedge beside it.
 const CALLS_PER_TIER: u32 = 2;
 
 /// Listens to a call, or to the hedge beside it.
@@ -40,6 +41,7 @@ pub(crate) struct Rows<'a> {
     key_id: Option<String>,
     job: Option<String>,
     is_hedge: bool,
+    is_dispensable: bool,
     tier: Mutex<Tier>,
     /// The number of the next try of both. A host that processes a record again has counted its earlier tries in the
     /// envelope.
@@ -49,7 +51,7 @@ pub(crate) struct Rows<'a> {
     open: Mutex<Option<Open>>,
 }
 
-/// The tier that is asked.
+/// The tier that is asked, or the call of several.
 #[derive(Clone, Default)]
 struct Tier {
     place: u32,
@@ -87,6 +89,8 @@ impl Kept {
 
 struct Open {
     attempt: u32,
+    /// Texts that it brings, unless it is part of a try that is counted already.
+    texts: Option<usize>,
     started_at_us: i64,
     provider: &'static str,
     endpoint: Option<String>,
@@ -103,12 +107,46 @@ struct Open {
 impl<'a> Rows<'a> {
     /// Of this call.
     pub(crate) fn new(cx: &'a Context, call: &Call<'_>) -> Self {
-        let next = Arc::new(AtomicU32::new(cx.envelope().attempts));
+        let next = Arc::new(AtomicU32::new(cx.next_attempt()));
         let (operation, texts, tier) = (call.task.operation(), call.task.texts(), Mutex::default());
         let key_id = call.key_id.as_ref().map(|key_id| key_id.as_str().to_owned());
         let job = call.job.as_ref().map(|job| job.as_str().to_owned());
+        let (is_hedge, is_dispensable) = (false, false);
         let (account, open) = (Account::new(), Mutex::default());
-        Self { cx, operation, texts, key_id, job, is_hedge: false, tier, next, account, open }
+        Self { cx, operation, texts, key_id, job, is_hedge, is_dispensable, tier, next, account, open }
+    }
+
+    /// The same, where its record makes several calls: this one is the `number`th, from 0.
+    pub(crate) fn numbered(self, number: u32) -> Self {
+        self.asked().place = number;
+        self
+    }
+
+    /// The same of a call without whose answer its record goes on. Where a reading that crashed asked in vain it is not asked again:
+    /// that reading may have gone on, and with an answer the record would now become another, under the same id.
+    pub(crate) fn dispensable(mut self) -> Self {
+        self.is_dispensable = true;
+        self
+    }
+
+    /// Asks a model, unless the work on the record is to stop.
+    pub(crate) async fn ask(
+        &self,
+        model: &dyn Model,
+        call: &Call<'_>,
+    ) -> Result<Result<Reply, CallError>, Stop> {
+        let replied = tokio::select! {
+            biased;
+            stop = self.cx.cancelled() => {
+                self.close(Some(Failure::from(stop).code()));
+                return Err(stop);
+            }
+            replied = model.complete(call, self) => replied,
+        };
+        if let Some(duration) = self.account.rest() {
+            self.cx.observe(&Event::CallOverhead { duration_us: micros(duration) });
+        }
+        Ok(replied)
     }
 
     fn asked(&self) -> MutexGuard<'_, Tier> {
@@ -120,21 +158,9 @@ impl<'a> Rows<'a> {
         self.asked().place.saturating_mul(CALLS_PER_TIER) + u32::from(self.is_hedge)
     }
 
-    /// The call is over.
-    pub(crate) fn over(&self) {
-        if let Some(duration) = self.account.rest() {
-            self.cx.observe(&Event::CallOverhead { duration_us: micros(duration) });
-        }
-    }
-
     fn waited(&self, what: &'static str, duration: Duration) {
         self.account.waited(duration);
         self.cx.observe(&Event::CallWaited { what, duration_us: micros(duration) });
-    }
-
-    /// The call was given up, for this reason.
-    pub(crate) fn given_up(&self, stop: Stop) {
-        self.close(Some(Failure::from(stop).code()));
     }
 
     /// Leaves the row of a try that nobody waits for any more.
@@ -154,7 +180,7 @@ impl<'a> Rows<'a> {
     fn tell(&self, open: Open, row: &Attempt, response_model: Option<String>, error: Option<&'static str>) {
         self.cx.observe(&Event::Called(Called {
             operation: self.operation,
-            texts: self.texts,
+            texts: open.texts,
             provider: open.provider.to_owned(),
             traceparent: self.cx.envelope().traceparent.clone(),
             endpoint: open.endpoint,
@@ -179,6 +205,7 @@ impl<'a> Rows<'a> {
         let (endpoint, model) = (to.endpoint.map(str::to_owned), to.model.to_owned());
         Open {
             attempt,
+            texts: self.texts,
             started_at_us,
             provider: to.provider,
             endpoint,
@@ -255,9 +282,8 @@ impl Listener for Rows<'_> {
             // A reading that crashed may have tried more often than the envelope says.
             let attempt = u32::try_from(attempt).unwrap_or(0);
             let counted = self.next.fetch_max(attempt, Ordering::Relaxed);
-            // That reading may have gone on without scores. With some, its passages would now be others, under the same id.
-            if self.operation == Operation::Rerank && counted < attempt {
-                let message = "scores were asked for before, in vain";
+            if self.is_dispensable && counted < attempt {
+                let message = format!("it was asked for {} before, in vain", self.operation.as_str());
                 return Err(CallError::new(Class::Rejected, "tried_before", message));
             }
             let mut row = self.row(&self.open(counted.max(attempt), to), 0);
@@ -284,9 +310,10 @@ impl Listener for Rows<'_> {
         let next = Arc::clone(&self.next);
         let (account, tier) = (self.account.clone(), Mutex::new(self.asked().clone()));
         let (key_id, job) = (self.key_id.clone(), self.job.clone());
-        let Self { cx, operation, texts, .. } = *self;
-        let open = Mutex::default();
-        let hedge = Rows { cx, operation, texts, key_id, job, is_hedge: true, tier, next, account, open };
+        let Self { cx, operation, texts, is_dispensable, .. } = *self;
+        let (is_hedge, open) = (true, Mutex::default());
+        let hedge =
+            Rows { cx, operation, texts, key_id, job, is_hedge, is_dispensable, tier, next, account, open };
         (!self.is_hedge).then(|| Box::new(hedge) as Box<dyn Listener + '_>)
     }
 
@@ -310,6 +337,12 @@ impl Listener for Rows<'_> {
     fn happened(&self, what: Happening) {
         let how = match what {
             Happening::Waited(what, duration) => return self.waited(word(what), duration),
+            Happening::Joined(texts) => {
+                if let Some(open) = &mut *self.opened() {
+                    open.texts = texts;
+                }
+                return;
+            }
             Happening::Retried => "retry",
             Happening::Hedged => "hedge",
             Happening::FellBack => "fallback",

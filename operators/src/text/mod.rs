@@ -14,6 +14,14 @@ pub(crate) fn tokens(text: &str) -> usize {
 /// Bytes that count as one token.
 pub(crate) const BYTES_A_TOKEN: usize = 4;
 
+/// A passage as it is read alone: its headings say what a short one is about.
+pub(crate) fn under(heading: &[String], text: &str) -> String {
+    match heading.is_empty() {
+        true => text.to_owned(),
+        false => format!("{}\n{text}", heading.join(" > ")),
+    }
+}
+
 /// The text with white space folded: one blank between words, none around.
 pub(crate) fn folded(text: &str) -> String {
     text.split_whitespace().collect::<Vec<_>>().join(" ")

@@ -1,7 +1,7 @@
 //! Words and their stems.
 //!
 //! Invariant: the same text gives the same stems for ever, or what is in a vector store no longer matches what is
-//! asked; so a change here changes [`crate::retrieve`]'s embedder.
+//! asked; so a change here changes [`crate::retrieve`]'s lexical vectors.
 
 use rust_stemmers::{Algorithm, Stemmer};
 use std::{collections::HashSet, sync::LazyLock};

@@ -11,7 +11,10 @@ use anyhow::Context as _;
 use bytes::Bytes;
 use forebay_calls::Model;
 use forebay_operator::{Step, Table};
-use forebay_operators::catalogue::{self, Resources};
+use forebay_operators::{
+    catalogue::{self, Asks, Resources},
+    embedder::Embedder,
+};
 use forebay_plan::{Catalogue, Description, Plan, PlannedStep, SettingsFault};
 use forebay_runtime::claims::{self, Claims, ObjectsError};
 use forebay_stores::{Database, Error as StoreError, KeyValue, database, key_value, objects, vectors};
@@ -38,7 +41,7 @@ impl Catalogue for Shipped {
     }
 
     fn is_paid(&self, operator: &str, settings: &Value) -> bool {
-        catalogue::asks(operator, settings).is_some()
+        !catalogue::asks(operator, settings).is_empty()
     }
 
     fn check_settings(&self, operator: &str, settings: &Value) -> Vec<SettingsFault> {
@@ -99,7 +102,17 @@ pub async fn resources(
     };
     let vectors = Arc::new(vectors::Embedded::open(&database, "chunks").await?);
     let objects = objects(config).await?;
-    resources_of(plan, cache, vectors, objects, (client.model.clone(), client.reranker.clone()))
+    let embeds =
+        |step: &PlannedStep| catalogue::asks(&step.operator, &step.settings).contains(&Asks::Embedder);
+    let embedder = match client.embedder.clone().filter(|_| plan.steps.iter().any(embeds)) {
+        Some((model, dimensions)) => {
+            let vectors = vectors::Embedded::open(&database, "embeddings").await?;
+            Some(Embedder::new(model, dimensions, Arc::new(vectors)))
+        }
+        None => None,
+    };
+    let asked = Asked { model: client.model.clone(), embedder, reranker: client.reranker.clone() };
+    resources_of(plan, cache, vectors, objects, asked)
 }
 
 /// The object store.
@@ -143,17 +156,24 @@ fn judged(fault: StoreError) -> ObjectsError {
     }
 }
 
-/// The same over stores, a model and a reranker that are given.
+/// Whom operators ask.
+pub struct Asked {
+    pub model: Arc<dyn Model>,
+    pub embedder: Option<Embedder>,
+    pub reranker: Option<Arc<dyn Model>>,
+}
+
+/// The same over stores and models that are given.
 pub fn resources_of(
     plan: &Plan,
     cache: Arc<dyn KeyValue>,
     vectors: Arc<dyn forebay_stores::Vectors>,
     objects: Arc<dyn forebay_stores::Objects>,
-    (model, reranker): (Arc<dyn Model>, Option<Arc<dyn Model>>),
+    Asked { model, embedder, reranker }: Asked,
 ) -> anyhow::Result<Resources> {
     let steps = plan.steps.iter().map(|step| (step.operator.as_str(), &step.settings));
-    let shape = catalogue::shape(steps, &*model, reranker.as_deref())?;
-    Ok(Resources { cache, vectors, objects, model, reranker, shape })
+    let shape = catalogue::shape(steps, &*model, reranker.as_deref(), embedder.as_ref())?;
+    Ok(Resources { cache, vectors, objects, model, reranker, embedder, shape })
 }
 
 /// The database for this process's copies of tables: the first that no other process holds.

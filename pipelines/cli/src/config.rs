@@ -7,6 +7,7 @@
 
 pub mod alerts;
 pub mod budgets;
+pub mod embeddings;
 pub mod pool;
 pub mod prices;
 pub mod rerank;
@@ -51,6 +52,12 @@ const SETTINGS: &[Setting] = &[
     setting("model.vllm", "FOREBAY_MODEL_VLLM", ""),
     setting("model.key_file", "FOREBAY_MODEL_API_KEY_FILE", ""),
     Setting { path: "model.key", variable: "FOREBAY_MODEL_API_KEY", default: "", secret: true },
+    setting("embeddings.url", "FOREBAY_EMBEDDINGS_URL", ""),
+    setting("embeddings.model", "FOREBAY_EMBEDDINGS_MODEL", ""),
+    setting("embeddings.dimensions", "FOREBAY_EMBEDDINGS_DIMENSIONS", ""),
+    setting("embeddings.outstanding", "FOREBAY_EMBEDDINGS_OUTSTANDING", "64"),
+    setting("embeddings.key_file", "FOREBAY_EMBEDDINGS_API_KEY_FILE", ""),
+    Setting { path: "embeddings.key", variable: "FOREBAY_EMBEDDINGS_API_KEY", default: "", secret: true },
     setting("rerank.url", "FOREBAY_RERANK_URL", ""),
     setting("rerank.model", "FOREBAY_RERANK_MODEL", ""),
     setting("rerank.api", "FOREBAY_RERANK_API", "cohere"),
@@ -122,6 +129,8 @@ pub struct Config {
     pub pool: Option<pool::PoolSettings>,
     /// Which models of the pool answer what; absent where all serve one.
     pub tiers: Option<tiers::TierSettings>,
+    /// What embeds texts; absent where nothing does.
+    pub embeddings: Option<embeddings::EmbeddingsSettings>,
     /// What scores passages; absent where nothing does.
     pub rerank: Option<rerank::RerankSettings>,
     /// What models cost.
@@ -303,6 +312,7 @@ impl Config {
         let served = served::Served::all(&values)?;
         let pool = pool::PoolSettings::of(&values, &served)?;
         let tiers = tiers::TierSettings::of(&values, &served, get("model.name"), pool.as_ref())?;
+        let embeddings = embeddings::EmbeddingsSettings::of(&values)?;
         let rerank = rerank::RerankSettings::of(&values)?;
         let kafka = values.iter().filter_map(|(path, sourced)| {
             Some((path.strip_prefix(KAFKA)?.to_owned(), sourced.value.clone()))
@@ -328,6 +338,7 @@ impl Config {
             model: text("model.name"),
             pool,
             tiers,
+            embeddings,
             rerank,
             prices: prices::PriceFiles::of(&text("prices").unwrap_or_default()),
             alerts: alerts::AlertSettings::of(&values, !budgets.is_empty())?,
@@ -476,9 +487,11 @@ mod tests {
     fn secrets_are_not_shown() {
         let file = "kafka: {sasl.password: canary, ssl.key.password: canary}\notlp_endpoint: 'http://u:canary@h'\n\
                     stores: {key_value: 'redis://:canary@h:1?password=canary'}\nbudgets: '* 9 tokens/day'\n\
-                    alerts: {webhook: 'https://hooks.example.com/canary'}\nrerank: {url: 'http://h/v1', model: m}\n";
+                    alerts: {webhook: 'https://hooks.example.com/canary'}\nrerank: {url: 'http://h/v1', model: m}\n\
+                    embeddings: {url: 'http://h/v1', model: m, dimensions: 3}\n";
         let variables = [
             ("FOREBAY_MODEL_API_KEY", "canary"),
+            ("FOREBAY_EMBEDDINGS_API_KEY", "canary"),
             ("FOREBAY_RERANK_API_KEY", "canary"),
             ("FOREBAY_ALERTS_WEBHOOK_KEY", "canary"),
         ];
@@ -494,6 +507,8 @@ mod tests {
                 .contains("f.yaml:2:1: unknown key \"topic_prefx\"; did you mean \"topic_prefix\"?")
         );
         assert!(refused("model: {key: abc}").contains("model.key_file"));
+        assert!(refused("embeddings: {key: abc}").contains("embeddings.key_file"));
+        assert!(refused("embeddings: {dimension: 3}").contains("did you mean \"embeddings.dimensions\"?"));
         assert!(refused("rerank: {key: abc}").contains("rerank.key_file"));
         assert!(refused("alerts: {webhook_key: abc}").contains("alerts.webhook_key_file"));
         assert!(refused("alerts: {forecat: off}").contains("did you mean \"alerts.forecast\"?"));

@@ -1,4 +1,4 @@
-//! From settings to the model that answers, which is the built-in one, a server, or a pool of them; and to the reranker.
+//! From settings to the model that answers, which is the built-in one, a server, or a pool of them; to the embedder and the reranker.
 
 use crate::{
     config::{Config, pool::Fallback, pool::PoolSettings, served::Served},
@@ -8,7 +8,8 @@ use anyhow::Context as _;
 use forebay_calls::{
     Allowed, Api, Model, Pool, Priced, Prices, Retry, Secret, Server, Shared,
     allowance::Allowances,
-    client::{Parts, tiered},
+    batch::Size,
+    client::{Parts, joining, tiered},
     pool::{Ended, Endpoint, Http, ModelStatus, Status, Wake, Watch},
     server::{Timeouts, Vllm},
 };
@@ -35,9 +36,11 @@ const LIMITS_MAX: Duration = Duration::from_millis(250);
 /// How long waking may take.
 const WAKE_MAX: Duration = Duration::from_secs(10);
 
-/// What answers and what scores, and the pools in them.
+/// What answers, embeds and scores, and the pools in them.
 pub struct Client {
     pub model: Arc<dyn Model>,
+    /// With how many numbers its vectors have; absent where nothing embeds texts.
+    pub embedder: Option<(Arc<dyn Model>, usize)>,
     /// Absent where nothing scores passages.
     pub reranker: Option<Arc<dyn Model>>,
     /// Each with what it is asked as.
@@ -50,8 +53,8 @@ impl Client {
     /// The same for a process of these steps. Pools that none of them asks are left alone, and budgets where none asks anything: whoever
     /// keeps them counts as one of those that share the limits, and looks at servers that it sends nothing.
     pub fn used_by(mut self, steps: &[&PlannedStep]) -> Self {
-        self.pools.retain(|(asked, _)| steps.iter().any(|step| asks(step) == Some(*asked)));
-        self.budgets = self.budgets.filter(|_| steps.iter().any(|step| asks(step).is_some()));
+        self.pools.retain(|(asked, _)| steps.iter().any(|step| asks(step).contains(asked)));
+        self.budgets = self.budgets.filter(|_| steps.iter().any(|step| !asks(step).is_empty()));
         self
     }
 
@@ -109,52 +112,78 @@ fn standing(status: &Status) -> Standing {
     }
 }
 
-fn asks(step: &PlannedStep) -> Option<Asks> {
+fn asks(step: &PlannedStep) -> Vec<Asks> {
     catalogue::asks(&step.operator, &step.settings)
 }
 
 /// Whether what a step asks costs something. The extractive model does not: to ask it again is cheaper than to remember.
 pub fn is_paid(config: &Config, step: &PlannedStep) -> bool {
-    match asks(step) {
-        Some(Asks::Model) => !config.served.is_empty(),
-        Some(Asks::Reranker) => config.rerank.is_some(),
-        None => false,
-    }
+    let is_served = |whom| match whom {
+        Asks::Model => !config.served.is_empty(),
+        Asks::Embedder => config.embeddings.is_some(),
+        Asks::Reranker => config.rerank.is_some(),
+    };
+    asks(step).into_iter().any(is_served)
 }
 
-/// Whether the reranker that steps of this process ask is named. One that nobody asks is allowed, as settings may be those of
-/// several pipelines, and said aloud.
+/// Whether those are named whom steps of this process ask for numbers. One that nobody asks is allowed, as settings may be those of
+/// several pipelines, and said aloud; so is an embedder of questions without one of documents.
 pub fn check(config: &Config, plan: &Plan, chosen: &[&PlannedStep]) -> anyhow::Result<()> {
-    let reranks = |step: &PlannedStep| asks(step) == Some(Asks::Reranker);
-    match chosen.iter().find(|step| reranks(step)) {
-        Some(step) if config.rerank.is_none() => Err(wrong(format!(
-            "step {:?} lets a reranker score its passages, and none is named: give rerank.url (or FOREBAY_RERANK_URL), or leave \
-             out its setting \"rerank\"",
-            step.key
-        ))),
-        _ => {
-            if config.rerank.is_some() && !plan.steps.iter().any(reranks) {
-                say(format_args!(
-                    "rerank.url has no effect: no step of pipeline {} has the setting \"rerank\"",
-                    plan.name
-                ));
-            }
-            Ok(())
+    let all = [
+        (
+            Asks::Embedder,
+            config.embeddings.is_some(),
+            "lets an embedder make vectors",
+            "embeddings.url",
+            "embed",
+        ),
+        (
+            Asks::Reranker,
+            config.rerank.is_some(),
+            "lets a reranker score its passages",
+            "rerank.url",
+            "rerank",
+        ),
+    ];
+    for (whom, is_named, what, url, setting) in all {
+        let ask = |step: &PlannedStep| asks(step).contains(&whom);
+        if let Some(step) = chosen.iter().find(|step| !is_named && ask(step)) {
+            let variable = format!("FOREBAY_{}", url.replace('.', "_").to_uppercase());
+            return Err(wrong(format!(
+                "step {:?} {what}, and none is named: give {url} (or {variable}), or leave out its setting {setting:?}",
+                step.key
+            )));
+        }
+        if is_named && !plan.steps.iter().any(ask) {
+            let name = &plan.name;
+            say(format_args!("{url} has no effect: no step of pipeline {name} has the setting {setting:?}"));
         }
     }
+    let embed = |operator: &str| {
+        let mut steps = plan.steps.iter().filter(|step| step.operator == operator);
+        steps.any(|step| asks(step).contains(&Asks::Embedder))
+    };
+    if embed("retrieve") && !embed("index") {
+        say(format_args!(
+            "no step of pipeline {} gives documents vectors: questions are embedded, and found is what another pipeline embedded",
+            plan.name
+        ));
+    }
+    Ok(())
 }
 
 /// What the settings ask for.
 pub async fn client(config: &Config) -> anyhow::Result<Client> {
     let mut model: Arc<dyn Model> = Arc::new(Extractive);
-    let mut reranker = None;
-    if config.served.is_empty() && config.rerank.is_none() {
-        return Ok(Client { model, reranker, pools: Vec::new(), budgets: None });
+    let (mut embedder, mut reranker) = (None, None);
+    let is_pooled = config.pool.is_some() || config.embeddings.is_some() || config.rerank.is_some();
+    if config.served.is_empty() && !is_pooled {
+        return Ok(Client { model, embedder, reranker, pools: Vec::new(), budgets: None });
     }
     let prices = config.prices.read()?.map(Arc::new);
     let budgets = budgets(config, prices.clone()).await?.map(Arc::new);
     let allowances = budgets.clone().map(|budgets| budgets as Arc<dyn Allowances>);
-    let shared = match config.pool.is_some() || config.rerank.is_some() {
+    let shared = match is_pooled {
         true => shared(config).await?,
         false => None,
     };
@@ -164,12 +193,18 @@ pub async fn client(config: &Config) -> anyhow::Result<Client> {
     if !config.served.is_empty() {
         model = making.answering(config)?;
     }
+    if let Some(settings) = &config.embeddings {
+        let served: Vec<_> = settings.served.iter().collect();
+        let pool = making.pool(Asks::Embedder, &served, &settings.pool)?;
+        let model = joining(making.parts(&pool, &settings.pool, &[]), Size::default());
+        embedder = Some((model, settings.dimensions));
+    }
     if let Some(settings) = &config.rerank {
         let served: Vec<_> = settings.served.iter().collect();
         let pool = making.pool(Asks::Reranker, &served, &settings.pool)?;
         reranker = Some(forebay_calls::client(making.parts(&pool, &settings.pool, &[])));
     }
-    Ok(Client { model, reranker, pools: making.pools, budgets })
+    Ok(Client { model, embedder, reranker, pools: making.pools, budgets })
 }
 
 /// What all pools have in common.
@@ -420,23 +455,29 @@ pool:
         crate::config::merge(Some(("forebay.yaml", yaml)), |_| None, &[]).unwrap()
     }
 
-    /// The shipped pipeline, whose passages a reranker scores.
-    fn reranking() -> Plan {
+    /// The shipped pipeline, whose documents and questions are embedded and whose passages a reranker scores.
+    fn asking_all() -> Plan {
+        asking("{limit: 8, rerank: 32, embed: true}", "{embed: true}")
+    }
+
+    fn asking(retrieve: &str, index: &str) -> Plan {
         let (file, text) = crate::shipped::pipeline("answer").unwrap();
-        let text = text.replace("{limit: 8}", "{limit: 8, rerank: 32}");
+        let index = format!("order: key\n    settings: {index}");
+        let text = text.replace("{limit: 8}", retrieve).replace("order: key", &index);
         forebay_plan::plan(file, &text, &crate::build::Shipped).unwrap_or_else(|faults| panic!("{faults}"))
     }
 
-    const BOTH: &str = "
+    const ALL: &str = "
 model: {name: m, url: 'http://h:1/v1'}
 pool: {outstanding: 2}
 rerank: {model: r, url: 'http://h:2/v1', outstanding: 3}
+embeddings: {model: e, url: 'http://h:3/v1', outstanding: 4, dimensions: 5}
 ";
 
     #[tokio::test]
     async fn a_process_keeps_the_pools_that_its_steps_ask() {
-        let config = settings(BOTH);
-        let plan = reranking();
+        let config = settings(ALL);
+        let plan = asking_all();
         let steps: Vec<&PlannedStep> = plan.steps.iter().collect();
         let kept = async |steps: &[&PlannedStep]| {
             let standing = client(&config).await.unwrap().used_by(steps).endpoints()();
@@ -446,11 +487,12 @@ rerank: {model: r, url: 'http://h:2/v1', outstanding: 3}
                 .collect::<Vec<_>>()
                 .join(", ")
         };
-        assert_eq!(kept(&steps).await, "2 of m, 3 of r");
+        assert_eq!(kept(&steps).await, "2 of m, 4 of e, 3 of r");
         for step in steps {
             let expected = match step.operator.as_str() {
                 "infer" => "2 of m",
-                "retrieve" => "3 of r",
+                "retrieve" => "4 of e, 3 of r",
+                "index" => "4 of e",
                 _ => "",
             };
             assert_eq!(kept(&[step]).await, expected, "{}", step.key);
@@ -458,7 +500,7 @@ rerank: {model: r, url: 'http://h:2/v1', outstanding: 3}
         }
         let usual = crate::build::plan(&PipelineArg { pipeline: "answer".to_owned() }).unwrap();
         let steps: Vec<&PlannedStep> = usual.steps.iter().collect();
-        assert_eq!(kept(&steps).await, "2 of m", "nobody asks the reranker");
+        assert_eq!(kept(&steps).await, "2 of m", "nobody asks the others");
         assert!(
             !steps.iter().any(|step| is_paid(&settings("data: d"), step)),
             "the extractive model costs 0"
@@ -466,13 +508,30 @@ rerank: {model: r, url: 'http://h:2/v1', outstanding: 3}
     }
 
     #[test]
-    fn a_reranker_that_is_asked_must_be_named() {
-        let plan = reranking();
-        let of = |operator| plan.steps.iter().find(|step| step.operator == operator).unwrap();
+    fn whoever_is_asked_for_numbers_must_be_named() {
         let unnamed = settings("model: {name: m, url: 'http://h:1/v1'}");
-        let fault = check(&unnamed, &plan, &[of("infer"), of("retrieve")]).unwrap_err().to_string();
-        assert!(fault.starts_with("step \"retrieve\" lets a reranker score"), "{fault}");
-        assert!(check(&unnamed, &plan, &[of("infer")]).is_ok(), "it runs elsewhere");
-        assert!(check(&settings(BOTH), &plan, &[of("retrieve")]).is_ok());
+        for (plan, step, expected) in [
+            (
+                asking("{rerank: 32}", "{}"),
+                "retrieve",
+                "lets a reranker score its passages, and none is named: give rerank.url",
+            ),
+            (
+                asking("{embed: true}", "{}"),
+                "retrieve",
+                "lets an embedder make vectors, and none is named: give embeddings.url",
+            ),
+            (
+                asking("{}", "{embed: true}"),
+                "index",
+                "(or FOREBAY_EMBEDDINGS_URL), or leave out its setting \"embed\"",
+            ),
+        ] {
+            let of = |operator| plan.steps.iter().find(|step| step.operator == operator).unwrap();
+            let fault = check(&unnamed, &plan, &[of("infer"), of(step)]).unwrap_err().to_string();
+            assert!(fault.starts_with(&format!("step {step:?} ")) && fault.contains(expected), "{fault}");
+            assert!(check(&unnamed, &plan, &[of("infer")]).is_ok(), "it runs elsewhere");
+            assert!(check(&settings(ALL), &plan, &[of(step)]).is_ok());
+        }
     }
 }

@@ -19,6 +19,7 @@ const MODELS_MAX: usize = 32;
 pub(crate) struct Events {
     cache_lookups: Counter<u64>,
     retrieved: Histogram<u64>,
+    embedded: Counter<u64>,
     reranked: Counter<u64>,
     judgements: Counter<u64>,
     deltas_records: Counter<u64>,
@@ -62,6 +63,7 @@ impl Events {
         Self {
             cache_lookups: declared::CACHE_LOOKUPS.counter(meter),
             retrieved: declared::RETRIEVED.histogram_u64(meter),
+            embedded: declared::EMBEDDED.counter(meter),
             reranked: declared::RERANKED.counter(meter),
             judgements: declared::JUDGEMENTS.counter(meter),
             deltas_records: declared::DELTAS_RECORDS.counter(meter),
@@ -88,6 +90,9 @@ impl Events {
             }
             Event::Retrieved { passages } => {
                 self.retrieved.record(u64::try_from(*passages).unwrap_or(u64::MAX), &[stage]);
+            }
+            Event::Embedded { outcome } => {
+                self.embedded.add(1, &[stage, KeyValue::new("outcome", *outcome)]);
             }
             Event::Reranked { outcome } => {
                 self.reranked.add(1, &[stage, KeyValue::new("outcome", *outcome)]);

@@ -322,6 +322,14 @@ pub(crate) const RETRIEVED: Declared = Declared {
     meaning: "Passages found for a question. The bucket 0 counts the questions for which nothing was found.",
     ..LINE
 };
+pub(crate) const EMBEDDED: Declared = Declared {
+    name: "forebay.embedded.questions",
+    unit: "{question}",
+    labels: &["stage", "outcome"],
+    meaning: "Questions that an embedder was to make a vector of, by outcome: `ok`, or the code of the error for which their passages \
+              were sought by their words alone.",
+    ..LINE
+};
 pub(crate) const RERANKED: Declared = Declared {
     name: "forebay.reranked.questions",
     unit: "{question}",
@@ -422,7 +430,8 @@ pub(crate) const CALL_BATCH: Declared = Declared {
     kind: Kind::Histogram(ITEMS),
     unit: "{item}",
     labels: CALL,
-    meaning: "Texts that a try of a call brought for vectors (`embeddings`), or documents for scores (`rerank`).",
+    meaning: "Texts that a try of a call brought for vectors (`embeddings`), or documents for scores (`rerank`). A try that several \
+              calls share counts once, with the texts of all.",
     ..LINE
 };
 pub(crate) const CALL_WAIT: Declared = Declared {
@@ -430,8 +439,9 @@ pub(crate) const CALL_WAIT: Declared = Declared {
     kind: Kind::Histogram(CALL_SECONDS),
     unit: "s",
     labels: &["stage", "for"],
-    meaning: "How long a call waited, apart from its tries: for `room` at an endpoint, as breakers and throttles have it; for its next \
-              try (`retry`); for the `ledger` to write down each try, and how it ended. A call that found room at once counts with 0.",
+    meaning: "How long a call waited, apart from its tries: for `room` at an endpoint, as breakers and throttles have it; for others, to \
+              share a try for vectors (`batch`); for its next try (`retry`); for the `ledger` to write down each try, and how it \
+              ended. A call that found room at once counts with 0.",
     ..LINE
 };
 pub(crate) const CALL_EXTENDED: Declared = Declared {
@@ -638,6 +648,7 @@ pub(crate) const DECLARED: &[Declared] = &[
     WORK_QUEUED,
     CACHE_LOOKUPS,
     RETRIEVED,
+    EMBEDDED,
     RERANKED,
     JUDGEMENTS,
     DELTAS_RECORDS,

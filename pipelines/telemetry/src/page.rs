@@ -221,6 +221,7 @@ mod tests {
         meter.seconds_of_work_queued(1.5);
         telemetry.observe("cache", &Event::CacheLookedUp { status: "hit" });
         telemetry.observe("retrieve", &Event::Retrieved { passages: 4 });
+        telemetry.observe("retrieve", &Event::Embedded { outcome: "ok" });
         telemetry.observe("retrieve", &Event::Reranked { outcome: "ok" });
         telemetry.observe("retrieve", &ranked());
         telemetry.observe("validate", &Event::Judged { judgement: "pass" });
@@ -317,6 +318,7 @@ mod tests {
             ("forebay_table_rejected_rows_total", &[("table", "outcomes")], 1.0),
             ("forebay_table_freshness_seconds_sum", &[("table", "outcomes")], 3.0),
             ("forebay_cache_lookups_total", &[("stage", "cache"), ("status", "hit")], 1.0),
+            ("forebay_embedded_questions_total", &[("stage", "retrieve"), ("outcome", "ok")], 1.0),
             ("forebay_reranked_questions_total", &[("stage", "retrieve"), ("outcome", "ok")], 1.0),
             ("forebay_call_batch_items_sum", &[("gen_ai_operation_name", "rerank")], 32.0),
             ("forebay_deltas_bytes_total", &[("stage", "infer"), ("outcome", "sent")], 90.0),

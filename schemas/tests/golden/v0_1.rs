@@ -38,6 +38,14 @@ pub fn samples() -> Vec<Sample> {
                 passages: vec![passage()],
             },
         ),
+        written(
+            "grounded-embedded.json",
+            Grounded {
+                request: request(),
+                retrieval: Retrieval { embed: Some(Embed { question: Some(embedding()) }), ..RETRIEVAL },
+                passages: vec![passage()],
+            },
+        ),
         written("completion.json", completion()),
         written("ending.json", ending()),
         written("ending-unreadable.json", unreadable()),
@@ -71,6 +79,7 @@ pub fn samples() -> Vec<Sample> {
             Document { id: "returns.md".into(), tenant: Tenant::default(), format: Format::Text, text: None },
         ),
         written("chunks.json", chunks()),
+        written("chunks-embedded.json", embedded_chunks()),
         tombstone(
             "chunks-tombstone.json",
             "returns.md",
@@ -121,7 +130,7 @@ pub fn samples() -> Vec<Sample> {
 const TEXT: &str = "# Returns\n\nSend it back within three days – unopened.\n";
 const QUOTE: &str = "Send it back within three days – unopened.";
 const KEY: &str = "9f2c0a4be1d75a3388f6c1d2e4b7a690";
-const RETRIEVAL: Retrieval = Retrieval { limit: 8, tokens_max: 2048, rerank: None };
+const RETRIEVAL: Retrieval = Retrieval { limit: 8, tokens_max: 2048, rerank: None, embed: None };
 
 const OPENAI: &str = r#"{"model": "gpt-5-mini", "messages": [
   {"role": "system", "content": "Answer in one sentence."},
@@ -224,7 +233,18 @@ fn chunk() -> Chunk {
         end: 55,
         heading: vec!["Returns".into()],
         text: QUOTE.into(),
+        embedding: None,
     }
+}
+
+fn embedding() -> Embedding {
+    Embedding::new("small-embedder", vec![0.5, -0.031_25, 1.0e-7]).unwrap()
+}
+
+fn embedded_chunks() -> Chunks {
+    let chunk = Chunk { embedding: Some(embedding()), ..chunk() };
+    let split = Split { tenant: tenant("shop"), version: DocumentVersion::of(TEXT), chunks: vec![chunk] };
+    Chunks { document: "returns.md".into(), content: Some(split) }
 }
 
 fn chunks() -> Chunks {

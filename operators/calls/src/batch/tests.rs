@@ -2,17 +2,17 @@
 
 use super::*;
 use crate::{
-    Reply,
-    client::{Hedging, Parts, client},
+    client::{Hedging, Parts, joining},
     pool::{Endpoint, Pool},
     testing::{Heard, Next, Told, error, reply},
     throttle::Caps,
 };
+use futures::future::join_all;
 
 const WAIT: Duration = Duration::from_millis(15);
 const SIZE: Size = Size { texts: 3, tokens: 1_000, wait: WAIT };
 
-/// Answers each text by its length after 100 ms; a text `bad` makes it refuse, with this status.
+/// Answers each text by its length after 100 ms, for 101 nano-dollars; a text `bad` makes it refuse, with this status.
 fn lengths(status: u16) -> (Arc<Told>, Arc<Mutex<Vec<String>>>) {
     let seen = Arc::new(Mutex::new(Vec::new()));
     let note = seen.clone();
@@ -23,89 +23,124 @@ fn lengths(status: u16) -> (Arc<Told>, Arc<Mutex<Vec<String>>>) {
             return Next::err(0, error(Class::Rejected).with_status(status));
         }
         let vectors = texts.iter().map(|text| vec![f32::from(u8::try_from(text.len()).unwrap())]).collect();
-        Next { result: Ok(Reply { vectors, ..reply("") }), ..Next::ok(100) }
+        Next::says(100, Reply { vectors, cost_nano_usd: Some(NanoUsd(101)), ..reply("") })
     });
     (told, seen)
 }
 
-fn embeddings(model: Arc<dyn Model>, size: Size) -> Embeddings {
-    Embeddings::new(model, size, Arc::new(|| Box::new(Heard::default())))
+/// Who asks for the vectors of these words, by when.
+#[derive(Clone, Copy, Default)]
+struct Caller {
+    words: &'static str,
+    tenant: Option<&'static str>,
+    within_ms: Option<u64>,
 }
 
-fn texts(words: &str) -> Vec<String> {
-    words.split_whitespace().map(str::to_owned).collect()
+fn says(words: &'static str) -> Caller {
+    Caller { words, ..Caller::default() }
+}
+
+async fn ask(model: &dyn Model, caller: Caller, heard: &Heard) -> Result<Reply, CallError> {
+    let texts: Vec<&str> = caller.words.split_whitespace().collect();
+    let tenant = caller.tenant.map(|tenant| tenant.to_owned().try_into().unwrap()).unwrap_or_default();
+    let deadline = caller.within_ms.map(|ms| Instant::now() + Duration::from_millis(ms));
+    let call = Call { task: Task::Embed(&texts), tenant, deadline, ..Call::default() };
+    model.complete(&call, heard).await
+}
+
+fn told_of(result: &Result<Reply, CallError>) -> String {
+    match result {
+        Ok(reply) => reply.vectors.concat().iter().map(f32::to_string).collect::<Vec<_>>().join(" "),
+        Err(error) => format!("{:?}", error.class),
+    }
 }
 
 /// Each list of words is a caller, all at once; says what each got, which calls were made and how long it took.
-async fn check(callers: &[&str], size: Size, status: u16, expected: &str) {
+async fn check(callers: &[&'static str], size: Size, status: u16, expected: &str) {
     let (told, seen) = lengths(status);
-    let (embeddings, began) = (embeddings(told, size), Instant::now());
-    let asker = Asker::default();
-    let got = join_all(callers.iter().map(|words| embeddings.embed(texts(words), &asker))).await;
-    let got: Vec<_> = got
-        .into_iter()
-        .map(|got| match got {
-            Ok(vectors) => vectors.concat().iter().map(f32::to_string).collect::<Vec<_>>().join(" "),
-            Err(error) => format!("{:?}", error.class),
-        })
-        .collect();
-    let seen = lock(&seen).join(" | ");
+    let (batch, began, heard) = (Batch::new(told, size), Instant::now(), Heard::default());
+    let got = join_all(callers.iter().map(|&words| ask(&batch, says(words), &heard))).await;
+    let got: Vec<_> = got.iter().map(told_of).collect();
+    let mut seen = lock(&seen).clone();
+    seen.sort();
     let ms = began.elapsed().as_millis();
-    assert_eq!(format!("{} <= {seen} in {ms} ms", got.join(", ")), expected, "{callers:?}");
+    assert_eq!(format!("{} <= {} in {ms} ms", got.join(", "), seen.join(" | ")), expected, "{callers:?}");
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_full_lot_goes_at_once_and_any_other_after_its_wait() {
     check(&["a", "bb", "ccc"], SIZE, 400, "1, 2, 3 <= a bb ccc in 100 ms").await;
     check(&["a", "bb"], SIZE, 400, "1, 2 <= a bb in 115 ms").await;
-    check(&["a bb", "ccc dddd"], SIZE, 400, "1 2, 3 4 <= a bb ccc | dddd in 115 ms").await;
-    check(
-        &["a bb ccc dddd eeeee ffffff g"],
-        SIZE,
-        400,
-        "1 2 3 4 5 6 1 <= a bb ccc | dddd eeeee ffffff | g in 115 ms",
-    )
-    .await;
-    check(&[""], SIZE, 400, " <=  in 0 ms").await;
+    check(&["a"], SIZE, 400, "1 <= a in 115 ms").await;
+    check(&["a bb ccc"], SIZE, 400, "1 2 3 <= a bb ccc in 100 ms").await;
+    check(&["a bb", "ccc dddd"], SIZE, 400, "1 2, 3 4 <= a bb | ccc dddd in 115 ms").await;
+    check(&["a bb ccc dddd"], SIZE, 400, "1 2 3 4 <= a bb ccc dddd in 100 ms").await;
 }
 
 #[tokio::test(start_paused = true)]
 async fn tokens_are_counted_too() {
     let few = Size { tokens: 4, ..SIZE };
-    let (eight, twenty) = ("a".repeat(8), "b".repeat(20));
-    let both = format!("{eight} {eight} {eight} {twenty} {eight}");
-    let expected = format!("8 8 8 20 8 <= {eight} {eight} | {eight} | {twenty} | {eight} in 115 ms");
-    check(&[&both], few, 400, &expected).await;
+    let expected =
+        "8, 8, 8, 20, 8 <= aaaaaaaa | aaaaaaaa | aaaaaaaa aaaaaaaa | bbbbbbbbbbbbbbbbbbbb in 115 ms";
+    check(&["aaaaaaaa", "aaaaaaaa", "aaaaaaaa", "bbbbbbbbbbbbbbbbbbbb", "aaaaaaaa"], few, 400, expected)
+        .await;
+}
+
+#[test]
+fn a_long_list_is_parted_by_texts_and_by_tokens() {
+    let few = Size { tokens: 4, ..SIZE };
+    assert!(few.parts(&[]).is_empty());
+    assert_eq!(few.parts(&["a"; 7]), [0..3, 3..6, 6..7]);
+    let long = "b".repeat(20);
+    assert_eq!(few.parts(&["aaaaaaaa", "aaaaaaaa", "a", &long, "a"]), [0..2, 2..3, 3..4, 4..5]);
 }
 
 #[tokio::test(start_paused = true)]
 async fn one_bad_text_fails_its_own_caller_and_no_other() {
     let six = Size { texts: 6, ..SIZE };
-    let expected = "1, 2, Rejected, 3, 4, 5 <= a bb bad ccc dddd eeeee | a bb bad | a | bb bad | bb | bad | ccc dddd eeeee in 300 ms";
-    check(&["a", "bb", "bad", "ccc", "dddd", "eeeee"], six, 400, expected).await;
-    check(&["a", "bad", "bb"], SIZE, 404, "Rejected, Rejected, Rejected <= a bad bb in 0 ms").await;
+    check(
+        &["a", "bb", "bad", "ccc"],
+        six,
+        400,
+        "1, 2, Rejected, 3 <= a | a bb bad ccc | bad | bb | ccc in 115 ms",
+    )
+    .await;
+    check(&["a", "bad"], six, 404, "Rejected, Rejected <= a bad in 15 ms").await;
+    check(&["bad a"], six, 400, "Rejected <= bad a in 15 ms").await;
 }
 
 #[tokio::test(start_paused = true)]
-async fn where_all_are_bad_the_calls_are_counted() {
-    let (told, seen) = lengths(422);
-    let many = Size { texts: 1_000, tokens: 1_000_000, ..SIZE };
-    let embeddings = embeddings(told, many);
-    embeddings.embed(texts(&"bad ".repeat(1_000)), &Asker::default()).await.unwrap_err();
-    let calls = u32::try_from(lock(&seen).len()).unwrap();
-    assert_eq!(calls, 2 * HALVED_MAX + 1);
+async fn who_shares_a_try_hears_of_it_with_its_part() {
+    let (told, _) = lengths(400);
+    let batch = Batch::new(told, SIZE);
+    let (first, second) = (Heard::default(), Heard::default());
+    let (one, two) =
+        tokio::join!(ask(&batch, says("aaaa"), &first), ask(&batch, says("bbbbbbbbbbbb"), &second),);
+    // 10 tokens and 101 nano-dollars, a quarter and three.
+    let took = |reply: Result<Reply, CallError>| {
+        let reply = reply.unwrap();
+        (reply.usage.unwrap().prompt_tokens, reply.cost_nano_usd.unwrap().0)
+    };
+    assert_eq!((took(one), took(two)), ((2, 25), (8, 76)));
+    assert_eq!(first.take(), "to server, ok 25, kept ");
+    assert_eq!(second.take(), "to server, ok 76, kept ");
+    let waited = |wait, ms| Happening::Waited(wait, Duration::from_millis(ms));
+    let happened = |texts| vec![Happening::Joined(texts), waited(Wait::Batch, 15), waited(Wait::Room, 0)];
+    assert_eq!(first.take_happenings(), happened(Some(2)));
+    assert_eq!(second.take_happenings(), happened(None));
+    // Alone it is as if there were no lot.
+    ask(&batch, says("aaaa"), &first).await.unwrap();
+    assert_eq!(first.take(), "to server, ok 101, kept ");
+    assert_eq!(first.take_happenings(), [waited(Wait::Batch, 15)]);
 }
 
 #[tokio::test(start_paused = true)]
 async fn tenants_share_no_call() {
     let (told, seen) = lengths(400);
-    let embeddings = embeddings(told, SIZE);
-    let of = |tenant: &str| Asker { tenant: tenant.to_owned().try_into().unwrap(), ..Asker::default() };
-    let (shop, club) = (of("shop"), of("club"));
-    let embed = |words, asker| embeddings.embed(texts(words), asker);
-    let got = tokio::join!(embed("a bb", &shop), embed("ccc", &club), embed("ee", &shop));
-    assert_eq!(got.0.unwrap(), [[1.0], [2.0]]);
-    assert_eq!((got.1.unwrap(), got.2.unwrap()), (vec![vec![3.0]], vec![vec![2.0]]));
+    let (batch, heard) = (Batch::new(told, SIZE), Heard::default());
+    let of = |tenant, words| ask(&batch, Caller { tenant: Some(tenant), ..says(words) }, &heard);
+    let got = tokio::join!(of("shop", "a bb"), of("club", "ccc"), of("shop", "ee"));
+    assert_eq!([got.0, got.1, got.2].map(|got| told_of(&got)), ["1 2", "3", "2"]);
     let mut seen = lock(&seen).clone();
     seen.sort();
     assert_eq!(seen, ["a bb ee", "ccc"]);
@@ -114,21 +149,19 @@ async fn tenants_share_no_call() {
 #[tokio::test(start_paused = true)]
 async fn who_leaves_takes_nobody_s_answer_away_and_the_last_takes_the_call_along() {
     let (told, _) = lengths(400);
-    let embeddings = embeddings(told.clone(), SIZE);
-    let (asker, soon) = (
-        Asker::default(),
-        Asker { deadline: Some(Instant::now() + Duration::from_millis(50)), ..Asker::default() },
-    );
-    let (leaves, stays) =
-        tokio::join!(embeddings.embed(texts("a"), &soon), embeddings.embed(texts("bb"), &asker));
+    let (batch, heard) = (Batch::new(told.clone(), SIZE), Heard::default());
+    let soon = |words, ms| Caller { within_ms: Some(ms), ..says(words) };
+    let other = Heard::default();
+    let (leaves, stays) = tokio::join!(ask(&batch, soon("a", 50), &heard), ask(&batch, says("bb"), &other));
     assert_eq!(leaves.unwrap_err().code, "model_timeout");
-    assert_eq!(stays.unwrap(), [[2.0]]);
+    assert_eq!(heard.take(), "to server, transient, closed", "it was sent, and its end is told");
+    assert_eq!(told_of(&stays), "2");
     // Left before the lot was sent, then nobody is there to send it, and who comes later begins a new one.
-    let soon = Asker { deadline: Some(Instant::now() + Duration::from_millis(5)), ..Asker::default() };
-    embeddings.embed(texts("gone"), &soon).await.unwrap_err();
-    assert_eq!(embeddings.embed(texts("ccc"), &asker).await.unwrap(), [[3.0]]);
+    ask(&batch, soon("gone", 5), &heard).await.unwrap_err();
+    assert_eq!(heard.take(), "closed");
+    assert_eq!(told_of(&ask(&batch, says("ccc"), &heard).await), "3");
     assert_eq!(told.tries(), 2);
-    assert!(lock(&embeddings.0.open).len() <= 1, "lots are forgotten");
+    assert!(lock(&batch.open).len() <= 1, "lots are forgotten");
 }
 
 #[tokio::test(start_paused = true)]
@@ -145,21 +178,16 @@ async fn lots_go_through_the_layers_that_answers_go_through() {
         shared: None,
     };
     let pool = Arc::new(Pool::new("m", vec![endpoint(&failing), endpoint(&good)], Arc::new(|| 0.5)));
-    let model = client(Parts {
-        pool: pool.clone(),
-        hedging: Hedging::Off,
-        fallbacks: Vec::new(),
-        allowances: None,
-        jitter: Arc::new(|| 1.0),
-    });
-    let embeddings = embeddings(model, SIZE);
+    let (hedging, fallbacks, allowances) = (Hedging::Off, Vec::new(), None);
+    let model = joining(Parts { pool, hedging, fallbacks, allowances, jitter: Arc::new(|| 1.0) }, SIZE);
+    let heard = Heard::default();
     for _ in 0..20 {
-        assert_eq!(embeddings.embed(texts("a bb"), &Asker::default()).await.unwrap(), [[1.0], [2.0]]);
+        let (one, two) = tokio::join!(ask(&*model, says("a"), &heard), ask(&*model, says("bb"), &heard));
+        assert_eq!((told_of(&one), told_of(&two)), ("1".to_owned(), "2".to_owned()));
     }
     assert_eq!(good.tries(), 20);
-    assert!(
-        (1..=10).contains(&failing.tries()),
-        "{} tries; a retry went elsewhere each time",
-        failing.tries()
-    );
+    let failed = failing.tries();
+    assert!((1..=10).contains(&failed), "{failed} tries; a retry went elsewhere each time");
+    let words = heard.take();
+    assert_eq!(words.matches("to dead").count(), 2 * failed, "each hears of the try that failed: {words}");
 }

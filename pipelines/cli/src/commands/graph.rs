@@ -82,7 +82,7 @@ fn cases_of(pipeline: &str) -> anyhow::Result<Vec<Case>> {
     }
 }
 
-/// The operators of a pipeline over empty stores, with the extractive model and no reranker.
+/// The operators of a pipeline over empty stores, with the extractive model, no embedder and no reranker.
 async fn operators(plan: &Plan, folder: &Path) -> anyhow::Result<Operators> {
     let database = Database::open(folder.join("tables.redb"), database::Options::default()).await?;
     let options = key_value::EmbeddedOptions::default();
@@ -91,7 +91,7 @@ async fn operators(plan: &Plan, folder: &Path) -> anyhow::Result<Operators> {
         Arc::new(key_value::Embedded::open(&database, "cache", options).await?),
         Arc::new(vectors::Embedded::open(&database, "chunks").await?),
         Arc::new(objects::Folder::open(folder.join("objects")).await?),
-        (Arc::new(Extractive), None),
+        build::Asked { model: Arc::new(Extractive), embedder: None, reranker: None },
     )?;
     let steps = build::steps(&plan.steps, &resources)?;
     Ok(Operators {

@@ -19,28 +19,40 @@ pub struct RerankSettings {
 impl RerankSettings {
     /// The settings, where a server is named.
     pub fn of(values: &BTreeMap<String, Sourced>) -> anyhow::Result<Option<Self>> {
-        let served = Served::reranking(values)?;
-        if served.is_empty() {
-            let is_said = |(path, sourced): &(&String, &Sourced)| {
-                path.starts_with("rerank.") && sourced.from != "default" && !sourced.value.is_empty()
-            };
-            return match values.iter().find(is_said) {
-                Some((path, _)) => Err(wrong(format!("{path} has no effect without rerank.url"))),
-                None => Ok(None),
-            };
-        }
-        if text(values, "rerank.model").is_empty() {
-            return Err(wrong("rerank.url needs a model: name it by rerank.model (or FOREBAY_RERANK_MODEL)"));
-        }
-        let outstanding = one_of(values, "rerank.outstanding", "1 to 10000", |text| {
-            text.parse().ok().filter(|n| (1..=10_000).contains(n))
-        })?;
-        let caps = Caps { outstanding, requests_per_minute: None, tokens_per_minute: None };
-        // A second try elsewhere would come when the passages are nearly given up; nobody stands in, as their order is there.
-        let (hedging, fallbacks, starts_cold, wake_url) = (Hedging::Off, Vec::new(), false, None);
-        let pool = PoolSettings { caps, hedging, fallbacks, starts_cold, wake_url };
-        Ok(Some(Self { served, pool }))
+        let pooled = pooled(values, "rerank", Served::reranking(values)?)?;
+        Ok(pooled.map(|(served, pool)| Self { served, pool }))
     }
+}
+
+/// The servers under a section that are asked for numbers, and how their pool is used; nothing where none is named.
+pub(super) fn pooled(
+    values: &BTreeMap<String, Sourced>,
+    section: &str,
+    served: Vec<Served>,
+) -> anyhow::Result<Option<(Vec<Served>, PoolSettings)>> {
+    let at = |field: &str| format!("{section}.{field}");
+    if served.is_empty() {
+        let is_said = |(path, sourced): &(&String, &Sourced)| {
+            path.starts_with(&at("")) && sourced.from != "default" && !sourced.value.is_empty()
+        };
+        return match values.iter().find(is_said) {
+            Some((path, _)) => Err(wrong(format!("{path} has no effect without {}", at("url")))),
+            None => Ok(None),
+        };
+    }
+    if text(values, &at("model")).is_empty() {
+        let variable = format!("FOREBAY_{}_MODEL", section.to_uppercase());
+        let (url, model) = (at("url"), at("model"));
+        return Err(wrong(format!("{url} needs a model: name it by {model} (or {variable})")));
+    }
+    let outstanding = one_of(values, &at("outstanding"), "1 to 10000", |text| {
+        text.parse().ok().filter(|n| (1..=10_000).contains(n))
+    })?;
+    let caps = Caps { outstanding, requests_per_minute: None, tokens_per_minute: None };
+    // A second try elsewhere would come when the question is nearly going on without; nobody stands in, as other numbers mean
+    // something else.
+    let (hedging, fallbacks, starts_cold, wake_url) = (Hedging::Off, Vec::new(), false, None);
+    Ok(Some((served, PoolSettings { caps, hedging, fallbacks, starts_cold, wake_url })))
 }
 
 #[cfg(test)]

@@ -19,6 +19,8 @@ pub const FIELDS: [&str; 5] = ["url", "api", "model", "key_file", "vllm"];
 /// The words for APIs by which a text is asked for, the usual one first.
 const ANSWERING: &[(&str, Api)] =
     &[("openai", Api::Chat), ("openai-responses", Api::Responses), ("anthropic", Api::Messages)];
+/// That by which vectors are.
+const EMBEDDING: &[(&str, Api)] = &[("openai", Api::Embeddings)];
 /// Those by which scores are.
 const RANKING: &[(&str, Api)] = &[("cohere", Api::Rerank), ("tei", Api::RerankTei)];
 
@@ -58,6 +60,11 @@ impl Served {
             all.push(Self::of(values, Some(name), &path, url, ANSWERING)?);
         }
         Ok(all)
+    }
+
+    /// Those that embed texts.
+    pub fn embedding(values: &BTreeMap<String, Sourced>) -> anyhow::Result<Vec<Self>> {
+        Self::listed(values, "embeddings", EMBEDDING)
     }
 
     /// Those that score passages.
