@@ -129,7 +129,7 @@ impl Index {
             let task = Task::Embed(&texts[part.clone()]);
             let (tenant, lane) = (tenant.clone(), cx.envelope().lane);
             let call = Call { task, tenant, lane, ..Call::default() };
-            let rows = Rows::new(cx, &task).numbered(number);
+            let rows = Rows::new(cx, &call).numbered(number);
             let made = embedder.embed(&call, &rows).await?;
             let made = made.map_err(|error| error.into_failure(format!("embedder {}", embedder.name())))?;
             for (&at, vector) in new[part].iter().zip(made) {
