@@ -2,13 +2,15 @@
 //! while it writes, and all that while its files are joined. Afterwards the table is the topic, row by row.
 //!
 //! `FOREBAY_KILLS` says how often it is killed at any moment; 20 times when absent. Where `FOREBAY_TEST_KAFKA` names an Apache
-//! Kafka, what depends on the broker runs there too.
+//! Kafka, what depends on the broker runs there too; where `FOREBAY_TEST_S3` names a bucket, what depends on the store.
 
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "what goes wrong fails the test")]
 #![expect(clippy::print_stdout, reason = "what is skipped is said")]
 
 #[path = "sink/rollups.rs"]
 mod rollups;
+#[path = "sink/s3.rs"]
+mod s3;
 
 use arrow::util::display::{ArrayFormatter, FormatOptions};
 use datafusion::prelude::SessionContext;
@@ -52,6 +54,10 @@ const ATTEMPT: &[u8] = include_bytes!("../../../schemas/golden/v0.1/attempt.avro
 /// A cluster, a folder of tables, and what was written to `attempts` so far.
 struct World {
     folder: tempfile::TempDir,
+    /// Where the tables lie, and what their store is told.
+    tables: (Url, lake::Options),
+    /// How often a sink looks after their files.
+    compact_ms: u64,
     _broker: Option<Broker>,
     servers: String,
     prefix: String,
@@ -94,7 +100,9 @@ impl World {
         }
         let producer = client.create().unwrap();
         let first_day_us = (chrono::Utc::now() - chrono::TimeDelta::days(5)).timestamp_micros();
-        Self { folder, _broker: broker, servers, prefix, producer, first_day_us, written: Vec::new() }
+        let tables = (Url::from_directory_path(folder.path().join("tables")).unwrap(), lake::Options::new());
+        let (compact_ms, written) = (1_000, Vec::new());
+        Self { folder, tables, compact_ms, _broker: broker, servers, prefix, producer, first_day_us, written }
     }
 
     /// Writes so many more rows, over three days, and waits until they are there.
@@ -149,9 +157,11 @@ impl World {
             "bootstrap_servers": self.servers,
             "topic_prefix": self.prefix,
             "data": self.folder.path(),
+            "tables": self.tables.0,
+            "tables_options": self.tables.1,
             "group": format!("{}{group}", self.prefix),
             "flush_ms": 100,
-            "compact_ms": 1_000,
+            "compact_ms": self.compact_ms,
             // A member that was killed is missed sooner than after the usual ten seconds.
             "kafka": {"session.timeout.ms": "6000"},
         });
@@ -175,8 +185,7 @@ impl World {
     }
 
     async fn open(&self, table: Table) -> deltalake_core::DeltaTable {
-        let root = Url::from_directory_path(self.folder.path().join("tables")).unwrap();
-        lake::open(&root, &lake::Options::new(), table).await.unwrap()
+        lake::open(&self.tables.0, &self.tables.1, table).await.unwrap()
     }
 
     /// What SQL answers, as lines in order.
@@ -381,9 +390,8 @@ async fn a_message_that_is_no_row_becomes_a_dead_letter_and_the_others_their_row
     let (small, large) = (format!("{letter}|NULL"), format!("{letter}|omitted, 100001 bytes"));
     assert_eq!(letters.iter().collect::<BTreeSet<_>>(), BTreeSet::from([&small, &large]));
     assert!(letters.len() > 2, "none is on the topic twice");
-    let tables = Url::from_directory_path(world.folder.path().join("tables")).unwrap();
-    let session =
-        Session::open(tables, lake::Options::new(), Limits::default(), Scope::All, None, None).unwrap();
+    let (tables, options) = world.tables.clone();
+    let session = Session::open(tables, options, Limits::default(), Scope::All, None, None).unwrap();
     let once = session
         .collect("SELECT letter, redrives FROM given_up WHERE date >= current_date - 1")
         .await

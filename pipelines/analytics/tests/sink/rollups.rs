@@ -16,7 +16,7 @@ impl World {
     }
 
     /// What is stored of each day is what it says it was made of, and no more than was written; how many days there are.
-    async fn check_stored(&self) -> usize {
+    pub(super) async fn check_stored(&self) -> usize {
         let mut stored: BTreeMap<String, (i64, i64)> = BTreeMap::new();
         for line in self.sql(Table::AttemptsHourly, "date, calls, day_rows").await {
             let [day, calls, day_rows] = line.split('|').collect::<Vec<_>>()[..] else {
@@ -34,9 +34,10 @@ impl World {
     }
 
     /// SQL counts every row once, whatever is stored by now.
-    async fn check_counts(&self) {
+    pub(super) async fn check_counts(&self) {
         let sql = "SELECT date, sum(calls) FROM attempts_hourly GROUP BY date ORDER BY date";
-        let settings = json!({"data": self.folder.path()}).to_string();
+        let (tables, options) = &self.tables;
+        let settings = json!({"tables": tables, "tables_options": options}).to_string();
         let mut command = Command::new(env!("CARGO_BIN_EXE_forebay-sql"));
         command.args(["sql", "--format", "csv", "-c", sql]).env("FOREBAY_SQL_SETTINGS", settings);
         let output = timeout(LIMIT, command.output()).await.expect("it answers").unwrap();
