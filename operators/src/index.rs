@@ -33,6 +33,9 @@ pub struct Settings {
     pub embed: bool,
 }
 
+/// Hexadecimal digits of a call's number: as many as leave room for the hedge beside it.
+const NUMBER_DIGITS: usize = 7;
+
 ports! {
     /// What `index` gives.
     pub enum Indexed {
@@ -116,20 +119,24 @@ impl Index {
         if chunks.is_empty() {
             return self.objects.delete(&key).await.map_err(store_failed);
         }
+        let record = cx.envelope().id.as_str();
         let kept = self.objects.get(&key).await.map_err(store_failed)?;
         // Of another version, or damaged: then all are new.
-        let kept: HashMap<String, Embedding> =
-            kept.and_then(|kept| serde_json::from_slice(&kept).ok()).unwrap_or_default();
+        let kept: Kept = kept.and_then(|kept| serde_json::from_slice(&kept).ok()).unwrap_or_default();
+        // A record that comes again makes the same calls, so that a ledger tells of those that it made before.
+        let before = if kept.record == record { kept.before } else { kept.vectors };
         let said: Vec<String> = chunks.iter().map(|chunk| text::under(&chunk.heading, &chunk.text)).collect();
-        let known = |said: &String| kept.get(&hash(said)).filter(|known| embedder.knows(known)).cloned();
+        let known = |said: &String| {
+            before.get(&hash(&[said.as_str()])).filter(|known| embedder.knows(known)).cloned()
+        };
         let mut vectors: Vec<Option<Embedding>> = said.iter().map(known).collect();
         let new: Vec<usize> = (0..said.len()).filter(|&at| vectors[at].is_none()).collect();
         let texts: Vec<&str> = new.iter().map(|&at| said[at].as_str()).collect();
-        for (part, number) in Size::default().parts(&texts).into_iter().zip(0..) {
+        for part in Size::default().parts(&texts) {
             let task = Task::Embed(&texts[part.clone()]);
             let (tenant, lane) = (tenant.clone(), cx.envelope().lane);
             let call = Call { task, tenant, lane, ..Call::default() };
-            let rows = Rows::new(cx, &call).numbered(number);
+            let rows = Rows::new(cx, &call).numbered(number(&texts[part.clone()]));
             let made = embedder.embed(&call, &rows).await?;
             let made = made.map_err(|error| error.into_failure(format!("embedder {}", embedder.name())))?;
             for (&at, vector) in new[part].iter().zip(made) {
@@ -137,9 +144,11 @@ impl Index {
             }
         }
         if !new.is_empty() {
-            let all = said.iter().map(|said| hash(said)).zip(vectors.iter().flatten());
-            let all = serde_json::to_vec(&all.collect::<HashMap<_, _>>()).unwrap_or_default();
-            self.objects.put(&key, Bytes::from(all)).await.map_err(store_failed)?;
+            let all = said.iter().map(|said| hash(&[said.as_str()])).zip(vectors.iter().flatten().cloned());
+            let kept = Kept { record: record.to_owned(), vectors: all.collect(), before };
+            let kept = serde_json::to_vec(&kept)
+                .map_err(|error| Failure::rejected("unencodable", error.to_string()))?;
+            self.objects.put(&key, Bytes::from(kept)).await.map_err(store_failed)?;
         }
         for (chunk, vector) in chunks.iter_mut().zip(vectors) {
             chunk.embedding = vector;
@@ -148,11 +157,33 @@ impl Index {
     }
 }
 
-fn hash(text: &str) -> String {
-    blake3::hash(text.as_bytes()).to_hex().to_string()
+/// What is kept of a document's vectors, by hashes of what was embedded.
+#[derive(Default, Serialize, Deserialize)]
+struct Kept {
+    /// The record that they were made for.
+    record: String,
+    vectors: HashMap<String, Embedding>,
+    /// Those that were there before it.
+    before: HashMap<String, Embedding>,
 }
 
-/// Where the vectors of a document's latest version lie in the object store, by hashes of what was embedded. Who takes a document away
+fn hash(texts: &[&str]) -> String {
+    let mut hasher = blake3::Hasher::new();
+    for text in texts {
+        // Its length first, or "a" and "bc" would read like "ab" and "c".
+        hasher.update(&(text.len() as u64).to_be_bytes());
+        hasher.update(text.as_bytes());
+    }
+    hasher.finalize().to_hex().to_string()
+}
+
+/// The number of the call for these texts: by what they say, since which of a record's are new depends on what is kept here. Counted,
+/// another process that keeps nothing would be given the vectors of other texts by the ledger.
+fn number(texts: &[&str]) -> u32 {
+    u32::from_str_radix(&hash(texts)[..NUMBER_DIGITS], 16).unwrap_or_default()
+}
+
+/// Where the vectors of a document's latest version lie in the object store. Who takes a document away
 /// need not say whose it was, and its id is its own over all tenants.
 fn vectors_key(document: &str) -> String {
     format!("embeddings/{}", segment(document))
@@ -290,14 +321,39 @@ mod tests {
         assert!(embedded(&numbers, 0).await.0.is_ok() && numbers.asked.lock().unwrap().is_empty());
     }
 
+    /// The context of another record than any before.
+    fn another(records: &mut u8) -> Context {
+        *records += 1;
+        let id = forebay_schemas::RequestId::try_from(format!("d-{records}")).unwrap();
+        let envelope = forebay_schemas::Envelope { id, ..compliance::envelope() };
+        Context::quiet(envelope, Clock::starting_at(compliance::NOW_MS))
+    }
+
+    #[tokio::test]
+    async fn a_record_that_comes_again_makes_the_same_calls_whatever_is_kept() {
+        let world = samples::World::new().await.embedding(Numbers::meanings("m"), 3).await;
+        let index = Index::new(Settings { embed: true }, &world.resources);
+        let calls = async |text: &str| {
+            let cx = samples::cx();
+            index.process(samples::document("d.md", Some(text)), &cx).await.unwrap();
+            cx.take_rows().into_iter().map(|row| row.call_id).collect::<Vec<_>>()
+        };
+        let (one, both) = ("# A\nA car.\n", "# A\nA car.\n# B\nA ferry.\n");
+        let first = calls(both).await;
+        assert_eq!((first.len(), &first), (1, &calls(both).await), "its ledger answers and tells of it");
+        world.resources.objects.delete(&vectors_key("d.md")).await.unwrap();
+        assert_ne!(calls(one).await, first, "of other texts, and so another call");
+    }
+
     #[tokio::test]
     async fn what_says_the_same_is_not_embedded_again() {
         let numbers = Numbers::meanings("m");
         let world = samples::World::new().await.embedding(numbers.clone(), 3).await;
+        let records = std::sync::Mutex::new(0);
         let asked_for = async |resources: &Resources, text: &str| {
             let index = Index::new(Settings { embed: true }, resources);
             let text = (!text.is_empty()).then_some(text);
-            let cx = samples::cx();
+            let cx = another(&mut *records.lock().unwrap());
             let out = index.process(samples::document("d.md", text), &cx).await.unwrap();
             let [Indexed::Chunks(chunks)] = <[_; 1]>::try_from(out).unwrap();
             let chunks = chunks.content.map(|split| split.chunks).unwrap_or_default();
@@ -313,7 +369,8 @@ mod tests {
         let other = Some(Embedder::new(numbers.clone(), 4, vectors));
         let other = Resources { embedder: other, ..world.resources.clone() };
         let index = Index::new(Settings { embed: true }, &other);
-        index.process(samples::document("d.md", Some(one)), &samples::cx()).await.unwrap_err();
+        let cx = another(&mut *records.lock().unwrap());
+        index.process(samples::document("d.md", Some(one)), &cx).await.unwrap_err();
         assert_eq!(numbers.asked.lock().unwrap().len(), 1, "vectors of another length are no use");
         numbers.asked.lock().unwrap().clear();
         let key = vectors_key("d.md");

@@ -3,12 +3,7 @@
 //! Invariant: all of its servers are of one model. It stands in every vector and in the cache's key, and vectors of another are not
 //! compared with those of this one.
 
-use crate::config::{
-    Sourced,
-    pool::{PoolSettings, one_of},
-    rerank::pooled,
-    served::Served,
-};
+use crate::config::{Sourced, one_of, pool::PoolSettings, rerank::pooled, served::Served};
 use forebay_stores::vectors::DIMENSIONS_MAX;
 use std::collections::BTreeMap;
 
