@@ -353,7 +353,7 @@ mod tests {
         let asked_for = async |resources: &Resources, text: &str| {
             let index = Index::new(Settings { embed: true }, resources);
             let text = (!text.is_empty()).then_some(text);
-            let cx = another(&mut *records.lock().unwrap());
+            let cx = another(&mut records.lock().unwrap());
             let out = index.process(samples::document("d.md", text), &cx).await.unwrap();
             let [Indexed::Chunks(chunks)] = <[_; 1]>::try_from(out).unwrap();
             let chunks = chunks.content.map(|split| split.chunks).unwrap_or_default();
@@ -369,7 +369,7 @@ mod tests {
         let other = Some(Embedder::new(numbers.clone(), 4, vectors));
         let other = Resources { embedder: other, ..world.resources.clone() };
         let index = Index::new(Settings { embed: true }, &other);
-        let cx = another(&mut *records.lock().unwrap());
+        let cx = another(&mut records.lock().unwrap());
         index.process(samples::document("d.md", Some(one)), &cx).await.unwrap_err();
         assert_eq!(numbers.asked.lock().unwrap().len(), 1, "vectors of another length are no use");
         numbers.asked.lock().unwrap().clear();

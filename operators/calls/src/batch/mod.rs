@@ -86,7 +86,7 @@ struct Kind {
     is_backfill: bool,
 }
 
-type Sending = BoxFuture<'static, Arc<Outcome>>;
+type Sending = BoxFuture<'static, Option<Arc<Ended>>>;
 /// Weak: a lot lives as long as somebody waits for it.
 type Open = (Arc<Lot>, WeakShared<Sending>);
 
@@ -138,13 +138,7 @@ impl Sent {
     }
 }
 
-/// What became of a lot.
-enum Outcome {
-    /// Nobody came to the first: it asks by itself.
-    Alone,
-    Tried(Ended),
-}
-
+/// What became of a lot that was tried.
 struct Ended {
     result: Result<Reply, CallError>,
     duration: Duration,
@@ -202,18 +196,19 @@ impl Batch {
             Some(deadline) => tokio::time::timeout_at(deadline, all).await.map_err(|_| too_late()),
             None => Ok(all.await),
         };
-        let (result, duration, cost) = match outcome.as_deref() {
-            Ok(Outcome::Alone) => {
+        let (result, duration, cost) = match outcome {
+            // Nobody came to the first: it asks by itself.
+            Ok(None) => {
                 listener.happened(Happening::Waited(Wait::Batch, came.elapsed()));
                 return self.pool.complete(call, &ByItself { of: listener }).await;
             }
-            Ok(Outcome::Tried(ended)) => {
+            Ok(Some(ended)) => {
                 is_shared.store(true, Ordering::Relaxed);
                 ended.went_to.iter().for_each(|&endpoint| call.route.goes_to(endpoint));
                 let cost = ended.cost.map(|cost| NanoUsd(seat.part(cost.0, ended.tokens)));
-                (seat.answer(ended), Some(ended.duration), cost)
+                (seat.answer(&ended), Some(ended.duration), cost)
             }
-            Err(error) => (Err(error.copy()), None, None),
+            Err(error) => (Err(error), None, None),
         };
         if let Some((sent, since)) = heard {
             if let (Err(_), Some(cost)) = (&result, cost) {
@@ -253,7 +248,7 @@ impl Batch {
             let _ = tokio::time::timeout_at(of.opened + wait, of.full.notified()).await;
             let Inside { texts, tokens, callers, tried, deadline, .. } = of.take();
             if callers <= 1 {
-                return Arc::new(Outcome::Alone);
+                return None;
             }
             let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
             let call = Call { task: Task::Embed(&texts), tenant, lane, deadline, ..Call::default() };
@@ -265,7 +260,7 @@ impl Batch {
             let (duration, cost) = (*lock(&duration), *lock(&cost));
             let cost = cost.or(result.as_ref().ok().and_then(|reply| reply.cost_nano_usd));
             let went_to = call.route.tried().split_off(before);
-            Arc::new(Outcome::Tried(Ended { result, duration, cost, texts: texts.len(), tokens, went_to }))
+            Some(Arc::new(Ended { result, duration, cost, texts: texts.len(), tokens, went_to }))
         };
         let sending = sending.boxed().shared();
         if let Some(weak) = sending.downgrade() {
