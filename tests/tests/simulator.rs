@@ -158,19 +158,26 @@ impl Asking {
     }
 }
 
+/// Writes a file into a folder; its path.
+fn file(folder: &Path, name: &str, text: &str) -> String {
+    let path = folder.join(name);
+    std::fs::write(&path, text).unwrap();
+    path.to_str().unwrap().to_owned()
+}
+
+/// The pipeline that is shipped.
+fn shipped() -> String {
+    std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../pipelines/answer.yaml")).unwrap()
+}
+
 #[test]
 fn a_reranker_orders_the_passages_and_is_done_without_when_it_fails() {
     let data = tempfile::tempdir().unwrap();
-    let file = |name: &str, text: &str| {
-        let path = data.path().join(name);
-        std::fs::write(&path, text).unwrap();
-        path.to_str().unwrap().to_owned()
-    };
+    let file = |name, text: &str| file(data.path(), name, text);
     let log = data.path().join("calls.jsonl");
     let (mut simulator, url) =
         simulator(data.path(), &["--latency", "5ms", "--call-log", log.to_str().unwrap()]);
-    let shipped = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../pipelines/answer.yaml"));
-    let pipeline = file("answer.yaml", &shipped.unwrap().replace("{limit: 8}", "{limit: 8, rerank: 32}"));
+    let pipeline = file("answer.yaml", &shipped().replace("{limit: 8}", "{limit: 8, rerank: 32}"));
     let refused = finish(&mut command(data.path(), &["up", &pipeline, "--admin", "127.0.0.1:0"]), LIMIT);
     assert!(refused.code == 2 && refused.stderr.contains("FOREBAY_RERANK_URL"), "{refused:?}");
 
@@ -258,18 +265,14 @@ fn counted(metrics: &str, name: &str, labels: [&str; 2]) -> f64 {
 #[test]
 fn questions_and_documents_are_embedded_and_found_by_their_words_alone_when_that_fails() {
     let data = tempfile::tempdir().unwrap();
-    let file = |name: &str, text: &str| {
-        let path = data.path().join(name);
-        std::fs::write(&path, text).unwrap();
-        path.to_str().unwrap().to_owned()
-    };
+    let file = |name, text: &str| file(data.path(), name, text);
     let log = data.path().join("calls.jsonl");
     let arguments =
         ["--latency", "5ms", "--set", "embedding.dimensions=256", "--call-log", log.to_str().unwrap()];
     let (mut simulator, url) = simulator(data.path(), &arguments);
-    let shipped = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../pipelines/answer.yaml"));
-    let shipped = shipped.unwrap().replace("{limit: 8}", "{limit: 8, embed: true}");
-    let embedding = shipped.replace("order: key", "order: key\n    settings: {embed: true}");
+    let embedding = shipped()
+        .replace("{limit: 8}", "{limit: 8, embed: true}")
+        .replace("order: key", "order: key\n    settings: {embed: true}");
     let pipeline = file("answer.yaml", &embedding);
     let refused = finish(&mut command(data.path(), &["up", &pipeline, "--admin", "127.0.0.1:0"]), LIMIT);
     assert!(refused.code == 2 && refused.stderr.contains("FOREBAY_EMBEDDINGS_URL"), "{refused:?}");

@@ -146,6 +146,18 @@ impl Seen {
         };
         self.events.iter().find_map(outcome).unwrap()
     }
+
+    /// It went on without, and took so long; the rows tell of these tries.
+    #[track_caller]
+    fn assert_degraded(&self, outcome: &str, took_ms: u64, rows: &str) {
+        assert!(self.grounded.retrieval.is_degraded(), "{outcome}");
+        assert_eq!(self.outcome(), outcome);
+        // Timers are up to two milliseconds late.
+        let late = self.took.checked_sub(Duration::from_millis(took_ms));
+        assert!(late.is_some_and(|late| late <= Duration::from_millis(2)), "{outcome}: {:?}", self.took);
+        let told: Vec<_> = self.rows.iter().map(|row| row.status.as_str()).collect();
+        assert_eq!(told.join(" "), rows, "{outcome}");
+    }
 }
 
 /// Remembers the scores that were paid for.
@@ -277,13 +289,7 @@ async fn check_degraded(
     let found = rerank(world, None, of_eight(), 60_000).await;
     let seen = rerank(world, Some(&Numbers::by(told)), of_eight(), deadline_ms).await;
     assert_eq!(seen.grounded.passages, found.grounded.passages, "{outcome}");
-    assert!(seen.grounded.retrieval.is_degraded(), "{outcome}");
-    assert_eq!(seen.outcome(), outcome);
-    // Timers are up to two milliseconds late.
-    let late = seen.took.checked_sub(Duration::from_millis(took_ms));
-    assert!(late.is_some_and(|late| late <= Duration::from_millis(2)), "{outcome}: {:?}", seen.took);
-    let told: Vec<_> = seen.rows.iter().map(|row| row.status.as_str()).collect();
-    assert_eq!(told.join(" "), rows, "{outcome}");
+    seen.assert_degraded(outcome, took_ms, rows);
 }
 
 #[tokio::test]
@@ -411,13 +417,7 @@ async fn check_without(
         !found.grounded.passages.is_empty() && seen.grounded.passages == found.grounded.passages,
         "{outcome}"
     );
-    assert!(seen.grounded.retrieval.is_degraded(), "{outcome}");
-    assert_eq!(seen.outcome(), outcome);
-    // Timers are up to two milliseconds late.
-    let late = seen.took.checked_sub(Duration::from_millis(took_ms));
-    assert!(late.is_some_and(|late| late <= Duration::from_millis(2)), "{outcome}: {:?}", seen.took);
-    let told: Vec<_> = seen.rows.iter().map(|row| row.status.as_str()).collect();
-    assert_eq!(told.join(" "), rows, "{outcome}");
+    seen.assert_degraded(outcome, took_ms, rows);
 }
 
 #[tokio::test]
