@@ -14,9 +14,12 @@ use forebay_runtime::{
 use forebay_schemas::{EntryKind, Headers, LedgerEntry, header};
 use forebay_telemetry::{Health, Settings, Telemetry};
 use rdkafka::{
+    TopicPartitionList,
+    consumer::{BaseConsumer, Consumer as _},
     message::{Header, OwnedHeaders},
     mocking::MockCluster,
     producer::{DefaultProducerContext, FutureProducer, FutureRecord},
+    types::{RDKafkaApiKey, RDKafkaRespErr},
 };
 use std::{
     collections::BTreeSet,
@@ -315,6 +318,53 @@ async fn a_member_that_leaves_in_the_middle_of_a_drain_leaves() {
     cluster.write("after").await;
     until(&mut [&mut second], "reading on", |members| members[0].has_read("after") == 4).await;
     assert_eq!(second.has_read("before"), 0, "what the first stored was committed before it ended");
+}
+
+/// Committed by three commits, and by a fourth whose connection breaks before any of them was answered: all of them are sent
+/// again, each when it comes to it.
+#[tokio::test(flavor = "multi_thread")]
+async fn no_commit_that_is_sent_again_goes_back_behind_a_later_one() {
+    let cluster = Cluster::start();
+    let mut member = cluster.join();
+    until(&mut [&mut member], "an assignment", |members| members[0].owned.len() == 4).await;
+    let partition = Partition { topic: "requests".into(), number: 0 };
+    let onlooker: BaseConsumer = cluster.kafka.group_config("group").create().unwrap();
+    let committed = || {
+        let mut list = TopicPartitionList::new();
+        list.add_partition("requests", 0);
+        let committed = onlooker.committed_offsets(list, LONG).unwrap();
+        committed.elements()[0].offset().to_raw().unwrap().max(0)
+    };
+    let (mut stored, mut seen) = (0, 0);
+    for _ in 0..5 {
+        cluster.mock.broker_round_trip_time(1, Duration::from_millis(300)).unwrap();
+        for number in 0..4 {
+            if number == 3 {
+                cluster.mock.request_errors(
+                    RDKafkaApiKey::OffsetCommit,
+                    &[RDKafkaRespErr::RD_KAFKA_RESP_ERR__TRANSPORT],
+                );
+            }
+            stored += 1;
+            let metadata = String::new();
+            member.source.store(&[Progress { partition: partition.clone(), offset: stored, metadata }]);
+            member.source.commit();
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        cluster.mock.broker_round_trip_time(1, Duration::ZERO).unwrap();
+        let (begun, mut commits) = (Instant::now(), Instant::now());
+        while seen < stored || begun.elapsed() < Duration::from_millis(600) {
+            assert!(begun.elapsed() < LONG, "{seen} of {stored} committed");
+            if commits.elapsed() > Duration::from_millis(250) {
+                member.source.commit();
+                commits = Instant::now();
+            }
+            let now = committed();
+            assert!(now >= seen, "it went back from {seen} to {now}");
+            seen = now;
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -296,6 +296,8 @@ fn join(
         batch: Vec::new(),
         watch: Watch::new(enough),
         revoked: VecDeque::new(),
+        drained: 0,
+        parting: false,
         expected: HashMap::new(),
         closing: false,
         active: Instant::now(),
@@ -361,7 +363,10 @@ impl Source for KafkaSource {
                 element.set_metadata(metadata);
             }
             match added.and_then(|()| consumer.store_offsets(&one)) {
-                Ok(()) => self.meter.committed(&partition.topic, partition.number, *offset),
+                Ok(()) => {
+                    consumer.context().stored.store(true, Ordering::Release);
+                    self.meter.committed(&partition.topic, partition.number, *offset);
+                }
                 Err(fault) => {
                     warn!(%partition, offset, error = %fault, "could not store an offset; its next owner repeats")
                 }
@@ -373,7 +378,8 @@ impl Source for KafkaSource {
         // The loop comes here several times a second, whatever else it does.
         self.health.beat(&self.heart);
         for consumer in self.members.iter().filter_map(|member| member.consumer.upgrade()) {
-            commit(&consumer);
+            // Where the one before is not answered, the next time says all.
+            commit(consumer);
         }
     }
 
@@ -405,20 +411,37 @@ impl Source for KafkaSource {
     }
 }
 
-/// Commits what is stored, without waiting for the answer.
-fn commit(consumer: &BaseConsumer<Member>) {
-    // Before the answer may come.
-    consumer.context().unanswered.fetch_add(1, Ordering::AcqRel);
-    if let Err(fault) = consumer.commit_consumer_state(CommitMode::Async) {
-        consumer.context().unanswered.fetch_sub(1, Ordering::AcqRel);
-        if !is_nothing_to_commit(&fault) {
-            warn!(error = %fault, "could not commit; will try again");
-        }
-    }
+/// What came of the wish to commit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Commit {
+    /// Nothing was stored since the last.
+    Nothing,
+    Begun,
+    /// The one before is not answered yet.
+    Busy,
 }
 
-fn is_nothing_to_commit(fault: &KafkaError) -> bool {
-    matches!(fault, KafkaError::ConsumerCommit(RDKafkaErrorCode::NoOffset))
+/// Begins to commit what is stored.
+///
+/// One at a time: when a connection breaks, librdkafka sends again whatever was not answered, each after a pause of its own
+/// with jitter, so that an older offset could come after a newer one. By a call that blocks, on a thread of its own, since
+/// rust-rdkafka tells nobody how one that does not block has ended (#856).
+fn commit(consumer: Arc<BaseConsumer<Member>>) -> Commit {
+    let member = consumer.context();
+    if member.committing.swap(true, Ordering::AcqRel) {
+        return Commit::Busy;
+    }
+    // What is stored from here on is for the next.
+    if !member.stored.swap(false, Ordering::AcqRel) {
+        member.committing.store(false, Ordering::Release);
+        return Commit::Nothing;
+    }
+    let waiting = Arc::clone(&consumer);
+    let wait = move || waiting.context().committed(waiting.commit_consumer_state(CommitMode::Sync));
+    if let Err(fault) = std::thread::Builder::new().name("commit".to_owned()).spawn(wait) {
+        member.committed(Err(KafkaError::ClientCreation(fault.to_string())));
+    }
+    Commit::Begun
 }
 
 /// Closes a consumer: returns when its commits are answered and the group is left, so that a process which ends then
@@ -443,8 +466,10 @@ struct Member {
     closed: AtomicBool,
     /// What was last seen of the partitions, until the thread looks at it.
     seen: Mutex<Vec<Look>>,
-    /// Commits that are not answered yet.
-    unanswered: AtomicUsize,
+    /// Whether something was stored since the last commit began.
+    stored: AtomicBool,
+    /// Whether a commit is not answered yet.
+    committing: AtomicBool,
     /// When a refused commit was last said aloud.
     complained: Mutex<Option<Instant>>,
     meter: StepMeter,
@@ -457,10 +482,29 @@ impl Member {
             joined: AtomicBool::new(false),
             closed: AtomicBool::new(false),
             seen: Mutex::default(),
-            unanswered: AtomicUsize::new(0),
+            stored: AtomicBool::new(false),
+            committing: AtomicBool::new(false),
             complained: Mutex::default(),
             meter,
         }
+    }
+
+    /// A commit is answered.
+    fn committed(&self, result: KafkaResult<()>) {
+        // Stored by somebody whose partitions are gone since is nothing to commit.
+        let is_nothing =
+            |fault: &KafkaError| matches!(fault, KafkaError::ConsumerCommit(RDKafkaErrorCode::NoOffset));
+        if let Err(fault) = result
+            && !is_nothing(&fault)
+        {
+            self.stored.store(true, Ordering::Release);
+            let mut complained = self.complained.lock().unwrap_or_else(PoisonError::into_inner);
+            if complained.is_none_or(|last| last.elapsed() > COMPLAIN_EVERY) {
+                *complained = Some(Instant::now());
+                warn!(error = %fault, "could not commit; will try again, and what it would have said is processed again after a restart");
+            }
+        }
+        self.committing.store(false, Ordering::Release);
     }
 }
 
@@ -512,17 +556,6 @@ impl ConsumerContext for Member {
         let change = if assigns { Rebalance::Assign(partitions) } else { Rebalance::Revoke(partitions) };
         self.rebalances.lock().unwrap_or_else(PoisonError::into_inner).push_back(change);
     }
-
-    /// A commit without an offset is answered too, as an error that is none.
-    fn commit_callback(&self, result: KafkaResult<()>, _: &TopicPartitionList) {
-        self.unanswered.fetch_sub(1, Ordering::AcqRel);
-        let Err(fault) = result else { return };
-        let mut complained = self.complained.lock().unwrap_or_else(PoisonError::into_inner);
-        if !is_nothing_to_commit(&fault) && complained.is_none_or(|last| last.elapsed() > COMPLAIN_EVERY) {
-            *complained = Some(Instant::now());
-            warn!(error = %fault, "a commit was refused; what it would have said is processed again after a restart");
-        }
-    }
 }
 
 /// The reading thread.
@@ -562,6 +595,10 @@ struct Reader {
     watch: Watch,
     /// Partitions that are being drained, oldest first.
     revoked: VecDeque<TopicPartitionList>,
+    /// How many of these are drained, and wait for their last commit.
+    drained: usize,
+    /// Whether the last commit of the oldest of them has begun.
+    parting: bool,
     /// Where reading a partition should begin, until it has.
     expected: HashMap<Partition, i64>,
     closing: bool,
@@ -585,6 +622,7 @@ impl Reader {
             for command in self.commands.try_iter().collect::<Vec<_>>() {
                 self.obey(command);
             }
+            self.give_up_drained();
             self.follow_rebalances();
             self.rewind();
             self.hold_or_go_on();
@@ -622,7 +660,7 @@ impl Reader {
     /// tell the group that it leaves, and its partitions stand still until its session is over.
     fn leave(&mut self) {
         let until = Instant::now() + LEAVE_MAX;
-        let answered = |reader: &Self| reader.consumer.context().unanswered.load(Ordering::Acquire) == 0;
+        let answered = |reader: &Self| !reader.consumer.context().committing.load(Ordering::Acquire);
         while !(self.owns_nothing() && answered(self)) && Instant::now() < until {
             // What is still read here is read again by the next owner.
             let _ = self.poll(Duration::from_millis(5));
@@ -643,17 +681,31 @@ impl Reader {
                 }
             }
             Command::Rewind(partition, offset) => self.rewinds.push((partition, offset)),
-            Command::Release => {
-                let Some(partitions) = self.revoked.pop_front() else { return };
-                // librdkafka finishes an unassign only when all commits before it are answered.
-                if !self.consumer.assignment_lost() {
-                    commit(&self.consumer);
-                }
-                self.give_up(&partitions);
-            }
+            Command::Release => self.drained += 1,
             Command::Close => {
                 self.closing = true;
                 self.consumer.unsubscribe();
+            }
+        }
+    }
+
+    /// Gives up what is drained, behind a last commit.
+    fn give_up_drained(&mut self) {
+        while self.drained > 0 {
+            if !self.consumer.assignment_lost() {
+                // Refused, it is not tried again: others wait for these partitions, and process again what it would have said.
+                let is_over = self.parting && !self.consumer.context().committing.load(Ordering::Acquire);
+                if !is_over {
+                    match commit(Arc::clone(&self.consumer)) {
+                        Commit::Nothing => {}
+                        Commit::Begun => return self.parting = true,
+                        Commit::Busy => return,
+                    }
+                }
+            }
+            (self.drained, self.parting) = (self.drained - 1, false);
+            if let Some(partitions) = self.revoked.pop_front() {
+                self.give_up(&partitions);
             }
         }
     }
