@@ -38,15 +38,21 @@ pub struct Once {
     told: Mutex<HashMap<(Arc<str>, i32), i64>>,
 }
 
-/// A message as it was read back.
-#[derive(Clone, Copy, Debug)]
-pub struct Written<'m> {
-    /// Its topic.
-    pub topic: &'m Arc<str>,
-    /// Its offset there.
-    pub offset: i64,
-    /// Its headers.
-    pub headers: &'m Headers,
+/// What is kept of a message as it is read back: its headers are twenty times as long, and half a million may be read at once.
+#[derive(Clone, Debug)]
+pub struct Written {
+    topic: Arc<str>,
+    offset: i64,
+    identity: Identity,
+    payload: Payload,
+}
+
+impl Written {
+    /// A message that lies there.
+    pub fn at(topic: Arc<str>, offset: i64, headers: &Headers) -> Self {
+        let (identity, payload) = (identity(&topic, headers), payload(headers));
+        Self { topic, offset, identity, payload }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -85,21 +91,20 @@ impl Once {
 
     /// Replaces what is remembered of a partition by what was read back from the log, each topic's oldest first. Gives topic
     /// and offset of those that say once more what was written before, each once.
-    pub fn restore<'m>(
+    pub fn restore(
         &self,
         partition: i32,
-        messages: impl IntoIterator<Item = Written<'m>>,
+        messages: impl IntoIterator<Item = Written>,
     ) -> Vec<(Arc<str>, i64)> {
         let (mut remembered, mut repeats) = (Remembered::default(), Vec::new());
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        for Written { topic, offset, headers } in messages {
-            let identity = identity(topic, headers);
+        for Written { topic, offset, identity, payload } in messages {
             let is_repeat = remembered.payloads.contains_key(&identity);
-            remembered.remember(identity, payload(headers), self.bound());
-            let told = told.entry((Arc::clone(topic), partition)).or_insert(-1);
+            remembered.remember(identity, payload, self.bound());
+            let told = told.entry((Arc::clone(&topic), partition)).or_insert(-1);
             if is_repeat && offset > *told {
                 *told = offset;
-                repeats.push((Arc::clone(topic), offset));
+                repeats.push((topic, offset));
             }
         }
         self.lock().insert(partition, remembered);
@@ -196,12 +201,11 @@ mod tests {
     }
 
     /// A log as it is read back.
-    fn read_back(log: &[Outgoing]) -> impl Iterator<Item = Written<'_>> {
-        (0..).zip(log).map(|(offset, message)| Written {
-            topic: &message.topic,
-            offset,
-            headers: &message.headers,
-        })
+    fn read_back(log: &[Outgoing]) -> impl Iterator<Item = Written> {
+        let written = |(offset, message): (i64, &Outgoing)| {
+            Written::at(Arc::clone(&message.topic), offset, &message.headers)
+        };
+        (0..).zip(log).map(written)
     }
 
     fn once() -> Once {

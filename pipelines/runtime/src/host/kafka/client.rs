@@ -188,6 +188,10 @@ impl Kafka {
         config.set("auto.offset.reset", "earliest");
         config.set("enable.partition.eof", "true");
         config.set("fetch.wait.max.ms", "100");
+        // Of many partitions read at once as much as librdkafka may hold is held, a quarter of what it would.
+        if config.get("queued.max.messages.kbytes").is_none() {
+            config.set("queued.max.messages.kbytes", "16384");
+        }
         config
     }
 

@@ -5,7 +5,6 @@ use crate::{
     host::kafka::source::headers,
     once::{Once, REMEMBERED_MAX, Written},
 };
-use forebay_schemas::Headers;
 use rdkafka::{
     Message, Offset, TopicPartitionList,
     consumer::{BaseConsumer, Consumer},
@@ -75,7 +74,7 @@ pub(super) fn read_back(
         }
     }
     reader.assign(&assignment).map_err(failed(&joined))?;
-    let mut found: BTreeMap<i32, Vec<(Arc<str>, i64, Headers)>> = BTreeMap::new();
+    let mut found: BTreeMap<i32, Vec<Written>> = BTreeMap::new();
     let until = Instant::now() + READ_MAX;
     while !behind.is_empty() {
         if Instant::now() > until {
@@ -92,7 +91,8 @@ pub(super) fn read_back(
                 if behind.get(&place).is_some_and(|end| message.offset() + 1 >= *end) {
                     behind.remove(&place);
                 }
-                found.entry(number).or_default().push((place.0, message.offset(), headers(&message)));
+                let written = Written::at(place.0, message.offset(), &headers(&message));
+                found.entry(number).or_default().push(written);
             }
             // These topics are neither compacted nor written in transactions: a partition's last message comes.
             Some(Err(KafkaError::PartitionEOF(_))) => {}
@@ -102,9 +102,7 @@ pub(super) fn read_back(
     }
     let mut repeated = Vec::new();
     for &number in numbers {
-        let messages = found.remove(&number).unwrap_or_default();
-        let written =
-            messages.iter().map(|(topic, offset, headers)| Written { topic, offset: *offset, headers });
+        let written = found.remove(&number).unwrap_or_default();
         let places = once.restore(number, written).into_iter();
         repeated.extend(places.map(|(topic, offset)| format!("{topic}/{number}/{offset}")));
     }

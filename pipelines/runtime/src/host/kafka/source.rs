@@ -45,7 +45,7 @@ use std::{
     },
     time::{Duration, Instant},
 };
-use tokio::sync::mpsc;
+use tokio::{runtime::Handle, sync::mpsc};
 use tracing::{debug, error, warn};
 
 /// How much may wait between the reading thread and the operator, on each channel: a backfill that waits must not keep
@@ -197,6 +197,9 @@ impl Waiting {
 
 impl KafkaSource {
     /// Joins the groups.
+    ///
+    /// # Panics
+    /// Outside a Tokio runtime, which lends the threads that wait for commits.
     pub fn join(kafka: &Kafka, groups: &[Group], with: Reading) -> Result<Self, SettingsError> {
         let (sender, events) = mpsc::unbounded_channel();
         let waiting = Arc::new(Waiting::default());
@@ -424,8 +427,8 @@ enum Commit {
 /// Begins to commit what is stored.
 ///
 /// One at a time: when a connection breaks, librdkafka sends again whatever was not answered, each after a pause of its own
-/// with jitter, so that an older offset could come after a newer one. By a call that blocks, on a thread of its own, since
-/// rust-rdkafka tells nobody how one that does not block has ended (#856).
+/// with jitter, so that an older offset could come after a newer one. By a call that blocks, on a thread for such,
+/// since rust-rdkafka tells nobody how one that does not block has ended (#856).
 fn commit(consumer: Arc<BaseConsumer<Member>>) -> Commit {
     let member = consumer.context();
     if member.committing.swap(true, Ordering::AcqRel) {
@@ -436,11 +439,11 @@ fn commit(consumer: Arc<BaseConsumer<Member>>) -> Commit {
         member.committing.store(false, Ordering::Release);
         return Commit::Nothing;
     }
-    let waiting = Arc::clone(&consumer);
-    let wait = move || waiting.context().committed(waiting.commit_consumer_state(CommitMode::Sync));
-    if let Err(fault) = std::thread::Builder::new().name("commit".to_owned()).spawn(wait) {
-        member.committed(Err(KafkaError::ClientCreation(fault.to_string())));
-    }
+    let runtime = member.runtime.clone();
+    runtime.spawn_blocking(move || {
+        let committed = consumer.commit_consumer_state(CommitMode::Sync);
+        consumer.context().committed(committed);
+    });
     Commit::Begun
 }
 
@@ -470,6 +473,8 @@ struct Member {
     stored: AtomicBool,
     /// Whether a commit is not answered yet.
     committing: AtomicBool,
+    /// Lends the threads that wait for answers.
+    runtime: Handle,
     /// When a refused commit was last said aloud.
     complained: Mutex<Option<Instant>>,
     meter: StepMeter,
@@ -484,6 +489,7 @@ impl Member {
             seen: Mutex::default(),
             stored: AtomicBool::new(false),
             committing: AtomicBool::new(false),
+            runtime: Handle::current(),
             complained: Mutex::default(),
             meter,
         }
