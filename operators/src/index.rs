@@ -301,6 +301,7 @@ mod tests {
         assert_eq!(asked[0][7], "Car 7\nIt is red 7.", "read with its headings");
         let calls: HashSet<_> = rows.iter().map(|row| (&row.call_id, row.attempt)).collect();
         assert_eq!((rows.len(), calls.len()), (3, 3));
+        assert!(rows.iter().all(|row| row.operation.as_deref() == Some("embeddings")), "{rows:?}");
     }
 
     #[tokio::test]

@@ -55,4 +55,7 @@ row! {
     key_id: Option<String>,
     /// The job that the request belongs to, of its tenant's; null where it names none.
     job: Option<String>,
+    /// What was asked for: `chat`, `embeddings` or `rerank`, as OpenTelemetry's `gen_ai.operation.name` has it; null in rows of before it
+    /// was noted.
+    operation: Option<String>,
 }

@@ -336,6 +336,7 @@ mod any_record {
             option::of(text()),
             option::of(text()),
             option::of(text()),
+            option::of(text()),
         );
         (names, wanted, maybe, any::<[Option<i64>; 7]>()).prop_map(|(names, wanted, maybe, numbers)| {
             Attempt {
@@ -364,6 +365,7 @@ mod any_record {
                 reasoning_tokens: numbers[6],
                 key_id: maybe.5,
                 job: maybe.6,
+                operation: maybe.7,
             }
         })
     }

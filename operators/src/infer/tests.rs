@@ -168,7 +168,7 @@ async fn every_try_leaves_a_row_however_it_ends() {
 }
 
 #[tokio::test]
-async fn a_row_says_who_asked_and_what_its_tokens_were() {
+async fn a_row_says_who_asked_for_what_and_what_its_tokens_were() {
     let (cx, mut grounded) = (samples::cx(), grounded());
     grounded.request.key_id = KeyId::try_from("key-7".to_owned()).ok();
     grounded.request.job = JobId::try_from("nightly".to_owned()).ok();
@@ -180,6 +180,7 @@ async fn a_row_says_who_asked_and_what_its_tokens_were() {
     );
     assert_eq!((row.output_tokens, row.reasoning_tokens), (Some(4), Some(1)));
     assert_eq!((row.key_id.as_deref(), row.job.as_deref()), (Some("key-7"), Some("nightly")));
+    assert_eq!(row.operation.as_deref(), Some("chat"));
 }
 
 #[tokio::test]

@@ -255,6 +255,7 @@ async fn a_reranker_has_the_last_word_on_the_order_and_its_try_leaves_a_row() {
         (row.stage.as_str(), row.status.as_str(), row.model.as_deref()),
         ("retrieve", "ok", Some("ranker"))
     );
+    assert_eq!(row.operation.as_deref(), Some("rerank"));
     assert_eq!((row.input_tokens, row.cost_nano_usd), (Some(40), Some(9)));
     let is_told = |event: &Event| {
         matches!(

@@ -247,6 +247,7 @@ impl<'a> Rows<'a> {
             reasoning_tokens: None,
             key_id: self.key_id.clone(),
             job: self.job.clone(),
+            operation: Some(self.operation.as_str().to_owned()),
         }
     }
 }

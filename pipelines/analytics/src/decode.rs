@@ -491,9 +491,11 @@ mod tests {
         include_bytes!("../../../schemas/golden/v0.1/outcome-without-tier.avro"),
         include_bytes!("../../../schemas/golden/v0.1/outcome-nulls-without-tier.avro"),
     ];
-    const ATTEMPTS: [&[u8]; 6] = [
+    const ATTEMPTS: [&[u8]; 8] = [
         include_bytes!("../../../schemas/golden/v0.1/attempt.avro"),
         include_bytes!("../../../schemas/golden/v0.1/attempt-nulls.avro"),
+        include_bytes!("../../../schemas/golden/v0.1/attempt-25-columns.avro"),
+        include_bytes!("../../../schemas/golden/v0.1/attempt-nulls-25-columns.avro"),
         include_bytes!("../../../schemas/golden/v0.1/attempt-23-columns.avro"),
         include_bytes!("../../../schemas/golden/v0.1/attempt-nulls-23-columns.avro"),
         include_bytes!("../../../schemas/golden/v0.1/attempt-19-columns.avro"),
@@ -559,7 +561,7 @@ mod tests {
         let attempts = messages(ATTEMPTS);
         let rows = read(Table::Attempts, &attempts);
         agree::<Attempt>(Table::Attempts, &rows, &attempts);
-        assert_eq!(rows.offsets, [10, 11, 12, 13, 14, 15]);
+        assert_eq!(rows.offsets, [10, 11, 12, 13, 14, 15, 16, 17]);
     }
 
     /// A row as it was written before the last columns came: null is a byte of its own, so it is cut off with them.
@@ -588,6 +590,7 @@ mod tests {
                 reasoning_tokens: None,
                 key_id: None,
                 job: None,
+                operation: None,
                 ..Attempt::decode(ATTEMPTS[0]).unwrap()
             },
         )
@@ -605,7 +608,7 @@ mod tests {
 
     fn body() -> impl Strategy<Value = Body> {
         prop_oneof![
-            8 => (0..7_usize, attempt()).prop_map(|(form, row)| Body::Of(form, Box::new(row))),
+            8 => (0..8_usize, attempt()).prop_map(|(form, row)| Body::Of(form, Box::new(row))),
             1 => attempt().prop_map(|row| Body::CutShort(Box::new(row))),
             1 => attempt().prop_map(|row| Body::Twice(Box::new(row))),
             1 => attempt().prop_map(|row| Body::BeforeTime(Box::new(row))),

@@ -101,6 +101,10 @@ pub fn samples() -> Vec<Sample> {
             "ledger-entry-23-columns.json",
             LedgerEntry { row: Some(attempt_of_23_columns()), ..ledger_entry() },
         ),
+        older(
+            "ledger-entry-25-columns.json",
+            LedgerEntry { row: Some(attempt_of_25_columns()), ..ledger_entry() },
+        ),
         written(
             "ledger-entry-lease.json",
             LedgerEntry::of_lease(EntryKind::Renewed, "0123456789abcdef", 1_795_500_000_000),
@@ -110,6 +114,8 @@ pub fn samples() -> Vec<Sample> {
         older("attempt-19-columns.avro", attempt_of_19_columns()),
         older("attempt-nulls-19-columns.avro", attempt_of_nothing()),
         older("attempt-23-columns.avro", attempt_of_23_columns()),
+        older("attempt-25-columns.avro", attempt_of_25_columns()),
+        older("attempt-nulls-25-columns.avro", attempt_of_nothing()),
         older("attempt-nulls-23-columns.avro", attempt_of_nothing()),
         written("audit.json", audit()),
         typed("audit-minimal.json", AUDIT, audit_of_little()),
@@ -694,11 +700,16 @@ fn attempt() -> Attempt {
         reasoning_tokens: Some(5),
         key_id: Some("key-7".into()),
         job: Some("nightly".into()),
+        operation: Some("chat".into()),
     }
 }
 
+fn attempt_of_25_columns() -> Attempt {
+    Attempt { operation: None, ..attempt() }
+}
+
 fn attempt_of_23_columns() -> Attempt {
-    Attempt { key_id: None, job: None, ..attempt() }
+    Attempt { key_id: None, job: None, ..attempt_of_25_columns() }
 }
 
 fn attempt_of_19_columns() -> Attempt {

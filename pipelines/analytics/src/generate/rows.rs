@@ -251,6 +251,7 @@ impl Rows {
                 reasoning_tokens: given(outcome.reasoning_tokens),
                 key_id: None,
                 job: None,
+                operation: Some("chat".to_owned()),
             }
         };
         (0..outcome.attempts).map(attempt).collect()

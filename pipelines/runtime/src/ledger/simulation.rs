@@ -161,6 +161,7 @@ fn row(owner: &str, number: i32) -> Attempt {
         reasoning_tokens: None,
         key_id: None,
         job: None,
+        operation: None,
     }
 }
 

@@ -129,6 +129,7 @@ fn row(cx: &Context, attempt: i32, status: &str) -> Attempt {
         reasoning_tokens: None,
         key_id: None,
         job: None,
+        operation: None,
     }
 }
 
