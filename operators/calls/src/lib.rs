@@ -52,7 +52,7 @@ pub use error::{CODES, CallError, Class, Health};
 pub use fallback::Fallback;
 pub use hedge::Hedge;
 pub use limits::Limits;
-pub use model::{Call, Happening, Listener, Model, Reply, Task, Tried, TryId, Upstream, Wait};
+pub use model::{Call, CostSoFar, Happening, Listener, Model, Reply, Task, Tried, TryId, Upstream, Wait};
 pub use pool::Pool;
 pub use priced::Priced;
 pub use prices::Prices;

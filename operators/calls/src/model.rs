@@ -13,7 +13,7 @@ use forebay_schemas::{
 use futures::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use std::{ops::Deref, time::Duration};
+use std::{ops::Deref, sync::Arc, time::Duration};
 use tokio::time::Instant;
 
 /// What is wanted of a model.
@@ -241,6 +241,9 @@ pub struct Tried<'a> {
     pub result: Result<&'a Reply, &'a CallError>,
 }
 
+/// What a try that goes on would cost if it were given up now; `None` where that is not known.
+pub type CostSoFar = Arc<dyn Fn() -> Option<NanoUsd> + Send + Sync>;
+
 /// What a call waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wait {
@@ -292,6 +295,8 @@ pub trait Listener: Send + Sync {
     }
     /// What the try costs that goes on, though it has no answer; told before its end, or when it is dropped.
     fn cost(&self, _: NanoUsd) {}
+    /// By this the cost of the try that is about to be sent may be asked while it goes on: whoever shares it may leave before its end.
+    fn costs(&self, _: CostSoFar) {}
     /// Something happened to the call beside its tries.
     fn happened(&self, _: Happening) {}
     /// What the provider says is left of its limits; told during a try.
@@ -417,6 +422,10 @@ macro_rules! passes_on {
             self.$around.cost(cost);
         }
 
+        fn costs(&self, so_far: $crate::CostSoFar) {
+            self.$around.costs(so_far);
+        }
+
         fn happened(&self, what: $crate::Happening) {
             self.$around.happened(what);
         }
@@ -440,7 +449,6 @@ mod tests {
         allowance::{Allowances, Reservation},
     };
     use forebay_operator::Clock;
-    use std::sync::Arc;
 
     #[test]
     fn a_ledger_keeps_vectors_exactly_and_reads_those_of_older_versions() {

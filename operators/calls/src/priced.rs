@@ -8,8 +8,8 @@
 //! an answer has its cost in it.
 
 use crate::{
-    Call, CallError, Class, Happening, Limits, Listener, Model, Prices, Reply, Tried, TryId, Upstream,
-    model::says_what_it_stands_around, prices::Tariff,
+    Call, CallError, Class, CostSoFar, Happening, Limits, Listener, Model, Prices, Reply, Tried, TryId,
+    Upstream, model::says_what_it_stands_around, prices::Tariff,
 };
 use forebay_schemas::{NanoUsd, Usage};
 use futures::future::BoxFuture;
@@ -23,13 +23,13 @@ use tokio::time::Instant;
 pub struct Priced {
     inner: Arc<dyn Model>,
     prices: Arc<Prices>,
-    meter: Mutex<Meter>,
+    meter: Arc<Mutex<Meter>>,
 }
 
 impl Priced {
     /// Tries of `inner`, at these prices.
     pub fn new(inner: Arc<dyn Model>, prices: Arc<Prices>) -> Self {
-        Self { inner, prices, meter: Mutex::default() }
+        Self { inner, prices, meter: Arc::default() }
     }
 }
 
@@ -56,10 +56,14 @@ impl Meter {
         share
     }
 
+    fn so_far(&mut self, since: Duration, now: Instant) -> Duration {
+        self.share(now).saturating_sub(since)
+    }
+
     fn ended(&mut self, since: Duration, now: Instant) -> Duration {
-        let share = self.share(now);
+        let spent = self.so_far(since, now);
         self.under_way = self.under_way.saturating_sub(1);
-        share.saturating_sub(since)
+        spent
     }
 }
 
@@ -146,8 +150,21 @@ fn is_free(error: &CallError) -> bool {
 
 impl Listener for Bill<'_> {
     fn started(&self, to: Upstream<'_>) {
-        let share = lock(&self.priced.meter).begun(Instant::now());
+        let Priced { prices, meter, .. } = self.priced;
+        let share = lock(meter).begun(Instant::now());
         let (endpoint, model) = (to.endpoint.map(str::to_owned), to.model.to_owned());
+        self.listener.costs(Arc::new({
+            let (prices, meter) = (prices.clone(), meter.clone());
+            let (endpoint, model, sent) = (endpoint.clone(), model.clone(), Usage::of(self.prompt_tokens, 0));
+            move || {
+                let names: Vec<&str> = endpoint.as_deref().into_iter().chain([model.as_str()]).collect();
+                let spent = lock(&meter).so_far(share, Instant::now());
+                match prices.is_by_time(&names) {
+                    true => prices.of_time(&names, spent),
+                    false => prices.of(&names, sent, Tariff::Live),
+                }
+            }
+        }));
         *lock(&self.open) = Some(Open { endpoint, model, share, pieces: 0 });
         self.listener.started(to);
     }
@@ -208,6 +225,10 @@ impl Listener for Bill<'_> {
 
     fn cost(&self, cost: NanoUsd) {
         self.listener.cost(cost);
+    }
+
+    fn costs(&self, so_far: CostSoFar) {
+        self.listener.costs(so_far);
     }
 
     fn beside(&self) -> Option<Box<dyn Listener + '_>> {

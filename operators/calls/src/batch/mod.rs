@@ -11,10 +11,11 @@
 //! have left the call is dropped and its connection closed.
 //!
 //! Invariant: each text is answered by its own vector, or its caller gets an error. What is heard of a shared try adds up to what it
-//! took, but for the parts of those who left before its end. Tenants never share a lot, so that each pays for its own.
+//! took, and whoever leaves before its end hears its part of what the try has cost by then. Tenants never share a lot, so that each pays
+//! for its own.
 
 use crate::{
-    Call, CallError, Class, Happening, Listener, Model, Reply, Task, Tried, Upstream, Wait,
+    Call, CallError, Class, CostSoFar, Happening, Listener, Model, Reply, Task, Tried, Upstream, Wait,
     model::{passes_on, says_what_it_stands_around},
 };
 use forebay_schemas::{Lane, NanoUsd, Usage};
@@ -124,8 +125,10 @@ struct Sent {
     provider: &'static str,
     endpoint: Option<String>,
     model: String,
-    /// How many texts it brings.
+    /// How many texts it brings, and tokens, as estimated.
     texts: usize,
+    tokens: u64,
+    cost: Option<CostSoFar>,
     /// When the lot was closed, and how long it waited for room then.
     closed: Instant,
     room: Duration,
@@ -167,16 +170,7 @@ impl Batch {
         let came = Instant::now();
         let (lot, seat, mut sending) = self.take_seat(call, texts);
         let mut sent = lot.sent.subscribe();
-        let mut heard: Option<(Sent, Instant)> = None;
-        let mut hear = |sent: Option<Sent>| {
-            let Some(sent) = sent.filter(|_| heard.is_none()) else { return };
-            listener.started(sent.to());
-            // Counted once: by the first of them.
-            listener.happened(Happening::Joined((seat.texts.start == 0).then_some(sent.texts)));
-            listener.happened(Happening::Waited(Wait::Batch, sent.closed.saturating_duration_since(came)));
-            listener.happened(Happening::Waited(Wait::Room, sent.room));
-            heard = Some((sent, Instant::now()));
-        };
+        let mut waiting = Waiting { listener, seat: &seat, came, heard: None };
         let all = async {
             loop {
                 let outcome = tokio::select! {
@@ -186,7 +180,7 @@ impl Batch {
                     outcome = &mut sending => Some(outcome),
                 };
                 // Both may have come at once.
-                hear(sent.borrow_and_update().clone());
+                waiting.hear(sent.borrow_and_update().clone());
                 if let Some(outcome) = outcome {
                     return outcome;
                 }
@@ -208,9 +202,9 @@ impl Batch {
                 let cost = ended.cost.map(|cost| NanoUsd(seat.part(cost.0, ended.tokens)));
                 (seat.answer(&ended), Some(ended.duration), cost)
             }
-            Err(error) => (Err(error), None, None),
+            Err(error) => (Err(error), None, waiting.cost()),
         };
-        if let Some((sent, since)) = heard {
+        if let Some((sent, since)) = waiting.heard.take() {
             if let (Err(_), Some(cost)) = (&result, cost) {
                 listener.cost(cost);
             }
@@ -254,7 +248,7 @@ impl Batch {
             let call = Call { task: Task::Embed(&texts), tenant, lane, deadline, ..Call::default() };
             tried.into_iter().for_each(|endpoint| call.route.goes_to(endpoint));
             let before = call.route.tried().len();
-            let hears = OfLot::new(&of, texts.len());
+            let hears = OfLot::new(&of, texts.len(), tokens);
             let result = model.complete(&call, &hears).await;
             let OfLot { duration, cost, .. } = hears;
             let (duration, cost) = (*lock(&duration), *lock(&cost));
@@ -368,10 +362,50 @@ impl Seat {
     }
 }
 
+/// A caller with a seat in a lot.
+struct Waiting<'w> {
+    listener: &'w dyn Listener,
+    seat: &'w Seat,
+    came: Instant,
+    /// The lot's try, and since when it goes on; none before, and none after its end is told.
+    heard: Option<(Sent, Instant)>,
+}
+
+impl Waiting<'_> {
+    fn hear(&mut self, sent: Option<Sent>) {
+        let Some(sent) = sent.filter(|_| self.heard.is_none()) else { return };
+        let Self { listener, seat, came, .. } = *self;
+        listener.started(sent.to());
+        // Counted once: by the first of them.
+        listener.happened(Happening::Joined((seat.texts.start == 0).then_some(sent.texts)));
+        listener.happened(Happening::Waited(Wait::Batch, sent.closed.saturating_duration_since(came)));
+        listener.happened(Happening::Waited(Wait::Room, sent.room));
+        self.heard = Some((sent, Instant::now()));
+    }
+
+    /// Its part of what the try has cost so far.
+    fn cost(&self) -> Option<NanoUsd> {
+        let (sent, _) = self.heard.as_ref()?;
+        let cost = (sent.cost.as_ref()?)()?;
+        Some(NanoUsd(self.seat.part(cost.0, sent.tokens)))
+    }
+}
+
+/// Its call is taken back, while the try of the others goes on.
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        if let Some(cost) = self.cost() {
+            self.listener.cost(cost);
+        }
+    }
+}
+
 /// Hears the try of a lot, for all of its callers.
 struct OfLot<'l> {
     lot: &'l Lot,
     texts: usize,
+    tokens: u64,
+    so_far: Mutex<Option<CostSoFar>>,
     closed: Instant,
     room: Mutex<Duration>,
     duration: Mutex<Duration>,
@@ -379,9 +413,9 @@ struct OfLot<'l> {
 }
 
 impl<'l> OfLot<'l> {
-    fn new(lot: &'l Lot, texts: usize) -> Self {
-        let (room, duration, cost) = Default::default();
-        Self { lot, texts, closed: Instant::now(), room, duration, cost }
+    fn new(lot: &'l Lot, texts: usize, tokens: u64) -> Self {
+        let (so_far, room, duration, cost) = Default::default();
+        Self { lot, texts, tokens, so_far, closed: Instant::now(), room, duration, cost }
     }
 }
 
@@ -392,6 +426,8 @@ impl Listener for OfLot<'_> {
             endpoint: to.endpoint.map(str::to_owned),
             model: to.model.to_owned(),
             texts: self.texts,
+            tokens: self.tokens,
+            cost: lock(&self.so_far).clone(),
             closed: self.closed,
             room: *lock(&self.room),
         };
@@ -406,6 +442,10 @@ impl Listener for OfLot<'_> {
 
     fn cost(&self, cost: NanoUsd) {
         *lock(&self.cost) = Some(cost);
+    }
+
+    fn costs(&self, so_far: CostSoFar) {
+        *lock(&self.so_far) = Some(so_far);
     }
 
     fn happened(&self, what: Happening) {

@@ -2,11 +2,13 @@
 
 use super::*;
 use crate::{
+    Priced, Prices,
     client::{Hedging, Parts, joining},
     pool::{Endpoint, Pool},
     testing::{Heard, Next, Told, error, reply},
     throttle::Caps,
 };
+use forebay_operator::Clock;
 use futures::future::join_all;
 
 const WAIT: Duration = Duration::from_millis(15);
@@ -162,6 +164,35 @@ async fn who_leaves_takes_nobody_s_answer_away_and_the_last_takes_the_call_along
     assert_eq!(told_of(&ask(&batch, says("ccc"), &heard).await), "3");
     assert_eq!(told.tries(), 2);
     assert!(lock(&batch.open).len() <= 1, "lots are forgotten");
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_leaves_before_the_end_has_its_part_of_what_the_try_has_cost_by_then() {
+    let table = r#"{
+        "by-token": {"input_cost_per_token": 1e-6},
+        "by-time": {"input_cost_per_second": 0.001}
+    }"#;
+    // 4 tokens at 1,000 each, or 35 ms at 1,000,000 a second; a quarter of it.
+    for (server, expected) in [("by-token", "cost 1000"), ("by-time", "cost 8750")] {
+        let vectors = vec![vec![1.0], vec![2.0]];
+        let both = Next::says(100, Reply { vectors, usage: Some(Usage::of(4, 0)), ..reply("") });
+        let prices = Prices::new(Clock::System).with_table("t.json", table, None).unwrap();
+        let batch = Batch::new(Arc::new(Priced::new(Told::of(server, [both]), Arc::new(prices))), SIZE);
+        let [late, cancelled, stays] = [(); 3].map(|()| Heard::default());
+        let soon = Caller { within_ms: Some(50), ..says("aaaa") };
+        let (leaves, stayed) =
+            tokio::join!(ask(&batch, soon, &late), ask(&batch, says("bbbbbbbbbbbb"), &stays));
+        leaves.unwrap_err();
+        assert_eq!(late.take(), format!("to {server}, {expected}, transient, closed"));
+        let whole = if server == "by-token" { 4_000 } else { 100_000 };
+        assert_eq!(stayed.unwrap().cost_nano_usd, Some(NanoUsd(whole * 3 / 4)), "{server}");
+
+        let took_back =
+            tokio::time::timeout(Duration::from_millis(50), ask(&batch, says("aaaa"), &cancelled));
+        let (took_back, stayed) = tokio::join!(took_back, ask(&batch, says("bbbbbbbbbbbb"), &stays));
+        assert!(took_back.is_err() && stayed.is_err(), "the server has but one answer with vectors");
+        assert_eq!(cancelled.take(), format!("to {server}, {expected}"));
+    }
 }
 
 #[tokio::test(start_paused = true)]

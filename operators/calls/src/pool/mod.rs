@@ -18,7 +18,8 @@ mod tests;
 mod watch;
 
 use crate::{
-    Call, CallError, Class, Happening, Limits, Listener, Model, Reply, Tried, TryId, Upstream, Wait,
+    Call, CallError, Class, CostSoFar, Happening, Limits, Listener, Model, Reply, Tried, TryId, Upstream,
+    Wait,
     retry::Jitter,
     shared::{Shared, Slice, TELL_EVERY, Unreachable},
     throttle::Caps,
@@ -455,6 +456,10 @@ impl Listener for Watched<'_> {
 
     fn cost(&self, cost: NanoUsd) {
         self.listener.cost(cost);
+    }
+
+    fn costs(&self, so_far: CostSoFar) {
+        self.listener.costs(so_far);
     }
 
     fn happened(&self, what: Happening) {
