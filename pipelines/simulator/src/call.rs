@@ -162,6 +162,11 @@ pub fn key(headers: &HeaderMap) -> Option<&str> {
     bearer.or_else(|| headers.get("x-api-key")?.to_str().ok()).map(str::trim)
 }
 
+/// What a text is known by in the log of calls: the beginning of its hash.
+pub fn text_hash(text: &str) -> String {
+    format!("{:016x}", hash(text.as_bytes()))
+}
+
 /// A number for a text.
 pub fn hash(text: &[u8]) -> u64 {
     first_8(&blake3::hash(text))

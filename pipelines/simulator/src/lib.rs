@@ -24,6 +24,7 @@ mod spread;
 mod stream;
 mod text;
 
+pub use call::text_hash;
 pub use settings::{Settings, Wrong, keys};
 
 use attempts::Attempts;

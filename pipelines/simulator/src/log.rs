@@ -31,6 +31,10 @@ pub struct Line {
     pub model: String,
     /// The beginning of a hash of the prompt.
     pub prompt_hash: String,
+    /// The same of each text, where vectors of texts are wanted: what several callers ask together is no one's call, and this says whose
+    /// texts it brings.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub text_hashes: Vec<String>,
     /// Whether the answer was to be streamed.
     pub stream: bool,
     /// Tokens of the prompt.

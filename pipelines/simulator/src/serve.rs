@@ -126,7 +126,11 @@ async fn called(
     let asked = endpoint.read(&body);
     let prompt_hash = asked.as_ref().map_or(0, |asked| call::hash(asked.prompt.as_bytes()));
     if let Ok(asked) = &asked {
+        let is_logged = replica.shared.log.is_some();
         call.note(|line| {
+            if let (What::Vectors(vectors), true) = (&asked.what, is_logged) {
+                line.text_hashes = vectors.texts().map(call::text_hash).collect();
+            }
             line.model.clone_from(&asked.model);
             line.prompt_tokens = text::tokens(&asked.prompt);
             line.prompt_hash = format!("{prompt_hash:016x}");

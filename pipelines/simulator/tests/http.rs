@@ -5,7 +5,7 @@
 #![expect(clippy::unwrap_used, reason = "clippy exempts test functions, but not what they call")]
 
 use eventsource_stream::Eventsource as _;
-use forebay_simulator::{Options, Settings, Simulator};
+use forebay_simulator::{Options, Settings, Simulator, text_hash};
 use futures::{StreamExt as _, future::join_all};
 use reqwest::{Client, Response, StatusCode};
 use serde_json::{Value, json};
@@ -238,6 +238,10 @@ async fn vectors_and_ranks_are_served() {
         (2_048, &json!("simulated"))
     );
     assert_eq!(up.post("/v1/embeddings", &json!({"input": []}), &[]).await.0, 400);
+    // Which texts a call brought, the same text under the same hash.
+    let hashes: Vec<_> = up.lines().iter().map(|line| line["text_hashes"].clone()).collect();
+    let [broker, bananas] = ["segments of a broker", "bananas"].map(text_hash);
+    assert_eq!(hashes, [json!([broker, bananas]), json!([bananas]), Value::Null]);
 
     let documents = ["bananas", "a broker keeps segments"];
     let (_, ranked) = up

@@ -53,6 +53,11 @@ impl Vectors {
     /// The most texts of a call, as OpenAI has it.
     pub const TEXTS_MAX: usize = 2_048;
 
+    /// Its texts.
+    pub fn texts(&self) -> impl Iterator<Item = &str> {
+        self.texts.iter().map(String::as_str)
+    }
+
     /// Whether there are as many texts and dimensions as may be.
     pub fn check(&self, dimensions_max: usize) -> Result<(), String> {
         if !(1..=Self::TEXTS_MAX).contains(&self.texts.len()) {
