@@ -4,18 +4,26 @@
 
 use forebay_schemas::{Attempt, Chunk, Chunks, Grounded, Record as _};
 use forebay_tests::{
-    Client, Reader, Running, Signal,
+    Client, New, Reader, Running, Signal, free_port,
     product::{DRAIN, Up, command, finish},
     wait_for,
 };
 use serde_json::{Value, json};
-use std::{collections::BTreeSet, path::Path, time::Duration};
+use std::{
+    collections::BTreeSet,
+    path::Path,
+    time::{Duration, Instant},
+};
 
 const LIMIT: Duration = Duration::from_secs(120);
 
 /// A simulator on a free port, and what `--model-url` takes.
 fn simulator(data: &Path, arguments: &[&str]) -> (Running, String) {
-    let mut all = vec!["simulate-model", "--listen", "127.0.0.1:0"];
+    simulator_at(data, "127.0.0.1:0", arguments)
+}
+
+fn simulator_at(data: &Path, listen: &str, arguments: &[&str]) -> (Running, String) {
+    let mut all = vec!["simulate-model", "--listen", listen];
     all.extend(arguments);
     let running = Running::start("forebay simulate-model", &mut command(data, &all));
     let url =
@@ -92,6 +100,81 @@ fn each_first_try_fails(api: &str) {
     up.drain();
     simulator.signal(Signal::TERM);
     assert_eq!(simulator.ended(DRAIN).code(), Some(0));
+}
+
+#[test]
+fn no_request_is_lost_while_a_server_of_a_pool_dies_and_comes_back_cold_and_another_babbles() {
+    const EVERY: Duration = Duration::from_millis(500);
+    const UNDER_WAY_MAX: usize = 200;
+    let data = tempfile::tempdir().unwrap();
+    let [log_of_babbler, log_of_mortal] =
+        ["babbler.jsonl", "mortal.jsonl"].map(|name| data.path().join(name));
+    let faults = file(data.path(), "faults.yaml", "faults: {malformed: 10%, cut: 10%}\n");
+    let latency = ["--latency", "20ms..200ms", "--call-log"];
+    let (_babbler, babbler_url) = simulator(
+        data.path(),
+        &[&latency[..], &[log_of_babbler.to_str().unwrap(), "--config", &faults]].concat(),
+    );
+    let listen = format!("127.0.0.1:{}", free_port());
+    let mortal = |more: &[&str]| {
+        let arguments = [&latency[..], &[log_of_mortal.to_str().unwrap()], more].concat();
+        simulator_at(data.path(), &listen, &arguments)
+    };
+    let (mut first, mortal_url) = mortal(&[]);
+    let table = r#"{"simulated": {"input_cost_per_token": 1e-6, "output_cost_per_token": 2e-6}}"#;
+    let prices = file(data.path(), "prices.json", table);
+    let config = file(data.path(), "forebay.yaml", &format!("prices: {prices}\n"));
+    let pool = ["--model-url", &babbler_url, "--model-url", &mortal_url, "--model", "simulated"];
+    let up = Up::start(data.path(), &[&pool[..], &["--config", &config]].concat());
+    let client = up.client();
+    let (mut results, mut asked) = (client.read("results"), 0);
+    let mut ask = |count: usize| {
+        let request = |number| json!({"id": format!("r{number}"), "prompt": format!("What is {number}?"), "cache": {"no_cache": true}});
+        client.write("requests", (asked..asked + count).map(request).map(New::from));
+        asked += count;
+        asked
+    };
+    ask(200);
+    let served = || std::fs::read_to_string(&log_of_mortal).unwrap().matches(r#""status":200"#).count();
+    wait_for("calls of the mortal one", LIMIT, || (served() > 20).then_some(()));
+    first.signal(Signal::KILL);
+    first.ended(DRAIN);
+    let before = served();
+    results.at_least(ask(100), LIMIT);
+    let (_second, _) = mortal(&["--set", "cold_start.health=2s"]);
+    let (mut next, mut written) = (Instant::now(), 300);
+    wait_for("calls of the one that came back", LIMIT, || {
+        if Instant::now() > next && written - results.to_the_end(LIMIT).len() < UNDER_WAY_MAX {
+            next = Instant::now() + EVERY;
+            written = ask(20);
+        }
+        (served() > before + 20).then_some(())
+    });
+    let results = results.at_least(written, LIMIT);
+    let answered: BTreeSet<_> = results
+        .iter()
+        .filter(|result| result.json()["status"] == "answered")
+        .map(|one| one.key_text())
+        .collect();
+    assert_eq!((answered.len(), results.len()), (written, written));
+
+    let mut attempts = client.read("attempts");
+    let read = attempts.to_the_end(LIMIT).iter();
+    let rows: Vec<_> =
+        read.map(|record| Attempt::decode(record.value.as_deref().unwrap()).unwrap()).collect();
+    let ok: BTreeSet<_> = rows.iter().filter(|row| row.status == "ok").map(|row| &row.request_id).collect();
+    assert_eq!(ok.len(), written);
+    assert!(rows.iter().all(|row| row.cost_nano_usd.is_some()), "the cost of every attempt");
+    for code in ["model_malformed", "model_unavailable"] {
+        assert!(rows.iter().any(|row| row.error_code.as_deref() == Some(code)), "no {code}");
+    }
+    let known: BTreeSet<_> = rows.iter().map(|row| row.attempt_id.as_str()).collect();
+    assert_eq!(known.len(), rows.len(), "nobody was killed who wrote them");
+    for line in lines(&log_of_babbler).into_iter().chain(lines(&log_of_mortal)) {
+        let id = format!("{}/{}", line["call_id"].as_str().unwrap(), line["attempt"]);
+        assert!(known.contains(id.as_str()), "no row of {line}");
+    }
+    up.drain();
 }
 
 /// Other settings for a simulator from now on.
