@@ -10,7 +10,7 @@ mod rows;
 use crate::{
     compact::{self, Compacted},
     decode::Message,
-    kafka_table, lake,
+    kafka_table, lake, rollup,
     settings::{Settings, SettingsError},
     sink::{
         delta::{self, DeltaLog, Letters},
@@ -82,7 +82,7 @@ pub struct Args {
     /// Files that each day of a table is written into, one after the other, as the sink does.
     #[arg(long, value_name = "COUNT", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     files: u32,
-    /// Joins small files afterwards, as the sink does. Said of rows that are there already, it joins theirs.
+    /// Joins small files and rolls days up afterwards, as the sink does. Said of rows that are there already, it does so with theirs.
     #[arg(long)]
     compact: bool,
     /// Requests a second, each of which ends when it is written; only to topics.
@@ -171,6 +171,9 @@ pub enum Error {
     /// The files of a table could not be joined.
     #[error(transparent)]
     Compact(#[from] compact::Error),
+    /// The days of a table could not be rolled up.
+    #[error(transparent)]
+    Rollup(#[from] rollup::Error),
     /// The declaration of a row.
     #[error(transparent)]
     Encode(#[from] EncodeError),
@@ -259,7 +262,7 @@ async fn fill(
         return Err(Error::Missing { what, way: NAME_FOLDER });
     }
     let root = settings.tables_url()?;
-    let options = settings.tables_options.clone().into_iter().collect();
+    let options: lake::Options = settings.tables_options.clone().into_iter().collect();
     let table = lake::open(&root, &options, kind).await?;
     let mut joined = table.clone();
     let nobody = Letters { sink: Arc::new(NoLetters), topic: "".into(), cluster: "".into() };
@@ -293,8 +296,9 @@ async fn fill(
     info!(table = kind.name(), rows = written, "made-up rows are in their table");
     if args.compact {
         // All of these days are over, whatever the clock says.
-        let over = first_ms.cast_signed() + (i64::from(days) + 1) * 86_400_000;
-        while compact::keep(kind, &mut joined, now_ms().max(over)).await? != Compacted::default() {}
+        let over = now_ms().max(first_ms.cast_signed() + (i64::from(days) + 1) * 86_400_000);
+        while compact::keep(kind, &mut joined, over).await? != Compacted::default() {}
+        while rollup::keep(kind, (&root, &options), false, over).await? > 0 {}
     }
     Ok(())
 }
@@ -422,7 +426,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_table_is_filled_once_and_its_small_files_are_joined() {
+    async fn a_table_is_filled_once_its_small_files_are_joined_and_its_days_rolled_up() {
         let folder = tempfile::tempdir().unwrap();
         let line = "--rows 1000 --days 2 --files 4";
         generate(folder.path(), line).await.unwrap();
@@ -433,6 +437,16 @@ mod tests {
         generate(folder.path(), &format!("{line} --compact")).await.unwrap();
         assert_eq!(extent(folder.path(), Table::Outcomes).await, (1_000, 2));
         assert_eq!(extent(folder.path(), Table::Attempts).await.0, calls);
+        for rollup in Table::ROLLUPS {
+            let root = url::Url::from_directory_path(folder.path()).unwrap();
+            let options = lake::Options::new();
+            let stored = lake::find(&root, &options, *rollup).await.unwrap().unwrap();
+            let facts = lake::find(&root, &options, rollup.source().unwrap()).await.unwrap().unwrap();
+            let (stored, facts) = (stored.snapshot().unwrap(), facts.snapshot().unwrap());
+            let days: std::collections::BTreeSet<_> =
+                facts.log_data().iter().filter_map(|file| compact::date(&file)).collect();
+            assert_eq!(rollup::days_stored(stored, Some(facts)), days, "{}", rollup.name());
+        }
     }
 
     #[tokio::test]

@@ -30,13 +30,15 @@ from kafka.admin import KafkaAdminClient, NewTopic
 LIMIT_S = 540
 MEMORY_MIB = 8192
 DAYS = 30
+ROLLED_UP = "rolled up"
 PARTITIONS = 12
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 TOKEN = "a token that is known to this bench alone"
 TOPICS = ("outcomes", "attempts", "audits", "labels", "payloads", "dead-letters")
 
 # Each is asked of both in the same words, but for what only one of them has. What is long is cut to its top inside of the query, so
-# that neither is measured at writing answers. `view` asks ours for the same by a view, which may answer from roll-ups.
+# that neither is measured at writing answers. `view` asks ours for the same by a view, or by the table of hours that views stand on; where
+# days are rolled up, these answer from roll-ups.
 QUERIES = {
     "cost by tenant, model, day": {
         "sql": """SELECT tenant, model, CAST(date AS VARCHAR) AS date, requests, billed FROM (
@@ -49,12 +51,16 @@ QUERIES = {
     "cost of 1k tokens": {
         "sql": """SELECT model_served AS model, cost_per_1k(billed_nano_usd, input_tokens + output_tokens) AS usd
             FROM outcomes WHERE model_served IS NOT NULL GROUP BY model_served""",
+        "view": """SELECT model_served AS model, cost_per_1k(rated_nano_usd, rated_tokens) AS usd
+            FROM outcomes_hourly WHERE model_served IS NOT NULL GROUP BY model_served""",
         "duckdb": """SELECT model_served AS model, sum(billed_nano_usd) / 1e6 / sum(input_tokens + output_tokens) AS usd
             FROM outcomes WHERE model_served IS NOT NULL GROUP BY model_served""",
     },
     "p50 and p99": {
         "sql": """SELECT model_served AS model, pctl(total_us, 0.5) AS p50, pctl(total_us, 0.99) AS p99
             FROM outcomes WHERE status = 'answered' GROUP BY model_served""",
+        "view": """SELECT model_served AS model, pctl_merge(total_us_state, 0.5) AS p50, pctl_merge(total_us_state, 0.99) AS p99
+            FROM outcomes_hourly WHERE status = 'answered' GROUP BY model_served""",
         "duckdb": """SELECT model, p[1] AS p50, p[2] AS p99 FROM (
             SELECT model_served AS model, quantile_disc(total_us, [0.5, 0.99]) AS p
             FROM outcomes WHERE status = 'answered' GROUP BY model_served)""",
@@ -88,7 +94,7 @@ parser.add_argument("--part", choices=("queries", "ingest", "fresh"), required=T
 parser.add_argument("--rows", type=int)
 parser.add_argument("--rounds", type=int, default=5)
 parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-parser.add_argument("--layouts", default="raw,joined,small,small joined")
+parser.add_argument("--layouts", default="raw,joined,rolled up,small,small joined")
 parser.add_argument("--seconds", type=int, default=120)
 parser.add_argument("--rate", type=int, default=1000)
 parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
@@ -231,7 +237,14 @@ def tables(layout):
     run(options.program, *words, *(["--compact"] if layout != unjoined else []), tables=str(root))
     found = DeltaTable(str(root / "outcomes")).file_uris()
     size = sum(os.stat(file.removeprefix("file://")).st_size for file in found)
-    print(f"{layout}: {len(found)} files, {size / 1e6:.0f} MB, {time.monotonic() - began:.0f} s to make or find",
+    hours = ""
+    if layout != unjoined:
+        adds = DeltaTable(str(root / "outcomes_hourly")).get_add_actions(flatten=True).to_pylist()
+        days = {str(add["partition.date"]) for add in adds}
+        if len(days) != DAYS:
+            raise SystemExit(f"{len(days)} of {DAYS} days are rolled up in {root}")
+        hours = f", rolled up into {sum(add['num_records'] for add in adds)} rows, {sum(add['size_bytes'] for add in adds) / 1e6:.0f} MB"
+    print(f"{layout}: {len(found)} files, {size / 1e6:.0f} MB{hours}, {time.monotonic() - began:.0f} s to make or find",
           file=sys.stderr, flush=True)
     return root
 
@@ -240,26 +253,31 @@ def queries():
     options.rows = options.rows or 10_000_000
     figures = {}
     for layout in options.layouts.split(","):
-        root = tables(layout)
+        # The same tables as those of `joined`, asked by the views; of the others only `raw` is asked both ways.
+        by_view = layout == ROLLED_UP
+        root = tables("joined" if by_view else layout)
+        asked_for = {name: query for name, query in QUERIES.items() if not by_view or "view" in query}
         with ours(options.port, tables=str(root)) as asked:
             beside = DuckDb(root / "outcomes")
-            for name, query in QUERIES.items():
+            for name, query in asked_for.items():
                 theirs = beside.ask(query.get("duckdb", query["sql"]))
-                compare(name, asked.ask(query["sql"]), theirs, query.get("tolerance", 1e-9))
-                if "view" in query:
-                    compare(f"{name}, by its view", asked.ask(query["view"]), theirs)
+                tolerance = query.get("tolerance", 1e-9)
+                compare(name, asked.ask(query["view" if by_view else "sql"]), theirs, tolerance)
+                if layout == "raw" and "view" in query:
+                    compare(f"{name}, by its view", asked.ask(query["view"]), theirs, tolerance)
             if layout == "raw":
                 figures["pctl"] = percentiles(asked, beside)
             taken = collections.defaultdict(list)
             for round_ in range(options.rounds):
-                for name, query in QUERIES.items():
-                    turns = [("DuckDB", beside, query.get("duckdb", query["sql"])), ("ours", asked, query["sql"])]
-                    if "view" in query:
+                for name, query in asked_for.items():
+                    turns = [("DuckDB", beside, query.get("duckdb", query["sql"])),
+                             ("ours", asked, query["view" if by_view else "sql"])]
+                    if layout == "raw" and "view" in query:
                         turns.append(("view", asked, query["view"]))
                     for who, server, sql in turns if round_ % 2 == 0 else reversed(turns):
                         _, wall, cpu = timed(server, sql)
                         taken[name, who].append((wall, cpu))
-        for name in QUERIES:
+        for name in asked_for:
             of = {who: [statistics.median(values) for values in zip(*taken[name, who])]
                   for who in ("DuckDB", "ours", "view") if taken[name, who]}
             figures.setdefault(layout, {})[name] = of
