@@ -5,7 +5,7 @@
 //!
 //! Invariant: nothing is written, registered or set by a query; two queries share only the memory and disk that they may take.
 
-use crate::functions::{self, Prices};
+use crate::functions::{self, Prices, Share};
 use crate::guards::{self, Extent, Guarded, Limits, Refused, Scope};
 use crate::kafka_table;
 use crate::lake;
@@ -29,6 +29,7 @@ use datafusion::execution::memory_pool::{FairSpillPool, TrackConsumersPool};
 use datafusion::execution::runtime_env::RuntimeEnvBuilder;
 use datafusion::execution::session_state::{SessionState, SessionStateBuilder};
 use datafusion::logical_expr::{LogicalPlan, LogicalPlanBuilder, TableType, cast};
+use datafusion::optimizer::{Optimizer, OptimizerRule};
 use datafusion::prelude::{DataFrame, SessionConfig, SessionContext, col};
 use datafusion::sql::parser::{DFParserBuilder, Statement};
 use datafusion::sql::sqlparser::parser::ParserError;
@@ -340,9 +341,11 @@ fn state(limits: &Limits, prices: Option<Arc<Prices>>) -> Result<SessionState, D
         .with_create_default_catalog_and_schema(false)
         .with_information_schema(true)
         .set_bool("datafusion.sql_parser.collect_spans", true);
+    let own: [Arc<dyn OptimizerRule + Send + Sync>; 1] = [Arc::new(Share)];
     let mut state = SessionStateBuilder::new_with_default_features()
         .with_config(config)
         .with_runtime_env(runtime)
+        .with_optimizer_rules(own.into_iter().chain(Optimizer::new().rules).collect())
         .build();
     functions::register(&mut state, prices, || chrono::Utc::now().timestamp_micros())?;
     Ok(state)

@@ -8,6 +8,7 @@ mod money;
 mod pctl;
 mod prices;
 mod quality;
+mod share;
 
 use arrow::array::ArrayRef;
 use arrow::datatypes::{DataType, Field, FieldRef, TimeUnit};
@@ -16,14 +17,15 @@ use datafusion::execution::FunctionRegistry;
 use datafusion::logical_expr::function::{AccumulatorArgs, StateFieldsArgs};
 use datafusion::logical_expr::utils::{AggregateOrderSensitivity, format_state_name};
 use datafusion::logical_expr::{
-    Accumulator, AggregateUDF, AggregateUDFImpl, ColumnarValue, ScalarFunctionArgs, ScalarUDF, ScalarUDFImpl,
-    Signature, Volatility,
+    Accumulator, AggregateUDF, AggregateUDFImpl, ColumnarValue, GroupsAccumulator, ScalarFunctionArgs,
+    ScalarUDF, ScalarUDFImpl, Signature, Volatility,
 };
 use std::fmt;
 use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 
 pub use prices::{Error as PricesError, Prices};
+pub(crate) use share::Share;
 
 /// One function, as the reference tells of it.
 #[derive(Debug)]
@@ -182,22 +184,9 @@ pub fn register(
             "false_hit_bound" => {
                 scalar(registry, function, DataType::Float64, Arc::new(quality::false_hit_bound))?;
             }
-            "cost_per_1k" => {
-                aggregate(registry, function, DataType::Float64, money::ratio_state, money::ratio)?
+            _ => {
+                registry.register_udaf(Arc::new(AggregateUDF::from(aggregate(function)?)))?;
             }
-            "pctl" => aggregate(registry, function, DataType::Float64, pctl::state, pctl::accumulator)?,
-            "pctl_state" => aggregate(registry, function, DataType::Binary, pctl::state, pctl::storing)?,
-            "pctl_merge" => aggregate(registry, function, DataType::Float64, pctl::state, pctl::merging)?,
-            "hallucination_rate" => {
-                aggregate(registry, function, quality::rate_type(), quality::cell_state, quality::rate)?;
-            }
-            "rate_cell" => {
-                aggregate(registry, function, quality::cell_type(), quality::cell_state, quality::cell)?;
-            }
-            "stratified_rate" => {
-                aggregate(registry, function, quality::rate_type(), quality::strata_state, quality::strata)?;
-            }
-            name => return plan_err!("function {name} is listed and not written"),
         }
     }
     Ok(())
@@ -216,17 +205,24 @@ fn scalar(
     Ok(())
 }
 
-fn aggregate(
-    registry: &mut dyn FunctionRegistry,
-    function: &'static Function,
-    returns: DataType,
-    state: fn() -> Vec<Field>,
-    start: Start,
-) -> Result<()> {
+fn aggregate(function: &'static Function) -> Result<Aggregate> {
+    let (returns, state, start): (_, fn() -> Vec<Field>, Start) = match function.name {
+        "cost_per_1k" => (DataType::Float64, money::ratio_state, money::ratio),
+        "pctl" | "pctl_merge" => (DataType::Float64, pctl::state, pctl::accumulator),
+        "pctl_state" => (DataType::BinaryView, pctl::state, pctl::accumulator),
+        "pctls" | "pctls_merge" => (pctl::answers(), pctl::state, pctl::accumulator),
+        "hallucination_rate" => (quality::rate_type(), quality::cell_state, quality::rate),
+        "rate_cell" => (quality::cell_type(), quality::cell_state, quality::cell),
+        "stratified_rate" => (quality::rate_type(), quality::strata_state, quality::strata),
+        name => return plan_err!("function {name} is listed and not written"),
+    };
+    let grouped: Option<Grouped> = match function.name {
+        "cost_per_1k" => Some(money::ratios),
+        name if name.starts_with("pctl") => Some(pctl::groups),
+        _ => None,
+    };
     let signature = Signature::user_defined(Volatility::Immutable);
-    let udaf = AggregateUDF::from(Aggregate { function, signature, returns, state, start });
-    registry.register_udaf(Arc::new(udaf))?;
-    Ok(())
+    Ok(Aggregate { function, signature, returns, state, start, grouped })
 }
 
 impl Function {
@@ -273,7 +269,8 @@ impl Argument {
             Boolean => DataType::Boolean,
             Time => DataType::Timestamp(TimeUnit::Microsecond, Some("UTC".into())),
             Cell => quality::cell_type(),
-            State => DataType::Binary,
+            // As the tables are read: a state of one value lies in the view itself.
+            State => DataType::BinaryView,
         })
     }
 
@@ -301,6 +298,7 @@ fn is_text(given: &DataType) -> bool {
 
 type Apply = Arc<dyn Fn(&[ArrayRef]) -> Result<ArrayRef> + Send + Sync>;
 type Start = fn(&Function, &AccumulatorArgs) -> Result<Box<dyn Accumulator>>;
+type Grouped = fn(&Function, &AccumulatorArgs) -> Result<Box<dyn GroupsAccumulator>>;
 
 /// A function of one row.
 struct Scalar {
@@ -349,6 +347,8 @@ struct Aggregate {
     returns: DataType,
     state: fn() -> Vec<Field>,
     start: Start,
+    /// The same of many groups at once, where there may be many rows.
+    grouped: Option<Grouped>,
 }
 
 impl AggregateUDFImpl for Aggregate {
@@ -376,6 +376,17 @@ impl AggregateUDFImpl for Aggregate {
             );
         }
         (self.start)(self.function, &arguments)
+    }
+
+    fn groups_accumulator_supported(&self, arguments: AccumulatorArgs) -> bool {
+        self.grouped.is_some() && !arguments.is_distinct
+    }
+
+    fn create_groups_accumulator(&self, arguments: AccumulatorArgs) -> Result<Box<dyn GroupsAccumulator>> {
+        match self.grouped {
+            Some(start) => start(self.function, &arguments),
+            None => plan_err!("{} is worked out group by group", self.function.name),
+        }
     }
 
     fn state_fields(&self, arguments: StateFieldsArgs) -> Result<Vec<FieldRef>> {

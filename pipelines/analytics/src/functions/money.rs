@@ -5,14 +5,14 @@
 use super::prices::Tokens;
 use super::{Apply, Function, Prices, count};
 use arrow::array::{
-    Array, ArrayRef, ArrowPrimitiveType, Decimal128Array, Float64Array, Int64Array, PrimitiveArray,
-    StringArray,
+    Array, ArrayRef, ArrowPrimitiveType, BooleanArray, Decimal128Array, Float64Array, Int64Array,
+    PrimitiveArray, StringArray,
 };
 use arrow::datatypes::{DataType, Decimal128Type, Field, Int64Type, TimestampMicrosecondType};
 use datafusion::common::cast::{as_decimal128_array, as_int64_array, as_primitive_array, as_string_array};
 use datafusion::common::{Result, ScalarValue, plan_err};
-use datafusion::logical_expr::Accumulator;
 use datafusion::logical_expr::function::AccumulatorArgs;
+use datafusion::logical_expr::{Accumulator, EmitTo, GroupsAccumulator};
 use std::sync::Arc;
 
 /// What `usd` answers: the same number with the point nine digits further left.
@@ -95,10 +95,17 @@ pub(super) fn ratio(_: &Function, _: &AccumulatorArgs) -> Result<Box<dyn Accumul
 }
 
 /// Two sums over the rows in which both are known.
-#[derive(Debug, Default)]
+#[derive(Clone, Copy, Debug, Default)]
 struct Ratio {
     nano_usd: i128,
     tokens: i128,
+}
+
+impl Ratio {
+    fn usd_per_1k(self) -> Option<f64> {
+        let usd_per_1k = || self.nano_usd as f64 / self.tokens as f64 * 1_000.0 / NANO_PER_USD;
+        (self.tokens != 0).then(usd_per_1k)
+    }
 }
 
 impl Accumulator for Ratio {
@@ -115,8 +122,7 @@ impl Accumulator for Ratio {
     }
 
     fn evaluate(&mut self) -> Result<ScalarValue> {
-        let usd_per_1k = || self.nano_usd as f64 / self.tokens as f64 * 1_000.0 / NANO_PER_USD;
-        Ok(ScalarValue::Float64((self.tokens != 0).then(usd_per_1k)))
+        Ok(ScalarValue::Float64(self.usd_per_1k()))
     }
 
     fn size(&self) -> usize {
@@ -144,5 +150,78 @@ impl Accumulator for Ratio {
 
     fn supports_retract_batch(&self) -> bool {
         true
+    }
+}
+
+pub(super) fn ratios(_: &Function, _: &AccumulatorArgs) -> Result<Box<dyn GroupsAccumulator>> {
+    Ok(Box::new(Ratios::default()))
+}
+
+/// The same of many groups.
+#[derive(Debug, Default)]
+struct Ratios(Vec<Ratio>);
+
+impl GroupsAccumulator for Ratios {
+    fn update_batch(
+        &mut self,
+        values: &[ArrayRef],
+        groups: &[usize],
+        filter: Option<&BooleanArray>,
+        count: usize,
+    ) -> Result<()> {
+        let [nano_usd, tokens] = values else { return plan_err!("cost_per_1k takes two arguments") };
+        let (nano_usd, tokens) = (as_int64_array(nano_usd)?, as_int64_array(tokens)?);
+        self.0.resize(count, Ratio::default());
+        let is_all = nano_usd.null_count() == 0 && tokens.null_count() == 0 && filter.is_none();
+        let is_meant = |row: usize| {
+            let is_let = filter.is_none_or(|filter| filter.is_valid(row) && filter.value(row));
+            is_let && nano_usd.is_valid(row) && tokens.is_valid(row)
+        };
+        let both = nano_usd.values().iter().zip(tokens.values());
+        for (row, (&group, (nano_usd, tokens))) in groups.iter().zip(both).enumerate() {
+            if is_all || is_meant(row) {
+                let ratio = &mut self.0[group];
+                ratio.nano_usd += i128::from(*nano_usd);
+                ratio.tokens += i128::from(*tokens);
+            }
+        }
+        Ok(())
+    }
+
+    fn evaluate(&mut self, emit: EmitTo) -> Result<ArrayRef> {
+        let ratios = emit.take_needed(&mut self.0).into_iter();
+        Ok(Arc::new(ratios.map(Ratio::usd_per_1k).collect::<Float64Array>()))
+    }
+
+    fn state(&mut self, emit: EmitTo) -> Result<Vec<ArrayRef>> {
+        let ratios = emit.take_needed(&mut self.0);
+        let sums = |sum: fn(&Ratio) -> i128| -> Result<ArrayRef> {
+            let sums = Decimal128Array::from_iter_values(ratios.iter().map(sum));
+            Ok(Arc::new(sums.with_precision_and_scale(38, 0)?))
+        };
+        Ok(vec![sums(|ratio| ratio.nano_usd)?, sums(|ratio| ratio.tokens)?])
+    }
+
+    fn merge_batch(&mut self, states: &[ArrayRef], groups: &[usize], count: usize) -> Result<()> {
+        let [nano_usd, tokens] = states else { return plan_err!("cost_per_1k has a state of two sums") };
+        let (nano_usd, tokens) = (as_decimal128_array(nano_usd)?, as_decimal128_array(tokens)?);
+        self.0.resize(count, Ratio::default());
+        for (&group, (nano_usd, tokens)) in groups.iter().zip(nano_usd.iter().zip(tokens)) {
+            let ratio = &mut self.0[group];
+            ratio.nano_usd += nano_usd.unwrap_or_default();
+            ratio.tokens += tokens.unwrap_or_default();
+        }
+        Ok(())
+    }
+
+    fn convert_to_state(&self, values: &[ArrayRef], filter: Option<&BooleanArray>) -> Result<Vec<ArrayRef>> {
+        let rows = values.first().map_or(0, |column| column.len());
+        let mut one_each = Self::default();
+        one_each.update_batch(values, &(0..rows).collect::<Vec<_>>(), filter, rows)?;
+        one_each.state(EmitTo::All)
+    }
+
+    fn size(&self) -> usize {
+        self.0.capacity() * size_of::<Ratio>()
     }
 }

@@ -1,5 +1,6 @@
 //! `pctl(x, p)`: a percentile that is exact to 10,000 values and within 1% beyond. `pctl_state(x)` and `pctl_merge(state, p)` are the
 //! same in two steps, so that what is kept of an hour answers for a month; exact to 100 values, as what is kept should be small.
+//! `pctls` and `pctls_merge` are what [`share`](super::share) makes of several calls: one look at the values, and an answer each.
 //!
 //! The percentile is the one of `percentile_disc`: a value that is there, of rank ⌈p·n⌉. Beyond the exact part a DDSketch holds the
 //! values, which bounds the relative error of each percentile, also of the last; the built-in `approx_percentile_cont` is a t-digest,
@@ -9,15 +10,19 @@
 //! 80 kB of values, or two times 2,048 counters.
 
 use super::Function;
-use arrow::array::{ArrayRef, Float64Array};
+use arrow::array::{
+    Array, ArrayRef, BinaryArray, BinaryViewArray, BooleanArray, Float64Array, Float64Builder, ListArray,
+    ListBuilder,
+};
 use arrow::datatypes::{DataType, Field};
-use datafusion::common::cast::{as_binary_array, as_float64_array, as_list_array};
+use datafusion::common::cast::{as_binary_array, as_binary_view_array, as_float64_array, as_list_array};
 use datafusion::common::{DataFusionError, Result, ScalarValue, exec_err, plan_err};
-use datafusion::logical_expr::Accumulator;
 use datafusion::logical_expr::function::AccumulatorArgs;
+use datafusion::logical_expr::{Accumulator, EmitTo, GroupsAccumulator};
 use datafusion::physical_expr::expressions::Literal;
 use sketches_ddsketch::{Config, DDSketch};
 use std::fmt;
+use std::sync::Arc;
 
 /// Up to so many values are kept as they are.
 const EXACT_MAX: usize = 10_000;
@@ -32,24 +37,50 @@ pub(super) fn state() -> Vec<Field> {
     vec![Field::new_list("values", value, true), Field::new("sketch", DataType::Binary, true)]
 }
 
+/// What several percentiles at once answer.
+pub(super) fn answers() -> DataType {
+    DataType::new_list(DataType::Float64, true)
+}
+
 pub(super) fn accumulator(function: &Function, arguments: &AccumulatorArgs) -> Result<Box<dyn Accumulator>> {
-    let answers = Answers::At(fraction(function, arguments)?);
-    Ok(Box::new(Percentile { values: Values::new(EXACT_MAX), takes: Takes::Numbers, answers }))
+    let asked = Asked::of(function, arguments)?;
+    Ok(Box::new(Percentile { values: Values::new(asked.exact_max), asked }))
 }
 
-pub(super) fn storing(_: &Function, _: &AccumulatorArgs) -> Result<Box<dyn Accumulator>> {
-    let values = Values::new(STORED_EXACT_MAX);
-    Ok(Box::new(Percentile { values, takes: Takes::Numbers, answers: Answers::State }))
+pub(super) fn groups(function: &Function, arguments: &AccumulatorArgs) -> Result<Box<dyn GroupsAccumulator>> {
+    Ok(Box::new(Percentiles { asked: Asked::of(function, arguments)?, groups: Vec::new(), held: 0 }))
 }
 
-pub(super) fn merging(function: &Function, arguments: &AccumulatorArgs) -> Result<Box<dyn Accumulator>> {
-    let answers = Answers::At(fraction(function, arguments)?);
-    Ok(Box::new(Percentile { values: Values::new(STORED_EXACT_MAX), takes: Takes::States, answers }))
+/// What a call asks for.
+#[derive(Clone, Debug)]
+struct Asked {
+    exact_max: usize,
+    takes: Takes,
+    answers: Answers,
 }
 
-/// The p of a call.
-fn fraction(function: &Function, arguments: &AccumulatorArgs) -> Result<f64> {
-    let constant = arguments.exprs.get(1).and_then(|p| p.downcast_ref::<Literal>()).map(Literal::value);
+impl Asked {
+    fn of(function: &Function, arguments: &AccumulatorArgs) -> Result<Self> {
+        let (exact_max, takes) = match function.name {
+            "pctl" | "pctls" => (EXACT_MAX, Takes::Numbers),
+            "pctl_state" => (STORED_EXACT_MAX, Takes::Numbers),
+            _ => (STORED_EXACT_MAX, Takes::States),
+        };
+        let answers = match function.name {
+            "pctl_state" => Answers::State,
+            "pctl" | "pctl_merge" => Answers::At(fraction(function, arguments, 1)?),
+            _ => {
+                let each = 1..arguments.exprs.len();
+                Answers::Each(each.map(|index| fraction(function, arguments, index)).collect::<Result<_>>()?)
+            }
+        };
+        Ok(Self { exact_max, takes, answers })
+    }
+}
+
+/// The p of a call, which is its argument of this number.
+fn fraction(function: &Function, arguments: &AccumulatorArgs, index: usize) -> Result<f64> {
+    let constant = arguments.exprs.get(index).and_then(|p| p.downcast_ref::<Literal>()).map(Literal::value);
     match constant {
         Some(ScalarValue::Float64(Some(p))) if (0.0..=1.0).contains(p) => Ok(*p),
         Some(p) => plan_err!(
@@ -63,8 +94,7 @@ fn fraction(function: &Function, arguments: &AccumulatorArgs) -> Result<f64> {
 #[derive(Debug)]
 struct Percentile {
     values: Values,
-    takes: Takes,
-    answers: Answers,
+    asked: Asked,
 }
 
 /// What its rows hold.
@@ -74,11 +104,13 @@ enum Takes {
     States,
 }
 
-/// What is asked of it.
-#[derive(Clone, Copy, Debug)]
+/// What is answered.
+#[derive(Clone, Debug)]
 enum Answers {
     /// The percentile at a fraction.
     At(f64),
+    /// Those at several, in a list; null without values.
+    Each(Vec<f64>),
     /// What answers later.
     State,
 }
@@ -112,11 +144,17 @@ impl Values {
     }
 
     fn add_one(&mut self, value: f64) {
-        if self.sketch.is_none() && self.exact.len() < self.exact_max {
-            self.exact.push(value);
-        } else {
-            self.sketch().add(value);
+        match &mut self.sketch {
+            Some(sketch) => sketch.add(value),
+            None if self.exact.len() < self.exact_max => self.exact.push(value),
+            None => self.sketch().add(value),
         }
+    }
+
+    /// The bytes that it holds beside itself.
+    fn held(&self) -> usize {
+        let sketch = |sketch: &DDSketch| size_of::<DDSketch>() + sketch.length() * size_of::<u64>();
+        self.exact.capacity() * size_of::<f64>() + self.sketch.as_deref().map_or(0, sketch)
     }
 
     /// The sketch, which takes over what was kept until now.
@@ -160,6 +198,12 @@ impl Values {
         }
     }
 
+    /// Those at several fractions; nothing without values.
+    fn each(&mut self, fractions: &[f64]) -> Result<Option<Vec<Option<f64>>>> {
+        let each: Vec<_> = fractions.iter().map(|p| self.at(*p)).collect::<Result<_>>()?;
+        Ok(each.iter().any(Option::is_some).then_some(each))
+    }
+
     fn at(&mut self, p: f64) -> Result<Option<f64>> {
         match &self.sketch {
             Some(sketch) => at_rank(sketch, rank(p, sketch.count())),
@@ -192,10 +236,10 @@ fn rank(p: f64, n: usize) -> usize {
 impl Accumulator for Percentile {
     fn update_batch(&mut self, values: &[ArrayRef]) -> Result<()> {
         let [values, ..] = values else { return plan_err!("pctl takes a column") };
-        match self.takes {
+        match self.asked.takes {
             Takes::Numbers => self.values.add(as_float64_array(values)?),
             Takes::States => {
-                for state in as_binary_array(values)?.iter().flatten() {
+                for state in as_binary_view_array(values)?.iter().flatten() {
                     self.values.add_stored(state)?;
                 }
             }
@@ -204,17 +248,18 @@ impl Accumulator for Percentile {
     }
 
     fn evaluate(&mut self) -> Result<ScalarValue> {
-        Ok(match self.answers {
-            Answers::At(p) => ScalarValue::Float64(self.values.at(p)?),
-            Answers::State => ScalarValue::Binary(self.values.stored()),
+        Ok(match &self.asked.answers {
+            Answers::At(p) => ScalarValue::Float64(self.values.at(*p)?),
+            Answers::Each(fractions) => {
+                let each = self.values.each(fractions)?;
+                ScalarValue::List(Arc::new(list([each])))
+            }
+            Answers::State => ScalarValue::BinaryView(self.values.stored()),
         })
     }
 
     fn size(&self) -> usize {
-        let Values { exact, sketch, .. } = &self.values;
-        let sketch =
-            sketch.as_ref().map_or(0, |sketch| size_of::<DDSketch>() + sketch.length() * size_of::<u64>());
-        size_of_val(self) + exact.capacity() * size_of::<f64>() + sketch
+        size_of_val(self) + self.values.held()
     }
 
     fn state(&mut self) -> Result<Vec<ScalarValue>> {
@@ -235,6 +280,139 @@ impl Accumulator for Percentile {
         }
         Ok(())
     }
+}
+
+/// The same of many groups.
+#[derive(Debug)]
+struct Percentiles {
+    asked: Asked,
+    groups: Vec<Values>,
+    /// What they hold beside themselves, counted as it grows: there may be more groups than rows in a batch.
+    held: usize,
+}
+
+impl Percentiles {
+    /// Lets something be done with the values of a group.
+    fn with<T>(&mut self, group: usize, change: impl FnOnce(&mut Values) -> T) -> T {
+        let values = &mut self.groups[group];
+        let before = values.held();
+        let done = change(values);
+        // A sketch takes less than the values before it.
+        self.held = self.held + values.held() - before;
+        done
+    }
+
+    fn grow(&mut self, count: usize) {
+        let exact_max = self.asked.exact_max;
+        self.groups.resize_with(count, || Values::new(exact_max));
+    }
+
+    fn take(&mut self, emit: EmitTo) -> Vec<Values> {
+        let taken = emit.take_needed(&mut self.groups);
+        self.held -= taken.iter().map(Values::held).sum::<usize>();
+        taken
+    }
+}
+
+impl GroupsAccumulator for Percentiles {
+    fn update_batch(
+        &mut self,
+        values: &[ArrayRef],
+        groups: &[usize],
+        filter: Option<&BooleanArray>,
+        count: usize,
+    ) -> Result<()> {
+        let [values, ..] = values else { return plan_err!("pctl takes a column") };
+        self.grow(count);
+        let is_meant = |row: usize| {
+            let is_let = filter.is_none_or(|filter| filter.is_valid(row) && filter.value(row));
+            is_let && values.is_valid(row)
+        };
+        match self.asked.takes {
+            Takes::Numbers => {
+                let numbers = as_float64_array(values)?;
+                for (row, (&group, &value)) in groups.iter().zip(numbers.values()).enumerate() {
+                    if value.is_finite() && is_meant(row) {
+                        self.with(group, |values| values.add_one(value));
+                    }
+                }
+            }
+            Takes::States => {
+                let states = as_binary_view_array(values)?;
+                for (row, &group) in groups.iter().enumerate() {
+                    if is_meant(row) {
+                        self.with(group, |values| values.add_stored(states.value(row)))?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn evaluate(&mut self, emit: EmitTo) -> Result<ArrayRef> {
+        let mut groups = self.take(emit);
+        Ok(match &self.asked.answers {
+            Answers::At(p) => {
+                let answers = groups.iter_mut().map(|values| values.at(*p));
+                Arc::new(answers.collect::<Result<Float64Array>>()?)
+            }
+            Answers::Each(fractions) => {
+                let answers = groups.iter_mut().map(|values| values.each(fractions));
+                Arc::new(list(answers.collect::<Result<Vec<_>>>()?))
+            }
+            Answers::State => {
+                let answers = groups.iter_mut().map(Values::stored);
+                Arc::new(answers.collect::<BinaryViewArray>())
+            }
+        })
+    }
+
+    fn state(&mut self, emit: EmitTo) -> Result<Vec<ArrayRef>> {
+        let groups = self.take(emit);
+        let values = list(groups.iter().map(|values| Some(values.exact.iter().copied().map(Some))));
+        let sketches =
+            groups.iter().map(|values| values.sketch.as_ref().map(|sketch| sketch.to_java_bytes()));
+        Ok(vec![Arc::new(values), Arc::new(sketches.collect::<BinaryArray>())])
+    }
+
+    fn merge_batch(&mut self, states: &[ArrayRef], groups: &[usize], count: usize) -> Result<()> {
+        let [values, sketches] = states else { return plan_err!("pctl has a state of two parts") };
+        let (lists, sketches) = (as_list_array(values)?, as_binary_array(sketches)?);
+        self.grow(count);
+        for (row, &group) in groups.iter().enumerate() {
+            if lists.is_valid(row) {
+                let list = lists.value(row);
+                let numbers = as_float64_array(&list)?;
+                self.with(group, |values| values.add(numbers));
+            }
+            if sketches.is_valid(row) {
+                self.with(group, |values| values.add_sketch(sketches.value(row)))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn convert_to_state(&self, values: &[ArrayRef], filter: Option<&BooleanArray>) -> Result<Vec<ArrayRef>> {
+        let rows = values.first().map_or(0, |column| column.len());
+        let mut one_each = Self { asked: self.asked.clone(), groups: Vec::new(), held: 0 };
+        one_each.update_batch(values, &(0..rows).collect::<Vec<_>>(), filter, rows)?;
+        one_each.state(EmitTo::All)
+    }
+
+    fn size(&self) -> usize {
+        self.groups.capacity() * size_of::<Values>() + self.held
+    }
+}
+
+/// A list a row.
+fn list(rows: impl IntoIterator<Item = Option<impl IntoIterator<Item = Option<f64>>>>) -> ListArray {
+    let mut lists = ListBuilder::new(Float64Builder::new());
+    for row in rows {
+        let is_list = row.is_some();
+        row.into_iter().flatten().for_each(|value| lists.values().append_option(value));
+        lists.append(is_list);
+    }
+    lists.finish()
 }
 
 fn at_rank(sketch: &DDSketch, rank: usize) -> Result<Option<f64>> {

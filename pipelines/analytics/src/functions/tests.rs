@@ -4,7 +4,7 @@ use super::*;
 use arrow::array::{Array, BooleanArray, Float64Array, Int64Array, RecordBatch, StringArray, StructArray};
 use arrow::datatypes::Schema;
 use arrow::util::pretty::pretty_format_batches;
-use datafusion::common::cast::{as_binary_array, as_float64_array};
+use datafusion::common::cast::{as_binary_view_array, as_float64_array};
 use datafusion::datasource::MemTable;
 use datafusion::prelude::{SessionConfig, SessionContext};
 use forebay_estimators::{Cell, Confidence, Stratum};
@@ -278,12 +278,139 @@ async fn stored_states_answer_as_their_values_do_however_they_were_cut() {
     }
 }
 
+/// Groups are worked out all at once, and where there are nearly as many of them as rows, rows become states without being grouped.
+#[tokio::test]
+async fn groups_are_told_what_each_would_be_alone() {
+    let rows = 250_000;
+    let x = values("heavy", rows);
+    let key_of = |row: usize| if row < 30_000 { row % 2 } else { row };
+    let some = |row: usize| (row % 9 != 0).then_some(x[row]);
+    let x_of_two: [Vec<f64>; 2] =
+        [0, 1].map(|key| (0..30_000).filter(|row| row % 2 == key).filter_map(some).collect());
+    for partitions in [1, 5] {
+        let keys = Int64Array::from_iter_values((0..rows).map(|row| bigint(key_of(row) as u64)));
+        let columns: [(&str, ArrayRef); 4] = [
+            ("k", Arc::new(keys)),
+            ("x", Arc::new((0..rows).map(some).collect::<Float64Array>())),
+            (
+                "nano",
+                Arc::new(
+                    (0..rows).map(|row| (row % 3 != 0).then_some(bigint(row as u64))).collect::<Int64Array>(),
+                ),
+            ),
+            (
+                "is_let",
+                Arc::new(
+                    (0..rows).map(|row| (row % 5 != 0).then_some(row % 4 == 0)).collect::<BooleanArray>(),
+                ),
+            ),
+        ];
+        let context = with_table(&columns, partitions);
+        let sql = "SELECT k, pctl(x, 0.9) AS p, pctl(x, 0.9) FILTER (WHERE is_let) AS f, cost_per_1k(nano, 10) AS c, \
+                   cost_per_1k(nano, k) FILTER (WHERE is_let) AS d FROM t GROUP BY k ORDER BY k";
+        let got =
+            arrow::compute::concat_batches(&ask(&context, sql).await[0].schema(), &ask(&context, sql).await)
+                .unwrap();
+        assert_eq!(got.num_rows(), rows - 30_000 + 2);
+        let column = |index: usize| as_float64_array(got.column(index)).unwrap().clone();
+        let (all, filtered, ratios) = (column(1), column(2), column(3));
+        for (key, x) in x_of_two.iter().enumerate() {
+            let wanted = exact(x, 0.9);
+            assert!(
+                (all.value(key) - wanted).abs() <= 0.010_000_001 * wanted,
+                "{} and not {wanted}",
+                all.value(key)
+            );
+        }
+        for (index, row) in (30_000..rows).enumerate() {
+            let index = index + 2;
+            assert_eq!(all.is_valid(index).then(|| all.value(index)), some(row));
+            let is_let = row % 5 != 0 && row % 4 == 0;
+            assert_eq!(filtered.is_valid(index).then(|| filtered.value(index)), some(row).filter(|_| is_let));
+            assert_eq!(ratios.is_valid(index), row % 3 != 0);
+        }
+        // And the same of one group, which is worked out by itself.
+        for key in [0, 1, 100_000] {
+            let alone = format!(
+                "SELECT {key}, pctl(x, 0.9), pctl(x, 0.9) FILTER (WHERE is_let), cost_per_1k(nano, 10), \
+                                 cost_per_1k(nano, k) FILTER (WHERE is_let) FROM t WHERE k = {key}"
+            );
+            let shown = |batches: &[RecordBatch]| {
+                let shown = pretty_format_batches(batches).unwrap().to_string();
+                let cells = shown
+                    .lines()
+                    .nth(3)
+                    .unwrap()
+                    .trim_matches('|')
+                    .split('|')
+                    .map(|cell| cell.trim().to_owned());
+                cells.collect::<Vec<_>>()
+            };
+            let grouped = format!("SELECT * FROM ({sql}) WHERE k = {key}");
+            assert_eq!(shown(&ask(&context, &grouped).await), shown(&ask(&context, &alone).await), "{key}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn percentiles_of_the_same_values_are_told_by_one_aggregate() {
+    let rows = 20_000;
+    let columns: [(&str, ArrayRef); 3] = [
+        ("k", Arc::new(Int64Array::from_iter_values((0..rows).map(|row| row % 4)))),
+        ("x", Arc::new(Float64Array::from_iter((0..rows).map(|row| (row % 4 != 3).then_some(row as f64))))),
+        ("y", Arc::new(Float64Array::from(values("heavy", 20_000)))),
+    ];
+    let plain = with_table(&columns, 3);
+    let rules: Vec<Arc<dyn datafusion::optimizer::OptimizerRule + Send + Sync>> = vec![Arc::new(Share)];
+    let rules = rules.into_iter().chain(datafusion::optimizer::Optimizer::new().rules).collect();
+    let shared = datafusion::execution::session_state::SessionStateBuilder::new_from_existing(plain.state());
+    let shared = SessionContext::new_with_state(shared.with_optimizer_rules(rules).build());
+    for (of, merged) in [("GROUP BY k", "GROUP BY k % 2"), ("", "")] {
+        let calls = "count(*) AS n, pctl(x, 0.5) AS a, pctl(y, 0.5) AS b, pctl(x, 1) AS c, pctl(x, 0.5) FILTER (WHERE k = 1) AS d, \
+                     pctl(x, 0.1) FILTER (WHERE k = 1) AS e, sum(k) AS s, pctl(x, 0.99) AS g";
+        let first =
+            |key: &'static str, of: &str| if of.is_empty() { String::new() } else { format!("{key}, ") };
+        let states = "(SELECT k, pctl_state(x) AS x, pctl_state(y) AS y FROM t GROUP BY k)";
+        for (sql, together, alone) in [
+            (format!("SELECT {}{calls} FROM t {of}", first("k", of)), 2, 1),
+            (
+                format!(
+                    "SELECT {}pctl_merge(x, 0.5), pctl_merge(y, 0.5), pctl_merge(x, 0.9) FROM {states} {merged}",
+                    first("k % 2", of)
+                ),
+                1,
+                1,
+            ),
+        ] {
+            let plan = shared.sql(&sql).await.unwrap().into_optimized_plan().unwrap().to_string();
+            let aggregates = plan.lines().find(|line| line.contains("Aggregate: ")).unwrap();
+            // Where a whole number was cast, the name that it had before stands beside it.
+            let aggregates = aggregates.replace(" AS pctls", "");
+            assert_eq!(aggregates.matches("pctls").count(), together, "{plan}");
+            assert_eq!(
+                aggregates.matches("pctl(").count() + aggregates.matches("pctl_merge(").count(),
+                alone,
+                "{plan}"
+            );
+            let answered = async |context: &SessionContext| {
+                let shown = pretty_format_batches(&ask(context, &sql).await).unwrap().to_string();
+                let mut lines: Vec<_> = shown.lines().map(str::to_owned).collect();
+                lines.sort_unstable();
+                lines
+            };
+            assert_eq!(answered(&shared).await, answered(&plain).await, "{sql}");
+        }
+    }
+    let told = refused(&shared, "SELECT pctl(x, 0.5), pctl(x, 50) FROM t").await;
+    assert!(told.contains("pctl(x, p): p is 50; it must lie from 0 to 1"), "{told}");
+}
+
 #[tokio::test]
 async fn a_state_is_small_and_what_is_none_is_told() {
     let size = async |rows: usize| {
         let x: ArrayRef = Arc::new(Float64Array::from(values("uniform", rows)));
         let got = ask(&with_table(&[("x", x)], 1), "SELECT pctl_state(x) FROM t").await;
-        as_binary_array(got[0].column(0)).unwrap().value(0).len()
+        as_binary_view_array(got[0].column(0)).unwrap().value(0).len()
     };
     assert_eq!((size(1).await, size(100).await), (9, 801));
     // Of values over three powers of ten: 350 that are more than 2% apart.
