@@ -5,6 +5,8 @@
 //!
 //! Invariant: nothing is written, registered or set by a query; two queries share only the memory and disk that they may take.
 
+mod regroup;
+
 use crate::functions::{self, Prices, Share};
 use crate::guards::{self, Extent, Guarded, Limits, Refused, Scope};
 use crate::kafka_table;
@@ -341,7 +343,7 @@ fn state(limits: &Limits, prices: Option<Arc<Prices>>) -> Result<SessionState, D
         .with_create_default_catalog_and_schema(false)
         .with_information_schema(true)
         .set_bool("datafusion.sql_parser.collect_spans", true);
-    let own: [Arc<dyn OptimizerRule + Send + Sync>; 1] = [Arc::new(Share)];
+    let own: [Arc<dyn OptimizerRule + Send + Sync>; 2] = [Arc::new(regroup::Regroup), Arc::new(Share)];
     let mut state = SessionStateBuilder::new_with_default_features()
         .with_config(config)
         .with_runtime_env(runtime)

@@ -225,6 +225,21 @@ fn aggregate(function: &'static Function) -> Result<Aggregate> {
     Ok(Aggregate { function, signature, returns, state, start, grouped })
 }
 
+/// `pctl_state` of one row alone: for what puts a row in the place of a group.
+pub(crate) fn state_of_one() -> Arc<ScalarUDF> {
+    static FUNCTION: Function = Function {
+        name: "pctl_state_of_one",
+        call: "pctl_state_of_one(x)",
+        is_aggregate: false,
+        meaning: "What `pctl_state` answers of this value alone.",
+        arguments: &[Number],
+        required: 1,
+    };
+    let signature = Signature::user_defined(Volatility::Immutable);
+    let (returns, apply) = (DataType::BinaryView, Arc::new(pctl::state_of_one));
+    Arc::new(ScalarUDF::from(Scalar { function: &FUNCTION, signature, returns, apply }))
+}
+
 impl Function {
     /// The types that the arguments are cast to, or what is wrong with them.
     fn coerce(&self, given: &[DataType]) -> Result<Vec<DataType>> {

@@ -51,6 +51,17 @@ pub(super) fn groups(function: &Function, arguments: &AccumulatorArgs) -> Result
     Ok(Box::new(Percentiles { asked: Asked::of(function, arguments)?, groups: Vec::new(), held: 0 }))
 }
 
+pub(super) fn state_of_one(columns: &[ArrayRef]) -> Result<ArrayRef> {
+    let [values] = columns else { return plan_err!("pctl_state_of_one takes one argument") };
+    let states = as_float64_array(values)?.iter().map(|value| {
+        let value = value.filter(|value| value.is_finite())?;
+        let mut state = [VALUES; 1 + size_of::<f64>()];
+        state[1..].copy_from_slice(&value.to_le_bytes());
+        Some(state)
+    });
+    Ok(Arc::new(states.collect::<BinaryViewArray>()))
+}
+
 /// What a call asks for.
 #[derive(Clone, Debug)]
 struct Asked {

@@ -195,6 +195,18 @@ async fn a_verdict_counts_once_and_the_last_label_holds() {
     assert_eq!(tables.ask(told).await, "j 0.3 labels_only 10 20 0.25 true");
 }
 
+/// Views say of days that are not rolled up what their rows say, in as many groupings as the view has.
+#[tokio::test]
+async fn views_make_no_hours_that_they_add_up_again() {
+    let session = some().await.session(Limits::default(), Scope::All);
+    for view in ["cost_daily", "cost_by_tenant_model", "latency", "cache_savings", "focus_1_3"] {
+        let plan = session.collect(&format!("EXPLAIN FORMAT INDENT SELECT * FROM {view}")).await.unwrap();
+        let plan = shown(&plan);
+        assert!(!plan.contains("date_trunc(Utf8(\"hour\")"), "{view}: {plan}");
+        assert_eq!(plan.matches("Aggregate: groupBy").count(), 1, "{view}: {plan}");
+    }
+}
+
 #[tokio::test]
 async fn a_session_sees_what_was_committed_before_its_query() {
     let tables = some().await;
