@@ -285,8 +285,14 @@ impl TableProvider for Guarded {
         if !read.contains(&tenant) {
             read.push(tenant);
         }
-        // The rows are filtered here whatever the table makes of the predicate; it may spare us whole files.
+        // The rows are filtered here whatever the table makes of the predicate; it may spare us whole files. Those of the user that are
+        // harmless are tried here too: from above the barrier they would not be heard of where parts of files are left out.
         filters.retain(is_harmless);
+        let is_read = |filter: &&Expr| {
+            let mut columns = filter.column_refs().into_iter();
+            columns.all(|column| read.iter().any(|index| schema.field(*index).name() == &column.name))
+        };
+        let tried = filters.iter().filter(is_read).cloned().fold(of_scope.clone(), Expr::and);
         filters.push(of_scope.clone());
         let can_prune = self.inner.supports_filters_pushdown(&[&of_scope])?;
         if can_prune.contains(&TableProviderFilterPushDown::Unsupported) {
@@ -294,7 +300,7 @@ impl TableProvider for Guarded {
         }
         let scanned = self.inner.scan(session, Some(&read), &filters, None).await?;
         let columns = scanned.schema().to_dfschema()?;
-        let predicate = session.create_physical_expr(of_scope, &columns)?;
+        let predicate = session.create_physical_expr(tried, &columns)?;
         let kept: Vec<usize> = (0..wanted.len()).collect();
         let filtered = FilterExecBuilder::new(predicate, scanned).apply_projection(Some(kept))?.build()?;
         Ok(Arc::new(Barrier { input: Arc::new(filtered) }))

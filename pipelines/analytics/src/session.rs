@@ -5,6 +5,7 @@
 //!
 //! Invariant: nothing is written, registered or set by a query; two queries share only the memory and disk that they may take.
 
+mod late;
 mod regroup;
 
 use crate::functions::{self, Prices, Share};
@@ -36,7 +37,6 @@ use datafusion::prelude::{DataFrame, SessionConfig, SessionContext, col};
 use datafusion::sql::parser::{DFParserBuilder, Statement};
 use datafusion::sql::sqlparser::parser::ParserError;
 use deltalake_core::DeltaTable;
-use deltalake_core::delta_datafusion::{DeltaScanConfig, DeltaScanNext};
 use futures::StreamExt as _;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::fmt;
@@ -448,13 +448,8 @@ impl Snapshot {
             days.insert(day);
         }
         extent.days = days.len();
-        // The day as a date, and not as a dictionary of dates.
-        let config = DeltaScanConfig::new().with_wrap_partition_values(false);
-        let mut scan = DeltaScanNext::new(snapshot.snapshot().clone(), config)?;
-        if !has_all {
-            scan = scan.with_file_paths(paths);
-        }
-        Ok(self.guarded(table, Arc::new(scan), extent))
+        let rows = late::Rows::new(snapshot, (!has_all).then_some(paths))?;
+        Ok(self.guarded(table, Arc::new(rows), extent))
     }
 
     fn guarded(&self, table: Table, inner: Arc<dyn TableProvider>, extent: Extent) -> Arc<dyn TableProvider> {

@@ -195,6 +195,28 @@ async fn a_verdict_counts_once_and_the_last_label_holds() {
     assert_eq!(tables.ask(told).await, "j 0.3 labels_only 10 20 0.25 true");
 }
 
+#[tokio::test]
+async fn a_predicate_is_tried_before_many_columns_are_read_and_beside_few() {
+    let tables = some().await;
+    let all = tables.session(Limits::default(), Scope::All);
+    let one = tables.session(Limits::default(), Scope::Tenants(vec!["acme".to_owned()]));
+    let few = "SELECT tenant, total_us FROM outcomes WHERE status = 'answered'";
+    let many = "SELECT * FROM outcomes WHERE status = 'answered'";
+    for (session, sql, is_beside, rows) in
+        [(&all, few, true, 5), (&all, many, false, 5), (&one, few, true, 4), (&one, many, true, 4)]
+    {
+        let plan = shown(&session.collect(&format!("EXPLAIN FORMAT INDENT {sql}")).await.unwrap());
+        assert_eq!(plan.contains("FilterExec"), is_beside, "{plan}");
+        // Either way parts of files are left out by it.
+        let pruned = plan.split_once("pruning_predicate=").unwrap().1;
+        assert!(pruned.contains("status_min"), "{plan}");
+        assert_eq!(
+            session.collect(sql).await.unwrap().iter().map(RecordBatch::num_rows).sum::<usize>(),
+            rows
+        );
+    }
+}
+
 /// Views say of days that are not rolled up what their rows say, in as many groupings as the view has.
 #[tokio::test]
 async fn views_make_no_hours_that_they_add_up_again() {
