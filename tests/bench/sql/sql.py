@@ -239,11 +239,11 @@ def tables(layout):
     size = sum(os.stat(file.removeprefix("file://")).st_size for file in found)
     hours = ""
     if layout != unjoined:
-        adds = DeltaTable(str(root / "outcomes_hourly")).get_add_actions(flatten=True).to_pylist()
-        days = {str(add["partition.date"]) for add in adds}
-        if len(days) != DAYS:
-            raise SystemExit(f"{len(days)} of {DAYS} days are rolled up in {root}")
-        hours = f", rolled up into {sum(add['num_records'] for add in adds)} rows, {sum(add['size_bytes'] for add in adds) / 1e6:.0f} MB"
+        adds = DeltaTable(str(root / "outcomes_hourly")).get_add_actions(flatten=True)
+        days, rows, sizes = (adds.column(name).to_pylist() for name in ("partition.date", "num_records", "size_bytes"))
+        if len(set(days)) != DAYS:
+            raise SystemExit(f"{len(set(days))} of {DAYS} days are rolled up in {root}")
+        hours = f", rolled up into {sum(rows)} rows, {sum(sizes) / 1e6:.0f} MB"
     print(f"{layout}: {len(found)} files, {size / 1e6:.0f} MB{hours}, {time.monotonic() - began:.0f} s to make or find",
           file=sys.stderr, flush=True)
     return root

@@ -44,6 +44,11 @@ static TOGETHER: [(&str, Function); 2] = [
     ),
 ];
 
+/// What the rule puts in the place of what was called.
+pub(super) fn functions() -> impl Iterator<Item = &'static Function> {
+    TOGETHER.iter().map(|(_, function)| function)
+}
+
 /// The rule.
 #[derive(Debug)]
 pub(crate) struct Share;
