@@ -128,6 +128,14 @@ pub enum Refused {
         "EXPLAIN ANALYZE, EXPLAIN VERBOSE and costs are for users of all tenants, since they tell of rows of others; write EXPLAIN"
     )]
     Metrics,
+    /// Only the process of who asks could.
+    #[error("{what} cannot be read by executors; ask without --scheduler{instead}")]
+    Local {
+        /// What.
+        what: &'static str,
+        /// What else would be answered.
+        instead: &'static str,
+    },
 }
 
 /// Refuses whatever is not a question.
@@ -169,6 +177,12 @@ pub struct Guarded {
     pub scope: Scope,
 }
 
+impl From<Refused> for DataFusionError {
+    fn from(refused: Refused) -> Self {
+        Self::External(Box::new(refused))
+    }
+}
+
 impl Guarded {
     fn check_bound(&self, filters: &[Expr]) -> Result<(), Refused> {
         let Limits { scan_bytes, scan_days, whole_bytes, .. } = self.limits;
@@ -206,7 +220,7 @@ fn is_bound(filter: &Expr, time: &str) -> bool {
 
 /// Whether a predicate can be worked out on any row without an error, so that it may be tried before it is known whose the row is:
 /// a column compared with a constant of its type.
-fn is_harmless(filter: &Expr) -> bool {
+pub(crate) fn is_harmless(filter: &Expr) -> bool {
     let is_column = |expr: &Expr| matches!(expr, Expr::Column(_));
     let is_constant = |expr: &Expr| matches!(expr, Expr::Literal(..));
     match filter {
@@ -267,7 +281,7 @@ impl TableProvider for Guarded {
         filters: &[Expr],
         limit: Option<usize>,
     ) -> Result<Arc<dyn ExecutionPlan>> {
-        self.check_bound(filters).map_err(|refused| DataFusionError::External(Box::new(refused)))?;
+        self.check_bound(filters)?;
         let useful = self.inner.supports_filters_pushdown(&filters.iter().collect::<Vec<_>>())?;
         let useful =
             filters.iter().zip(useful).filter(|(_, use_)| *use_ != TableProviderFilterPushDown::Unsupported);
@@ -303,14 +317,21 @@ impl TableProvider for Guarded {
         let predicate = session.create_physical_expr(tried, &columns)?;
         let kept: Vec<usize> = (0..wanted.len()).collect();
         let filtered = FilterExecBuilder::new(predicate, scanned).apply_projection(Some(kept))?.build()?;
-        Ok(Arc::new(Barrier { input: Arc::new(filtered) }))
+        Ok(Arc::new(Barrier::new(Arc::new(filtered))))
     }
 }
 
 /// Lets rows through and nothing else: no predicate of a user goes down past it, and no number of rows below it comes up.
 #[derive(Debug)]
-struct Barrier {
+pub(crate) struct Barrier {
     input: Arc<dyn ExecutionPlan>,
+}
+
+impl Barrier {
+    /// Around rows of a scope.
+    pub(crate) fn new(input: Arc<dyn ExecutionPlan>) -> Self {
+        Self { input }
+    }
 }
 
 impl DisplayAs for Barrier {

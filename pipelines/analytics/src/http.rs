@@ -302,7 +302,9 @@ fn refused(error: &QueryError) -> Response {
         QueryError::Refused(_) => (StatusCode::FORBIDDEN, None),
         QueryError::Memory { .. } => (StatusCode::UNPROCESSABLE_ENTITY, None),
         QueryError::Deadline(_) => (StatusCode::GATEWAY_TIMEOUT, None),
-        QueryError::Lake(_) | QueryError::Prepare(_) => (StatusCode::SERVICE_UNAVAILABLE, None),
+        QueryError::Lake(_) | QueryError::Cluster(_) | QueryError::Prepare(_) => {
+            (StatusCode::SERVICE_UNAVAILABLE, None)
+        }
     };
     problem(status, &error.to_string(), at)
 }

@@ -392,6 +392,8 @@ pub struct Function {
     pub scope: Scope,
     /// How many messages a query may read.
     pub messages: u64,
+    /// Whether others work queries out, who have no Kafka.
+    pub is_far: bool,
 }
 
 impl fmt::Debug for Function {
@@ -403,7 +405,10 @@ impl fmt::Debug for Function {
 impl TableFunctionImpl for Function {
     fn call_with_args(&self, arguments: TableFunctionArgs) -> Result<Arc<dyn TableProvider>> {
         if self.scope != Scope::All {
-            return Err(DataFusionError::External(Box::new(Refused::Topics)));
+            return Err(Refused::Topics.into());
+        }
+        if self.is_far {
+            return Err(Refused::Local { what: "kafka()", instead: "" }.into());
         }
         let Some(kafka) = &self.kafka else {
             return plan_err!(

@@ -15,7 +15,7 @@ use deltalake_core::{
     kernel::{Add, StructField, engine::arrow_conversion::TryIntoKernel as _, transaction::CommitProperties},
     logstore::{
         LogStore, LogStoreFactory, ObjectStoreFactory, ObjectStoreRef, StorageConfig, default_logstore,
-        logstore_factories, object_store_factories,
+        logstore_factories, logstore_for, object_store_factories,
     },
     operations::create::CreateBuilder,
     protocol::SaveMode,
@@ -89,6 +89,15 @@ pub async fn find(root: &Url, options: &Options, table: Table) -> Result<Option<
     let fault =
         |source| Error { doing: "open", table: table.name(), url: url.to_string(), source: Box::new(source) };
     load.await.map_err(fault)
+}
+
+/// The store of all tables, by paths that begin at `root`: for who reads files that the log has named to another.
+pub fn store(root: &Url, options: &Options) -> Result<Arc<dyn ObjectStore>, Error> {
+    register();
+    let store = StorageConfig::parse_options(options).and_then(|config| logstore_for(root, config));
+    let fault =
+        |source| Error { doing: "open", table: "files", url: root.to_string(), source: Box::new(source) };
+    Ok(store.map_err(fault)?.object_store(None))
 }
 
 /// Where a table lies.

@@ -6,6 +6,7 @@
 //!
 //! Invariant: nothing here is linked by `forebay`. Whoever edits an operator never waits for DataFusion.
 
+pub mod cluster;
 mod compact;
 #[cfg(test)]
 mod dashboards;

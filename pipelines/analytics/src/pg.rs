@@ -532,7 +532,7 @@ fn refused(fault: SessionError) -> PgWireError {
         SessionError::Refused(_) => "42501",
         SessionError::Deadline(_) => "57014",
         SessionError::Memory { .. } => "53200",
-        SessionError::Lake(_) | SessionError::Prepare(_) => "58000",
+        SessionError::Lake(_) | SessionError::Cluster(_) | SessionError::Prepare(_) => "58000",
     };
     let mut text = fault.to_string();
     let mut cause = std::error::Error::source(&fault);

@@ -8,6 +8,7 @@
 mod late;
 mod regroup;
 
+use crate::cluster::{self, Cluster, scan::Shared};
 use crate::functions::{self, Prices, Share};
 use crate::guards::{self, Extent, Guarded, Limits, Refused, Scope};
 use crate::kafka_table;
@@ -26,11 +27,11 @@ use datafusion::catalog::{
 use datafusion::common::runtime::SpawnedTask;
 use datafusion::common::{DataFusionError, ParamValues};
 use datafusion::datasource::{empty::EmptyTable, provider_as_source};
-use datafusion::execution::SendableRecordBatchStream;
 use datafusion::execution::disk_manager::DiskManagerBuilder;
 use datafusion::execution::memory_pool::{FairSpillPool, TrackConsumersPool};
 use datafusion::execution::runtime_env::RuntimeEnvBuilder;
 use datafusion::execution::session_state::{SessionState, SessionStateBuilder};
+use datafusion::execution::{FunctionRegistry, SendableRecordBatchStream};
 use datafusion::logical_expr::{LogicalPlan, LogicalPlanBuilder, TableType, cast};
 use datafusion::optimizer::{Optimizer, OptimizerRule};
 use datafusion::prelude::{DataFrame, SessionConfig, SessionContext, col};
@@ -92,6 +93,9 @@ pub enum Error {
     /// A table could not be read.
     #[error(transparent)]
     Lake(#[from] Box<lake::Error>),
+    /// Those who would work it out do not.
+    #[error(transparent)]
+    Cluster(#[from] Box<cluster::Error>),
     /// The session could not be made.
     #[error("could not prepare SQL")]
     Prepare(#[source] DataFusionError),
@@ -110,6 +114,8 @@ pub struct Session {
     base: SessionState,
     limits: Limits,
     scope: Scope,
+    /// Who works queries out; this process where there is none.
+    cluster: Option<Cluster>,
 }
 
 /// Rows as they come. Dropped, it stops the query.
@@ -136,7 +142,7 @@ impl Session {
         let base = state(&limits, prices).map_err(Error::Prepare)?;
         let lake = Arc::new(Lake { root, options, live, tables: Mutex::default() });
         let workers = Arc::new(Workers::start().map_err(|fault| Error::Prepare(fault.into()))?);
-        Ok(Self { workers, lake, base, limits, scope: Scope::All }.scoped(scope))
+        Ok(Self { workers, lake, base, limits, scope: Scope::All, cluster: None }.scoped(scope))
     }
 
     /// The same session with an option of the engine, such as `datafusion.execution.target_partitions`.
@@ -146,10 +152,27 @@ impl Session {
         Ok(self)
     }
 
+    /// The same session, whose queries are worked out by others.
+    pub fn on(mut self, cluster: Cluster) -> Self {
+        let config = cluster::planned(self.base.config().clone());
+        self.base = SessionStateBuilder::new_from_existing(self.base).with_config(config).build();
+        self.cluster = Some(cluster);
+        let scope = self.scope.clone();
+        self.scoped(scope)
+    }
+
+    /// Waits until queries that were given up are given up by all who worked on them, and asks no more.
+    pub(crate) async fn leave(&self) {
+        if let Some(cluster) = &self.cluster {
+            cluster.leave().await;
+        }
+    }
+
     /// A session of another user, with the same tables, memory and limits.
     pub fn scoped(&self, scope: Scope) -> Self {
         let kafka = self.lake.live.as_ref().map(|live| live.kafka().clone());
-        let topics = kafka_table::Function { kafka, scope: scope.clone(), messages: self.limits.messages };
+        let (messages, is_far) = (self.limits.messages, self.cluster.is_some());
+        let topics = kafka_table::Function { kafka, scope: scope.clone(), messages, is_far };
         let mut base = self.base.clone();
         base.register_udtf("kafka", Arc::new(topics));
         Self { base, scope, ..self.clone() }
@@ -256,7 +279,12 @@ impl Session {
         if let Some(parameters) = parameters {
             plan = plan.replace_params_with_values(&parameters).map_err(explained)?;
         }
-        DataFrame::new(state, plan).execute_stream().await.map_err(explained)
+        let Some(cluster) = &self.cluster else {
+            return DataFrame::new(state, plan).execute_stream().await.map_err(explained);
+        };
+        let task = state.task_ctx();
+        let plan = state.create_physical_plan(&plan).await.map_err(explained)?;
+        cluster.execute(plan, task).await.map_err(explained)
     }
 
     /// A context of its own for a query, in which no table has been read.
@@ -265,6 +293,7 @@ impl Session {
             lake: Arc::clone(&self.lake),
             limits: self.limits,
             scope: self.scope.clone(),
+            is_far: self.cluster.is_some(),
             pinned: tokio::sync::Mutex::default(),
             found: Mutex::default(),
             state: OnceLock::new(),
@@ -349,8 +378,21 @@ fn state(limits: &Limits, prices: Option<Arc<Prices>>) -> Result<SessionState, D
         .with_runtime_env(runtime)
         .with_optimizer_rules(own.into_iter().chain(Optimizer::new().rules).collect())
         .build();
-    functions::register(&mut state, prices, || chrono::Utc::now().timestamp_micros())?;
+    register(&mut state, prices)?;
     Ok(state)
+}
+
+/// Makes our functions known, by the clock of the system.
+pub(crate) fn register(
+    registry: &mut dyn FunctionRegistry,
+    prices: Option<Arc<Prices>>,
+) -> Result<(), DataFusionError> {
+    functions::register(registry, prices, now_us)
+}
+
+/// Now, in µs since 1970.
+pub(crate) fn now_us() -> i64 {
+    chrono::Utc::now().timestamp_micros()
 }
 
 /// The tables as they were last seen, so that the next query reads only what was committed since.
@@ -388,6 +430,8 @@ struct Snapshot {
     lake: Arc<Lake>,
     limits: Limits,
     scope: Scope,
+    /// Whether others read the files.
+    is_far: bool,
     /// The version of each table that the query sees; nothing where there is no table.
     pinned: tokio::sync::Mutex<HashMap<Table, Option<DeltaTable>>>,
     found: Mutex<HashMap<String, Arc<dyn TableProvider>>>,
@@ -448,6 +492,10 @@ impl Snapshot {
             days.insert(day);
         }
         extent.days = days.len();
+        if self.is_far {
+            let rows = Shared::new(table, version, wanted)?;
+            return Ok(self.guarded(table, Arc::new(rows), extent));
+        }
         let rows = late::Rows::new(snapshot, (!has_all).then_some(paths))?;
         Ok(self.guarded(table, Arc::new(rows), extent))
     }
@@ -515,6 +563,9 @@ impl Snapshot {
 
     /// The rows of a table, and behind them those that are not in it yet.
     async fn of_live(&self) -> Result<Arc<dyn TableProvider>, DataFusionError> {
+        if self.is_far {
+            return Err(Refused::Local { what: live::NAME, instead: ", or ask outcomes" }.into());
+        }
         let stored = self.of_table(live::TABLE).await?;
         let Some(live) = &self.lake.live else {
             warn!("there is no Kafka, so {} is what is in table {} already", live::NAME, live::TABLE.name());
@@ -615,6 +666,10 @@ fn unwrapped(error: DataFusionError) -> Result<Error, DataFusionError> {
         DataFusionError::External(inner) => {
             let inner = match inner.downcast::<Refused>() {
                 Ok(refused) => return Ok(Error::Refused(*refused)),
+                Err(inner) => inner,
+            };
+            let inner = match inner.downcast::<cluster::Error>() {
+                Ok(fault) => return Ok(Error::Cluster(fault)),
                 Err(inner) => inner,
             };
             match inner.downcast::<lake::Error>() {

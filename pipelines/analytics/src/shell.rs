@@ -2,6 +2,7 @@
 //!
 //! Invariant: standard output holds answers and nothing else. A query that fails ends a script with its place, and in the shell only itself.
 
+use crate::cluster::{self, Cluster};
 use crate::format::{self, Format};
 use crate::functions::{FUNCTIONS, Prices};
 use crate::guards::{Limits, Scope, Users};
@@ -13,7 +14,7 @@ use crate::session::{Error, Session};
 use crate::settings::Settings;
 use crate::table::Table;
 use crate::views::{VIEWS, View};
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow, bail};
 use arrow::datatypes::{DataType, Schema};
 use forebay_runtime::host::kafka::Kafka;
 use rustyline::completion::{Completer, Pair};
@@ -40,13 +41,20 @@ const HISTORY_MAX: usize = 10_000;
 
 /// `forebay sql`.
 #[derive(Clone, Debug, clap::Args)]
-#[command(after_help = "\
+#[command(
+    args_conflicts_with_subcommands = true,
+    after_help = "\
 Examples:
   forebay sql                                                    a shell; \\? says what it knows
   forebay sql -c \"SELECT * FROM cost_daily WHERE date >= current_date - 7\"
   forebay sql -f report.sql --format csv > report.csv
-  forebay sql -c \"SELECT * FROM focus_1_3\" --format parquet --output focus.parquet")]
+  forebay sql -c \"SELECT * FROM focus_1_3\" --format parquet --output focus.parquet
+  forebay sql --scheduler sql.internal:50050 -f year.sql         on the machines of a cluster"
+)]
 pub struct Args {
+    /// What is started instead of asking.
+    #[command(subcommand)]
+    part: Option<Part>,
     /// Answers this and leaves; several queries are separated by semicolons.
     #[arg(short, long, value_name = "QUERY", conflicts_with = "file")]
     command: Option<String>,
@@ -70,6 +78,15 @@ pub struct Args {
     pg: Option<String>,
     #[command(flatten)]
     access: Access,
+}
+
+/// A part of a cluster.
+#[derive(Clone, Debug, clap::Subcommand)]
+enum Part {
+    /// Takes queries, and gives their tasks to executors.
+    Scheduler(cluster::scheduler::Args),
+    /// Works tasks of queries out, over the tables that its own settings name.
+    Executor(Box<cluster::executor::Args>),
 }
 
 /// Who asks, and what that may take.
@@ -99,6 +116,9 @@ pub(crate) struct Access {
     /// Messages of a topic that a query may read by kafka().
     #[arg(long, value_name = "COUNT", default_value_t = Limits::default().messages)]
     messages: u64,
+    /// Has queries worked out by the executors of this scheduler, such as 127.0.0.1:50050.
+    #[arg(long, value_name = "ADDRESS", env = "FOREBAY_SQL_SCHEDULER")]
+    scheduler: Option<String>,
     /// Sets an option of DataFusion, such as datafusion.execution.target_partitions=2: for whoever measures.
     #[arg(long = "set", value_name = "NAME=VALUE", hide = true, value_parser = option)]
     options: Vec<(String, String)>,
@@ -110,7 +130,12 @@ fn option(text: &str) -> Result<(String, String), String> {
 }
 
 /// Runs the command to its end.
-pub async fn run(args: Args, settings: Settings) -> anyhow::Result<()> {
+pub async fn run(mut args: Args, settings: Settings) -> anyhow::Result<()> {
+    match args.part.take() {
+        Some(Part::Scheduler(args)) => return cluster::scheduler::run(args).await,
+        Some(Part::Executor(args)) => return cluster::executor::run(*args, settings).await,
+        None => {}
+    }
     if args.format == Format::Parquet && args.output.is_none() {
         bail!("--format parquet writes a file; name it with --output");
     }
@@ -126,8 +151,20 @@ pub async fn run(args: Args, settings: Settings) -> anyhow::Result<()> {
         (None, None) => None,
     };
     match text {
-        Some(text) => script(&session, &args, &text).await,
-        None => Shell { session, timing: args.timing, args, settings }.run().await,
+        Some(text) => {
+            let answered = tokio::select! {
+                answered = script(&session, &args, &text) => answered,
+                // Alone, it would end by the signal; others who work for it must hear of it too.
+                _ = tokio::signal::ctrl_c(), if args.access.scheduler.is_some() => Err(anyhow!("stopped")),
+            };
+            session.leave().await;
+            answered
+        }
+        None => {
+            let left = Shell { session: session.clone(), timing: args.timing, args, settings }.run().await;
+            session.leave().await;
+            left
+        }
     }
 }
 
@@ -206,6 +243,10 @@ impl Access {
             None => None,
         };
         let mut session = Session::open(settings.tables_url()?, options, limits, scope, prices, live)?;
+        if let Some(scheduler) = &self.scheduler {
+            cluster::executor::host_and_port(scheduler, "--scheduler")?;
+            session = session.on(Cluster::new(scheduler.clone()));
+        }
         for (name, value) in &self.options {
             session = session
                 .with_option(name, value)
@@ -216,7 +257,7 @@ impl Access {
 }
 
 /// `old.json,2026-12-01=new.json`: tables of prices, each from midnight UTC of its day on.
-fn prices(text: &str) -> anyhow::Result<Option<Arc<Prices>>> {
+pub(crate) fn prices(text: &str) -> anyhow::Result<Option<Arc<Prices>>> {
     let files: Vec<&str> = text.split(',').map(str::trim).filter(|file| !file.is_empty()).collect();
     if files.is_empty() {
         return Ok(None);

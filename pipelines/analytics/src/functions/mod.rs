@@ -12,7 +12,7 @@ mod share;
 
 use arrow::array::ArrayRef;
 use arrow::datatypes::{DataType, Field, FieldRef, TimeUnit};
-use datafusion::common::{Result, ScalarValue, exec_err, plan_err};
+use datafusion::common::{Result, ScalarValue, exec_err, internal_err, plan_err};
 use datafusion::execution::FunctionRegistry;
 use datafusion::logical_expr::function::{AccumulatorArgs, StateFieldsArgs};
 use datafusion::logical_expr::utils::{AggregateOrderSensitivity, format_state_name};
@@ -62,10 +62,13 @@ enum Argument {
 
 use Argument::{Boolean, Cell, Flag, Integer, Number, State, Text, Time};
 
+/// The function whose answer depends on tables of prices, and so on the process that works it out.
+pub(crate) const COST: &str = "cost";
+
 /// All functions, in the order of the reference.
 pub static FUNCTIONS: &[Function] = &[
     Function {
-        name: "cost",
+        name: COST,
         call: "cost(model, input_tokens, cached_read_tokens, cached_write_tokens, output_tokens [, at])",
         is_aggregate: false,
         meaning: "What so many tokens of a model cost by the table of prices, in nano-USD (BIGINT), rounded once and half up. \
@@ -178,7 +181,9 @@ pub fn register(
 ) -> Result<()> {
     for function in FUNCTIONS {
         match function.name {
-            "cost" => scalar(registry, function, DataType::Int64, money::cost(prices.clone(), now_us))?,
+            COST => {
+                registry.register_udf(cost(prices.clone(), now_us)?)?;
+            }
             "usd" => scalar(registry, function, money::USD, Arc::new(money::usd))?,
             "tps" => scalar(registry, function, DataType::Float64, Arc::new(money::tps))?,
             "false_hit_bound" => {
@@ -203,11 +208,47 @@ fn scalar(
     returns: DataType,
     apply: Apply,
 ) -> Result<()> {
-    // Prices hold from a moment on: within one query alike, over two perhaps not.
-    let volatility = if function.name == "cost" { Volatility::Stable } else { Volatility::Immutable };
-    let signature = Signature::user_defined(volatility);
-    registry.register_udf(Arc::new(ScalarUDF::from(Scalar { function, signature, returns, apply })))?;
+    let signature = Signature::user_defined(Volatility::Immutable);
+    let udf = ScalarUDF::from(Scalar { function, signature, returns, apply, prices: None });
+    registry.register_udf(Arc::new(udf))?;
     Ok(())
+}
+
+/// `cost` by these prices.
+pub(crate) fn cost(prices: Option<Arc<Prices>>, now_us: fn() -> i64) -> Result<Arc<ScalarUDF>> {
+    by_prices(prices.as_deref().map(Prices::hash), money::cost(prices, now_us))
+}
+
+/// `cost` by the prices of this hash, in a process that passes it on, or has others.
+pub(crate) fn cost_elsewhere(prices: blake3::Hash) -> Result<Arc<ScalarUDF>> {
+    let refuses = |_: &[ArrayRef]| {
+        exec_err!(
+            "an executor has other tables of prices than who asks, or none; start it with the same --prices"
+        )
+    };
+    by_prices(Some(prices), Arc::new(refuses))
+}
+
+fn by_prices(prices: Option<blake3::Hash>, apply: Apply) -> Result<Arc<ScalarUDF>> {
+    let Some(function) = FUNCTIONS.iter().find(|function| function.name == COST) else {
+        return internal_err!("{COST} is not listed");
+    };
+    // Prices hold from a moment on: within one query alike, over two perhaps not.
+    let signature = Signature::user_defined(Volatility::Stable);
+    let returns = DataType::Int64;
+    Ok(Arc::new(ScalarUDF::from(Scalar { function, signature, returns, apply, prices })))
+}
+
+/// By which tables of prices a function answers; none where it needs none, or has none.
+pub(crate) fn prices_of(function: &ScalarUDF) -> Option<blake3::Hash> {
+    function.inner().downcast_ref::<Scalar>()?.prices
+}
+
+/// What `cost` says without prices.
+pub(crate) fn without_prices<T>() -> Result<T> {
+    plan_err!(
+        "cost has no table of prices; name one as setting prices or FOREBAY_PRICES (prices.json, in LiteLLM's form)"
+    )
 }
 
 fn aggregate(function: &'static Function) -> Result<Aggregate> {
@@ -242,7 +283,7 @@ pub(crate) fn state_of_one() -> Arc<ScalarUDF> {
     };
     let signature = Signature::user_defined(Volatility::Immutable);
     let (returns, apply) = (DataType::BinaryView, Arc::new(pctl::state_of_one));
-    Arc::new(ScalarUDF::from(Scalar { function: &FUNCTION, signature, returns, apply }))
+    Arc::new(ScalarUDF::from(Scalar { function: &FUNCTION, signature, returns, apply, prices: None }))
 }
 
 impl Function {
@@ -326,6 +367,8 @@ struct Scalar {
     signature: Signature,
     returns: DataType,
     apply: Apply,
+    /// By which tables of prices it answers, if by any.
+    prices: Option<blake3::Hash>,
 }
 
 impl ScalarUDFImpl for Scalar {

@@ -3,7 +3,7 @@
 //! Invariant: money is whole nano-dollars until the last step, so a month of rows adds up to the last digit.
 
 use super::prices::Tokens;
-use super::{Apply, Function, Prices, count};
+use super::{Apply, Function, Prices, count, without_prices};
 use arrow::array::{
     Array, ArrayRef, ArrowPrimitiveType, BooleanArray, Decimal128Array, Float64Array, Int64Array,
     PrimitiveArray, StringArray,
@@ -22,11 +22,7 @@ const NANO_PER_USD: f64 = 1e9;
 
 pub(super) fn cost(prices: Option<Arc<Prices>>, now_us: fn() -> i64) -> Apply {
     Arc::new(move |columns| {
-        let Some(prices) = &prices else {
-            return plan_err!(
-                "cost has no table of prices; name one as setting prices or FOREBAY_PRICES (prices.json, in LiteLLM's form)"
-            );
-        };
+        let Some(prices) = &prices else { return without_prices() };
         let [models, tokens @ ..] = columns else { return plan_err!("cost was called without arguments") };
         let models: &StringArray = as_string_array(models)?;
         let (tokens, at) = match tokens {

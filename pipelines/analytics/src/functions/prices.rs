@@ -49,6 +49,8 @@ pub enum Error {
 pub struct Prices {
     /// With the moment from which each holds, in µs since 1970; oldest first.
     tables: Vec<(i64, HashMap<String, Entry>)>,
+    /// The texts that they were read from, each with its moment, in the order of giving: two processes with one hash have the same prices.
+    texts: blake3::Hasher,
 }
 
 /// Tokens of one call, or the sum of many alike.
@@ -80,8 +82,18 @@ impl Prices {
     /// given wins.
     pub fn with_table(mut self, file: &str, text: &str, from_us: i64) -> Result<Self, Error> {
         self.tables.push((from_us, read(file, text)?));
+        // The length keeps apart what is of one table and what of the next.
+        self.texts
+            .update(&from_us.to_le_bytes())
+            .update(&(text.len() as u64).to_le_bytes())
+            .update(text.as_bytes());
         self.tables.sort_by_key(|(from_us, _)| *from_us);
         Ok(self)
+    }
+
+    /// By which processes tell whether they have the same prices.
+    pub(crate) fn hash(&self) -> blake3::Hash {
+        self.texts.finalize()
     }
 
     /// What these tokens cost at a moment, in nano-USD; none where a kind that was used has no price.

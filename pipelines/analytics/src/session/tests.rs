@@ -4,7 +4,6 @@ use super::*;
 use arrow::datatypes::DataType;
 use arrow::json::ReaderBuilder;
 use arrow::util::pretty::pretty_format_batches;
-use datafusion::execution::FunctionRegistry as _;
 use datafusion::logical_expr::{Volatility, create_udf};
 use serde_json::{Value, json};
 use tempfile::TempDir;
