@@ -68,21 +68,20 @@ impl Process {
     /// Starts it, waits until it says its address, and counts its lines with a text.
     fn start(mut command: Command, text: &'static str) -> Self {
         let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
-        let mut lines = BufReader::new(child.stderr.take().unwrap());
-        let mut said = String::new();
-        lines.read_line(&mut said).unwrap();
-        let address = said.split_once(" of SQL at ").map(|(_, rest)| rest.split_whitespace().next());
-        let Some(Some(address)) = address else { panic!("it said {said:?}") };
+        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map_while(Result::ok);
+        let said =
+            lines.find_map(|line| Some(line.split_once(" of SQL at ")?.1.split(' ').next()?.to_owned()));
+        let address = said.unwrap_or_else(|| panic!("it ended before it listened"));
         let told = Arc::<AtomicUsize>::default();
         let counted = Arc::clone(&told);
         std::thread::spawn(move || {
-            for line in lines.lines().map_while(Result::ok) {
+            for line in lines {
                 if line.contains(text) {
                     counted.fetch_add(1, Ordering::Relaxed);
                 }
             }
         });
-        Self { child, address: address.to_owned(), told }
+        Self { child, address, told }
     }
 
     fn scheduler() -> Self {
