@@ -211,6 +211,8 @@ impl World {
     async fn compare(&self, scheduler: &Process, scope: &Scope, sql: &str) -> String {
         let local = self.session(Limits::default(), scope.clone());
         let far = self.session(Limits::default(), scope.clone()).on(Cluster::new(scheduler.address.clone()));
+        // As many as there are places for tasks: without optimisation, each task costs tens of milliseconds.
+        let far = far.with_option("datafusion.execution.target_partitions", "4").unwrap();
         let expected = shown(&local.collect(sql).await.unwrap_or_else(|error| panic!("{sql}: {error}")));
         let answer = far.collect(sql).await.unwrap_or_else(|error| panic!("on a cluster, {sql}: {error:?}"));
         assert_eq!(shown(&answer), expected, "{sql}");
