@@ -275,13 +275,7 @@ impl Cluster {
         };
         let held = self.jobs.running.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let held = held.ok_or_else(unreachable)?;
-        let limits = GrpcClientConfig { max_message_size: MESSAGE_BYTES_MAX as usize, ..grpc() };
-        let endpoint = create_grpc_client_endpoint(format!("http://{}", self.address), Some(&limits));
-        let endpoint = endpoint.map_err(|error| fault("be spoken to")(told(&error)))?;
-        let channel = endpoint.connect().await.map_err(|error| fault("be spoken to")(told(&error)))?;
-        let mut scheduler = SchedulerGrpcClient::new(channel)
-            .max_encoding_message_size(MESSAGE_BYTES_MAX as usize)
-            .max_decoding_message_size(MESSAGE_BYTES_MAX as usize);
+        let mut scheduler = connect(&self.address).await.map_err(fault("be spoken to"))?;
         // A session each: what one leaves behind there must not reach the next.
         let session_id = Uuid::now_v7().to_string();
         let mut request = tonic::Request::new(ExecuteQueryParams {
@@ -414,11 +408,13 @@ impl Job {
 
 impl Drop for Job {
     fn drop(&mut self) {
-        let (mut scheduler, held) = (self.scheduler.clone(), self.held.clone());
+        let (address, held) = (self.address.clone(), self.held.clone());
         let (job_id, session_id, is_done) = (self.job_id.clone(), self.session_id.clone(), self.is_done);
         // A scheduler that does not hear it ends the job by its own deadline, and forgets the rest in minutes.
         self.runtime.spawn(async move {
             let told = async {
+                // The connection of the job belongs to the threads of its query, which may be gone.
+                let Ok(mut scheduler) = connect(&address).await else { return };
                 if is_done {
                     let _ = scheduler
                         .clean_job_data(CleanJobDataParams { job_id, remove_stage_ids: Vec::new() })
@@ -432,6 +428,15 @@ impl Drop for Job {
             drop(held);
         });
     }
+}
+
+async fn connect(address: &str) -> Result<SchedulerGrpcClient<Channel>, String> {
+    let limits = GrpcClientConfig { max_message_size: MESSAGE_BYTES_MAX as usize, ..grpc() };
+    let endpoint = create_grpc_client_endpoint(format!("http://{address}"), Some(&limits));
+    let channel = endpoint.map_err(|error| told(&error))?.connect().await.map_err(|error| told(&error))?;
+    Ok(SchedulerGrpcClient::new(channel)
+        .max_encoding_message_size(MESSAGE_BYTES_MAX as usize)
+        .max_decoding_message_size(MESSAGE_BYTES_MAX as usize))
 }
 
 /// How queries are planned that are sent to a cluster: without what would need two stages to share memory.
