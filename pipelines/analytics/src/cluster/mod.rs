@@ -275,7 +275,8 @@ impl Cluster {
         };
         let held = self.jobs.running.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let held = held.ok_or_else(unreachable)?;
-        let mut scheduler = connect(&self.address).await.map_err(fault("be spoken to"))?;
+        let mut scheduler =
+            connect(&self.address).await.map_err(|error| fault("be spoken to")(format!("{error:#}")))?;
         // A session each: what one leaves behind there must not reach the next.
         let session_id = Uuid::now_v7().to_string();
         let mut request = tonic::Request::new(ExecuteQueryParams {
@@ -430,10 +431,10 @@ impl Drop for Job {
     }
 }
 
-async fn connect(address: &str) -> Result<SchedulerGrpcClient<Channel>, String> {
+async fn connect(address: &str) -> anyhow::Result<SchedulerGrpcClient<Channel>> {
     let limits = GrpcClientConfig { max_message_size: MESSAGE_BYTES_MAX as usize, ..grpc() };
     let endpoint = create_grpc_client_endpoint(format!("http://{address}"), Some(&limits));
-    let channel = endpoint.map_err(|error| told(&error))?.connect().await.map_err(|error| told(&error))?;
+    let channel = endpoint?.connect().await?;
     Ok(SchedulerGrpcClient::new(channel)
         .max_encoding_message_size(MESSAGE_BYTES_MAX as usize)
         .max_decoding_message_size(MESSAGE_BYTES_MAX as usize))
@@ -476,17 +477,6 @@ fn without_bare_leaves(plan: Arc<dyn ExecutionPlan>) -> Result<Arc<dyn Execution
 
 fn grpc() -> GrpcClientConfig {
     GrpcClientConfig::from(&SessionConfig::new_with_ballista().ballista_config())
-}
-
-/// An error with its causes.
-fn told(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
 }
 
 #[cfg(test)]
