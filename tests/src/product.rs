@@ -5,7 +5,7 @@
 use crate::{
     client::{Client, must},
     process::{Running, forebay},
-    wait_for,
+    wait::{wait_for, wait_for_ok},
 };
 use rustix::process::Signal;
 use std::{
@@ -110,7 +110,10 @@ impl Up {
             Some((after("  broker   ")?, admin))
         });
         let up = Self { process, servers, admin };
-        wait_for(&format!("{name} to be ready"), START, || (up.get("/readyz").0 == 200).then_some(()));
+        wait_for_ok(&format!("{name} to be ready"), START, || match up.get("/readyz") {
+            (200, _) => Ok(()),
+            (_, body) => Err(body),
+        });
         up
     }
 

@@ -2,7 +2,10 @@
 //!
 //! Invariant: every wait ends, by its condition or by its limit, and then says what it waited for.
 
-use std::time::{Duration, Instant};
+use std::{
+    fmt::Display,
+    time::{Duration, Instant},
+};
 
 const INTERVAL: Duration = Duration::from_millis(20);
 
@@ -12,13 +15,27 @@ const INTERVAL: Duration = Duration::from_millis(20);
 /// When `limit` has passed without one.
 #[track_caller]
 pub fn wait_for<T>(what: &str, limit: Duration, mut condition: impl FnMut() -> Option<T>) -> T {
+    wait_for_ok(what, limit, || condition().ok_or("it did not come"))
+}
+
+/// [`wait_for`] what says why it is not there yet: the last reason is in the panic.
+///
+/// # Panics
+/// When `limit` has passed without a value.
+#[track_caller]
+pub fn wait_for_ok<T, E: Display>(
+    what: &str,
+    limit: Duration,
+    mut condition: impl FnMut() -> Result<T, E>,
+) -> T {
     let start = Instant::now();
     loop {
-        if let Some(value) = condition() {
-            return value;
-        }
+        let reason = match condition() {
+            Ok(value) => return value,
+            Err(reason) => reason,
+        };
         if start.elapsed() >= limit {
-            panic!("waited {limit:?} in vain for {what}");
+            panic!("waited {limit:?} in vain for {what}: {reason}");
         }
         #[expect(
             clippy::disallowed_methods,
@@ -78,6 +95,12 @@ mod tests {
     #[should_panic(expected = "in vain for godot")]
     fn ends_at_its_limit_and_says_what_it_waited_for() {
         wait_for("godot", Duration::from_millis(30), || None::<()>);
+    }
+
+    #[test]
+    #[should_panic(expected = "in vain for godot: he sent a boy")]
+    fn says_why_it_was_in_vain_where_that_is_known() {
+        wait_for_ok("godot", Duration::from_millis(30), || Err::<(), _>("he sent a boy"));
     }
 
     #[tokio::test(start_paused = true)]

@@ -26,10 +26,7 @@ use forebay_telemetry::{Health, StepMeter};
 use futures::future::BoxFuture;
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicIsize, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 use tokio::{sync::Notify, time::Instant};
@@ -122,15 +119,35 @@ pub struct Parts {
 /// What all ledgers of a stage share.
 struct Shared {
     parts: Parts,
-    /// Ledgers of ours that are not read yet.
-    unread: AtomicIsize,
+    unread: Unread,
 }
 
-impl Shared {
-    fn tell_unread(&self, more: isize) {
-        let unread = self.unread.fetch_add(more, Ordering::AcqRel) + more;
-        let ready = if unread > 0 { Err(format!("{unread} ledgers are not read yet")) } else { Ok(()) };
-        self.parts.health.set_ready(&self.parts.name, ready);
+/// Ledgers of ours that are not read yet. As long as there are any the stage is not ready.
+struct Unread {
+    count: Mutex<usize>,
+    health: Health,
+    name: String,
+}
+
+impl Unread {
+    fn new(health: Health, name: String) -> Self {
+        Self { count: Mutex::default(), health, name }
+    }
+
+    fn one_more(&self) {
+        self.change(|count| count.saturating_add(1));
+    }
+
+    fn one_less(&self) {
+        self.change(|count| count.saturating_sub(1));
+    }
+
+    fn change(&self, change: impl FnOnce(usize) -> usize) {
+        // Told under the lock: whoever counts last must be the last to tell too.
+        let mut count = self.count.lock().unwrap_or_else(PoisonError::into_inner);
+        *count = change(*count);
+        let ready = if *count > 0 { Err(format!("{count} ledgers are not read yet")) } else { Ok(()) };
+        self.health.set_ready(&self.name, ready);
     }
 }
 
@@ -155,7 +172,8 @@ impl Ledgers {
     pub fn new(parts: Parts) -> Self {
         let life = CancellationToken::new();
         let _life = life.clone().drop_guard();
-        let shared = Arc::new(Shared { parts, unread: AtomicIsize::new(0) });
+        let unread = Unread::new(parts.health.clone(), parts.name.clone());
+        let shared = Arc::new(Shared { parts, unread });
         Self { shared, accounts: Mutex::default(), life, _life }
     }
 
@@ -166,7 +184,7 @@ impl Ledgers {
         let owner = format!("{:016x}", rand::random::<u64>());
         let Parts { ambiguous_max, finished_max, terms, .. } = self.shared.parts;
         let book = Book::new(&owner, ambiguous_max, finished_max, terms);
-        self.shared.tell_unread(1);
+        self.shared.unread.one_more();
         let account = Arc::new(Account {
             shared: Arc::clone(&self.shared),
             input: input.clone(),
@@ -193,7 +211,7 @@ impl Ledgers {
         let has_written = {
             let mut book = account.book();
             if !book.is_caught_up() {
-                account.shared.tell_unread(-1);
+                account.shared.unread.one_less();
             }
             book.release();
             book.has_written()
@@ -379,7 +397,7 @@ impl Account {
                     (!was_caught_up && book.is_caught_up(), book.position())
                 };
                 if is_first {
-                    self.shared.tell_unread(-1);
+                    self.shared.unread.one_less();
                     info!(ledger = %self.at, position, "a ledger is read");
                 }
                 self.changed.notify_waiters();
@@ -735,5 +753,32 @@ impl Drop for Call<'_> {
         }
         self.account.book().ended(&self.id);
         self.account.tell();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Barrier;
+
+    #[test]
+    fn a_stage_is_ready_when_its_last_ledgers_are_read_at_once() {
+        const AT_ONCE: usize = 4;
+        let health = Health::new();
+        let unread = Unread::new(health.clone(), "ledgers infer".to_owned());
+        for round in 0..2_000 {
+            (0..AT_ONCE).for_each(|_| unread.one_more());
+            assert!(!health.readiness().ok);
+            let barrier = Barrier::new(AT_ONCE);
+            std::thread::scope(|scope| {
+                for _ in 0..AT_ONCE {
+                    scope.spawn(|| {
+                        barrier.wait();
+                        unread.one_less();
+                    });
+                }
+            });
+            assert!(health.readiness().ok, "round {round}: {:?}", health.readiness());
+        }
     }
 }
