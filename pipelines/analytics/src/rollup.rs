@@ -182,6 +182,10 @@ const ATTEMPTS: &[Rolled] = &[
     sum("duration_us", "µs", "Until they were answered or given up, all together."),
     state("duration_us_state", "How `duration_us` is spread, in µs, for `pctl_merge`.", "duration_us"),
     state("ttft_us_state", "The same of `ttft_us`.", "ttft_us"),
+    same(
+        "operation",
+        "chat, embeddings or rerank; null in days that were rolled up before there was this column.",
+    ),
 ];
 
 /// What a roll-up has beside hour, tenant and day.

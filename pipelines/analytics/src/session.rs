@@ -25,14 +25,14 @@ use datafusion::catalog::{
     MemorySchemaProvider, SchemaProvider, TableProvider, view::ViewTable,
 };
 use datafusion::common::runtime::SpawnedTask;
-use datafusion::common::{DataFusionError, ParamValues};
+use datafusion::common::{DataFusionError, ParamValues, ScalarValue};
 use datafusion::datasource::{empty::EmptyTable, provider_as_source};
 use datafusion::execution::disk_manager::DiskManagerBuilder;
 use datafusion::execution::memory_pool::{FairSpillPool, TrackConsumersPool};
 use datafusion::execution::runtime_env::RuntimeEnvBuilder;
 use datafusion::execution::session_state::{SessionState, SessionStateBuilder};
 use datafusion::execution::{FunctionRegistry, SendableRecordBatchStream};
-use datafusion::logical_expr::{LogicalPlan, LogicalPlanBuilder, TableType, cast};
+use datafusion::logical_expr::{LogicalPlan, LogicalPlanBuilder, TableType, cast, lit};
 use datafusion::optimizer::{Optimizer, OptimizerRule};
 use datafusion::prelude::{DataFrame, SessionConfig, SessionContext, col};
 use datafusion::sql::parser::{DFParserBuilder, Statement};
@@ -521,8 +521,14 @@ impl Snapshot {
             let facts = facts.as_ref().map(DeltaTable::snapshot).transpose()?;
             days = rollup::days_stored(stored.snapshot()?, facts);
             let rows = self.days(rollup, stored, |day| days.contains(day))?;
+            let stored = rows.schema();
             let scan = LogicalPlanBuilder::scan(rollup.name(), provider_as_source(rows), None)?;
-            parts.push(scan.project(columns.iter().map(|column| col(column.name)))?);
+            // A column that came later is added by who next writes to the table.
+            let shown = columns.iter().map(|column| match stored.field_with_name(column.name) {
+                Ok(_) => col(column.name),
+                Err(_) => cast(lit(ScalarValue::Null), column.kind.arrow()).alias(column.name),
+            });
+            parts.push(scan.project(shown)?);
         }
         let rest = match &facts {
             Some(facts) => self.days(source, facts, |day| !days.contains(day))?,

@@ -73,6 +73,42 @@ async fn a_day_is_rolled_up_once_it_is_over_and_again_when_rows_come_late() {
 }
 
 #[tokio::test]
+async fn days_rolled_up_before_a_column_was_there_are_answered_without_it_and_with_it_once_made_anew() {
+    let call = |day: u32, operation: &str| {
+        json!({
+            "tenant": "a", "date": format!("2026-11-{day:02}"), "started_at": format!("2026-11-{day:02}T03:30:00Z"),
+            "status": "ok", "operation": operation, "input_tokens": 7, "duration_us": 10,
+        })
+    };
+    let tables = Tables::new();
+    tables.add(Table::Attempts, &[call(17, "chat"), call(18, "chat"), call(18, "embeddings")]).await;
+    assert_eq!(roll(&tables, Table::Attempts, NOW_MS).await, 2);
+    let asked =
+        "SELECT date, operation, sum(calls), max(day_rows) FROM attempts_hourly GROUP BY date, operation";
+    assert_eq!(
+        lines(&tables, asked).await,
+        ["2026-11-17 chat 1 1", "2026-11-18 chat 1 2", "2026-11-18 embeddings 1 2"]
+    );
+
+    // As an older version has left it.
+    let session = tables.session(Limits::default(), Scope::All);
+    let old = session.collect("SELECT * EXCLUDE (operation) FROM attempts_hourly").await.unwrap();
+    let folder = lake::location(&tables.root(), Table::AttemptsHourly).to_file_path().unwrap();
+    std::fs::remove_dir_all(&folder).unwrap();
+    std::fs::create_dir_all(&folder).unwrap();
+    let made = deltalake_core::DeltaTableBuilder::from_url(Url::from_directory_path(&folder).unwrap());
+    made.unwrap().build().unwrap().write(old).with_partition_columns([DATE]).await.unwrap();
+    assert_eq!(lines(&tables, asked).await, ["2026-11-17  1 1", "2026-11-18  2 2"]);
+
+    tables.add(Table::Attempts, &[call(18, "rerank")]).await;
+    assert_eq!(roll(&tables, Table::Attempts, NOW_MS).await, 1);
+    assert_eq!(
+        lines(&tables, asked).await,
+        ["2026-11-17  1 1", "2026-11-18 chat 1 3", "2026-11-18 embeddings 1 3", "2026-11-18 rerank 1 3"]
+    );
+}
+
+#[tokio::test]
 async fn what_is_rolled_up_outlives_its_rows() {
     let tables = Tables::new();
     tables.add(Table::Outcomes, &[outcome(1, 3, "a", 10), outcome(2, 3, "a", 30)]).await;
