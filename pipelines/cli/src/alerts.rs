@@ -67,7 +67,7 @@ pub fn start(
     clock: Clock,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
-    let mut producer = kafka.producer_config();
+    let mut producer = kafka.producer_config_in_turn();
     // What took longer is tried again with the next minute.
     producer.set("message.timeout.ms", TOPIC_MAX.as_millis().to_string());
     if let Some(hook) = &config.alerts.webhook {

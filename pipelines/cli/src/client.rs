@@ -49,7 +49,7 @@ impl Client {
             }
         })?;
         ready.await.context("reading results")??;
-        let producer = kafka.producer_config().create_with_context(LogContext)?;
+        let producer = kafka.producer_config_in_turn().create_with_context(LogContext)?;
         Ok(Self { producer, requests: config.topic(topics::REQUESTS.name), heard })
     }
 

@@ -5,7 +5,7 @@
 use forebay_plan::Channel;
 use forebay_runtime::{
     budget::Budget,
-    drive::{Event, Progress, Source},
+    drive::{Event, Progress, Sink as _, Source},
     host::kafka::{Kafka, KafkaLedger, KafkaSettings, KafkaSink, KafkaSource, ReadBounds, Reading},
     ledger::Log as _,
     message::{Group, Input, Outgoing, Partition},
@@ -398,4 +398,47 @@ async fn who_takes_a_ledger_over_has_heard_already_how_long_it_was_silent() {
     let written = Instant::now();
     write().await;
     assert!(age().await <= written.elapsed(), "whoever writes is not silent");
+}
+
+/// Of several requests on their way the first is refused by a broker that is no leader yet, and the next are taken by the same broker once
+/// it is: it knows nothing of this producer and takes any sequence number, and librdkafka then calls the first one written
+/// (confluent-kafka-go #921).
+#[tokio::test]
+async fn a_message_is_written_though_one_behind_it_was_before() {
+    const MESSAGES: usize = 5;
+    let cluster = Cluster::start();
+    let properties = [("batch.num.messages", "1")].map(|(name, value)| (name.to_owned(), value.to_owned()));
+    let settings =
+        KafkaSettings { bootstrap_servers: cluster.mock.bootstrap_servers(), properties: properties.into() };
+    let sink = KafkaSink::new(&Kafka::new(&settings).unwrap(), CancellationToken::new()).unwrap();
+    let message = |number: usize| Outgoing {
+        topic: "requests".into(),
+        key: Some(b"one partition".to_vec()),
+        value: Some(number.to_string().into_bytes()),
+        headers: Headers::new(),
+    };
+    // Knows its broker and its own id from here on; on another partition.
+    timeout(LONG, sink.send(vec![Outgoing { key: Some(b"another".to_vec()), ..message(0) }]))
+        .await
+        .unwrap()
+        .unwrap();
+    // All are on their way before the first is answered.
+    cluster.mock.broker_round_trip_time(1, Duration::from_millis(500)).unwrap();
+    let refusal = RDKafkaRespErr::RD_KAFKA_RESP_ERR_NOT_LEADER_FOR_PARTITION;
+    cluster.mock.request_errors(RDKafkaApiKey::Produce, &[refusal]);
+    timeout(LONG, sink.send((1..=MESSAGES).map(message).collect())).await.unwrap().unwrap();
+
+    let consumer: BaseConsumer = cluster.kafka.reader_config().create().unwrap();
+    let mut all = TopicPartitionList::new();
+    for partition in 0..PARTITIONS {
+        all.add_partition_offset("requests", partition, rdkafka::Offset::Beginning).unwrap();
+    }
+    consumer.assign(&all).unwrap();
+    let (mut written, begun) = (BTreeSet::new(), Instant::now());
+    while written.len() <= MESSAGES {
+        assert!(begun.elapsed() < LONG, "acknowledged, and not written; there are only {written:?}");
+        if let Some(Ok(read)) = consumer.poll(Duration::from_millis(100)) {
+            written.insert(String::from_utf8(rdkafka::Message::payload(&read).unwrap().to_vec()).unwrap());
+        }
+    }
 }

@@ -40,7 +40,8 @@ fn deletion(id: String, tenant: &Tenant) -> Document {
 
 /// Writes documents; each is acknowledged when this returns.
 pub async fn write(kafka: &Kafka, topic: &str, documents: Vec<Document>) -> anyhow::Result<()> {
-    let producer: FutureProducer<LogContext> = kafka.producer_config().create_with_context(LogContext)?;
+    let producer: FutureProducer<LogContext> =
+        kafka.producer_config_in_turn().create_with_context(LogContext)?;
     let progress = ProgressBar::new(documents.len() as u64);
     progress.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} documents {eta}")?);
     let mut sent = std::collections::VecDeque::new();

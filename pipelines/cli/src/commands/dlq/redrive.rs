@@ -425,7 +425,7 @@ struct Writer {
 
 impl Writer {
     fn new(kafka: &Kafka, letters: String) -> anyhow::Result<Self> {
-        let mut config = kafka.producer_config();
+        let mut config = kafka.producer_config_in_turn();
         config.set("message.timeout.ms", SENT_WITHIN_MS);
         Ok(Self { producer: config.create_with_context(LogContext)?, letters: letters.into() })
     }

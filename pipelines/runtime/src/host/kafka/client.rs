@@ -195,7 +195,8 @@ impl Kafka {
         config
     }
 
-    /// The settings of a producer whose messages are written once and never lost.
+    /// The settings of a producer whose messages are written once and never lost, for who takes a message that is acknowledged
+    /// without an offset for one that is not written (see [`KafkaSink`](super::KafkaSink)).
     pub fn producer_config(&self) -> ClientConfig {
         let mut config = self.config();
         let mut default = |name: &str, value: &str| {
@@ -212,6 +213,14 @@ impl Kafka {
         config.set("enable.idempotence", "true");
         // As the Java client does, so that records of one key meet whoever wrote them.
         config.set("partitioner", "murmur2_random");
+        config
+    }
+
+    /// The same for everybody else, who writes little: one request to a broker at a time, so that none can overtake another.
+    pub fn producer_config_in_turn(&self) -> ClientConfig {
+        let mut config = self.producer_config();
+        config.remove("max.in.flight");
+        config.set("max.in.flight.requests.per.connection", "1");
         config
     }
 

@@ -1,6 +1,7 @@
 //! Writes messages, acknowledged by all replicas, through the one producer of a process.
 //!
-//! Invariant: a message is given up only where the topic can never take it. A broker that is away is waited for.
+//! Invariant: a message is given up only where the topic can never take it. A broker that is away is waited for. What counts
+//! as written has an offset.
 
 use super::client::{Kafka, SettingsError, log, say};
 use crate::{
@@ -259,7 +260,14 @@ impl ProducerContext for Acknowledgements {
     type DeliveryOpaque = Box<Sent>;
 
     fn delivery(&self, result: &DeliveryResult<'_>, sent: Box<Sent>) {
-        let result = result.as_ref().map(|message| message.offset()).map_err(|(fault, _)| fault.clone());
+        let result = match result {
+            Ok(message) if message.offset() >= 0 => Ok(message.offset()),
+            // Nobody has said that it was written: librdkafka takes it from a later message that was. But a leader which knows nothing of
+            // this producer yet takes any sequence number, also where it has just refused the one before (confluent-kafka-go #921).
+            // Written once more it may lie there twice, which readers know by its id; not written it would be lost.
+            Ok(_) => Err(KafkaError::MessageProduction(RDKafkaErrorCode::Inconsistent)),
+            Err((fault, _)) => Err(fault.clone()),
+        };
         match *sent {
             Sent::Awaited { of, place } => of.settle(place, result),
             Sent::Lossy(place) => drop(place),
