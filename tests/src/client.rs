@@ -153,6 +153,8 @@ impl Client {
         let mut config = self.config();
         config
             .set("enable.idempotence", "true")
+            // Of two on their way to a leader that has just been elected the first may be lost (confluent-kafka-go #921).
+            .set("max.in.flight", "1")
             .set("linger.ms", "1")
             .set("message.timeout.ms", wait.as_millis().to_string())
             // The topic has the last word on what is too large.
