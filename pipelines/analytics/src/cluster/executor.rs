@@ -36,8 +36,10 @@ use url::Url;
 pub(super) const HEARTBEAT_S: u64 = 2;
 /// How long it looks for its scheduler at the start.
 const SCHEDULER_WAIT_S: u16 = 30;
-/// How often two free ports beside each other are looked for.
-const PORTS_TRIED: u32 = 100;
+/// Where two free ports beside each other are looked for: below the range from which the kernel takes ports for outgoing connections, or
+/// one of those might have them before the executor does.
+const PORTS_FROM: u16 = 20_000;
+const PAIRS_TRIED: u16 = 5_000;
 /// What may lie on disk of what tasks have no memory for.
 const SPILL_BYTES: u64 = 64 << 30;
 
@@ -135,22 +137,33 @@ pub(crate) async fn run(args: Args, settings: Settings) -> anyhow::Result<()> {
 async fn bound(listen: &str) -> anyhow::Result<SocketAddr> {
     let wrong = || format!("could not listen on {listen}; choose another address by --listen");
     let address = lookup_host(listen).await.with_context(wrong)?.next().with_context(wrong)?;
-    for _ in 0..PORTS_TRIED {
-        let first = TcpListener::bind(address).await.with_context(wrong)?.local_addr()?;
-        let Some(second) = first.port().checked_add(1) else { continue };
-        match TcpListener::bind((first.ip(), second)).await {
-            Ok(_) => return Ok(first),
-            Err(_) if address.port() == 0 => {}
-            Err(fault) => {
-                return Err(fault).with_context(|| {
-                    format!(
-                        "could not listen on port {second}, where tasks are taken; choose another by --listen"
-                    )
-                });
-            }
+    // Whether it can be had at all.
+    drop(TcpListener::bind(address).await.with_context(wrong)?);
+    if address.port() != 0 {
+        return pair(address).await;
+    }
+    // Each process begins elsewhere: two that start at once seldom look at the same ports.
+    let begin = std::process::id().wrapping_mul(7919);
+    for step in 0..PAIRS_TRIED {
+        let pair_number = begin.wrapping_add(step.into()) % u32::from(PAIRS_TRIED);
+        let port = PORTS_FROM + 2 * u16::try_from(pair_number)?;
+        if let Ok(free) = pair(SocketAddr::new(address.ip(), port)).await {
+            return Ok(free);
         }
     }
     bail!("found no two free ports beside each other for --listen {listen}; name the first")
+}
+
+/// The same address, where its port and the next are free.
+async fn pair(address: SocketAddr) -> anyhow::Result<SocketAddr> {
+    let _first = TcpListener::bind(address).await?;
+    let Some(second) = address.port().checked_add(1) else {
+        bail!("--listen is {address}, and there is no port behind it, where tasks are taken; choose another");
+    };
+    TcpListener::bind((address.ip(), second)).await.with_context(|| {
+        format!("could not listen on port {second}, where tasks are taken; choose another by --listen")
+    })?;
+    Ok(address)
 }
 
 pub(crate) fn host_and_port(address: &str, flag: &str) -> anyhow::Result<(String, u16)> {
