@@ -14,8 +14,9 @@ use forebay_analytics::{
 };
 use serde_json::{Value, json};
 use std::{
+    collections::BTreeSet,
     io::{BufRead as _, BufReader},
-    path::Path,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::{
         Arc,
@@ -24,8 +25,9 @@ use std::{
     time::Duration,
 };
 use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::TcpStream,
+    io::{AsyncReadExt as _, AsyncWriteExt as _, copy},
+    net::{TcpListener, TcpStream},
+    sync::Notify,
     time::{Instant, sleep},
 };
 use url::Url;
@@ -192,13 +194,14 @@ impl World {
         Process::start(command, "Finished task")
     }
 
-    /// How many jobs have rows at an executor.
-    fn jobs(&self, name: &str) -> usize {
+    /// The jobs that have rows at an executor: a folder each.
+    fn jobs(&self, name: &str) -> BTreeSet<PathBuf> {
         let entries = |folder: &Path| {
-            std::fs::read_dir(folder).into_iter().flatten().map_while(Result::ok).collect::<Vec<_>>()
+            let entries = std::fs::read_dir(folder).into_iter().flatten().map_while(Result::ok);
+            entries.map(|entry| entry.path()).collect::<Vec<_>>()
         };
-        let rows = entries(&self.folder.path().join(name)).into_iter().map(|own| own.path().join("rows"));
-        rows.map(|rows| entries(&rows).len()).sum()
+        let own = entries(&self.folder.path().join(name));
+        own.iter().flat_map(|own| entries(&own.join("rows"))).collect()
     }
 
     fn session(&self, limits: Limits, scope: Scope) -> Session {
@@ -301,7 +304,7 @@ async fn two_executors_answer_as_one_process_does() {
 #[tokio::test(flavor = "multi_thread")]
 async fn guards_hold_on_a_cluster_and_what_it_cannot_do_is_said() {
     let world = World::new(1_000).await;
-    let (scheduler, executors) = cluster(&world, &["one"]).await;
+    let (scheduler, _executors) = cluster(&world, &["one"]).await;
     let one = Scope::Tenants(vec!["tenant-000".to_owned()]);
     let seen = world.compare(&scheduler, &one, "SELECT DISTINCT tenant FROM outcomes").await;
     assert!(seen.contains("tenant-000") && !seen.contains("tenant-001"), "{seen}");
@@ -350,12 +353,50 @@ async fn guards_hold_on_a_cluster_and_what_it_cannot_do_is_said() {
 
     // Who waits no longer has the work stopped.
     let far = world.session(Limits::default(), Scope::All).on(Cluster::new(scheduler.address.clone()));
-    let done = executors[0].told.load(Ordering::Relaxed);
+    let before = world.jobs("one");
     let asked = tokio::spawn(async move { far.collect(LONG).await.map(|_| ()) });
-    until("a first task", async || executors[0].told.load(Ordering::Relaxed) > done).await;
+    until("a stage of it", async || !world.jobs("one").is_subset(&before)).await;
     asked.abort();
     until("a job that is taken back", async || scheduler.told.load(Ordering::Relaxed) > 0).await;
     world.compare(&scheduler, &Scope::All, "SELECT count(*) FROM outcomes").await;
+}
+
+/// A way to the scheduler on which no answer to a query comes before it is let through; its address.
+async fn held_back(scheduler: &Process, let_through: Arc<Notify>) -> String {
+    let (listener, to) = (TcpListener::bind("127.0.0.1:0").await.unwrap(), scheduler.address.clone());
+    let address = listener.local_addr().unwrap().to_string();
+    tokio::spawn(async move {
+        // First it is asked whether it has executors.
+        for is_held in std::iter::once(false).chain(std::iter::repeat(true)) {
+            let (mut asks, mut is_answered) = listener.accept().await.unwrap().0.into_split();
+            let (mut answers, mut is_asked) = TcpStream::connect(&to).await.unwrap().into_split();
+            let let_through = Arc::clone(&let_through);
+            tokio::spawn(async move { copy(&mut asks, &mut is_asked).await });
+            tokio::spawn(async move {
+                if is_held {
+                    let_through.notified().await;
+                    let_through.notify_one();
+                }
+                copy(&mut answers, &mut is_answered).await
+            });
+        }
+    });
+    address
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_query_that_is_dropped_before_the_scheduler_has_answered_is_told_to_end_too() {
+    let world = World::new(3_000).await;
+    let (scheduler, _executors) = cluster(&world, &["one"]).await;
+    let let_through = Arc::<Notify>::default();
+    let address = held_back(&scheduler, Arc::clone(&let_through)).await;
+    let far = world.session(Limits::default(), Scope::All).on(Cluster::new(address));
+    let asked = tokio::spawn(async move { far.collect(LONG).await.map(|_| ()) });
+    until("a stage of it", async || !world.jobs("one").is_empty()).await;
+    asked.abort();
+    assert!(asked.await.unwrap_err().is_cancelled());
+    let_through.notify_one();
+    until("a job that is taken back", async || scheduler.told.load(Ordering::Relaxed) > 0).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -366,7 +407,7 @@ async fn an_executor_that_is_killed_in_the_middle_costs_time_and_no_row() {
     let far = world.session(Limits::default(), Scope::All).on(Cluster::new(scheduler.address.clone()));
     let asked = tokio::spawn(async move { far.collect(LONG).await.map(|rows| shown(&rows)) });
     // It holds rows of the first stage, which the second needs.
-    until("a stage at the first executor", async || world.jobs("one") > 0).await;
+    until("a stage at the first executor", async || !world.jobs("one").is_empty()).await;
     drop(executors.remove(0));
     assert!(!asked.is_finished(), "it was answered before the executor was killed; ask for more");
     let answer = asked.await.unwrap().unwrap();

@@ -266,9 +266,16 @@ impl Cluster {
         }
     }
 
+    /// Sends the plan by a task of its own: where nobody waits for it any more, what the scheduler has taken is known all the same, and is
+    /// told to end. Its connection outlives the threads of the query.
     async fn submit(&self, plan: &[u8], settings: &[KeyValuePair]) -> Result<Job, Error> {
-        let fault =
-            |doing| move |message: String| Error::Scheduler { address: self.address.clone(), doing, message };
+        let (cluster, plan, settings) = (self.clone(), plan.to_vec(), settings.to_vec());
+        let sent = self.runtime.spawn(async move { cluster.send(plan, settings).await });
+        sent.await.map_err(|cut_off| self.fault("take the query")(cut_off.to_string()))?
+    }
+
+    async fn send(&self, plan: Vec<u8>, settings: Vec<KeyValuePair>) -> Result<Job, Error> {
+        let fault = |doing| self.fault(doing);
         let unreachable = || {
             let source = io::Error::other("the session has ended");
             Error::Unreachable { address: self.address.clone(), source }
@@ -280,8 +287,8 @@ impl Cluster {
         // A session each: what one leaves behind there must not reach the next.
         let session_id = Uuid::now_v7().to_string();
         let mut request = tonic::Request::new(ExecuteQueryParams {
-            query: Some(Query::PhysicalPlan(plan.to_vec())),
-            settings: settings.to_vec(),
+            query: Some(Query::PhysicalPlan(plan)),
+            settings,
             session_id: session_id.clone(),
             operation_id: session_id.clone(),
         });
@@ -313,6 +320,10 @@ impl Cluster {
             runtime,
             held,
         })
+    }
+
+    fn fault(&self, doing: &'static str) -> impl FnOnce(String) -> Error + '_ {
+        move |message| Error::Scheduler { address: self.address.clone(), doing, message }
     }
 
     /// Reads the answer where it lies, through the scheduler: who asks need not reach the executors.
@@ -409,13 +420,11 @@ impl Job {
 
 impl Drop for Job {
     fn drop(&mut self) {
-        let (address, held) = (self.address.clone(), self.held.clone());
+        let (mut scheduler, held) = (self.scheduler.clone(), self.held.clone());
         let (job_id, session_id, is_done) = (self.job_id.clone(), self.session_id.clone(), self.is_done);
         // A scheduler that does not hear it ends the job by its own deadline, and forgets the rest in minutes.
         self.runtime.spawn(async move {
             let told = async {
-                // The connection of the job belongs to the threads of its query, which may be gone.
-                let Ok(mut scheduler) = connect(&address).await else { return };
                 if is_done {
                     let _ = scheduler
                         .clean_job_data(CleanJobDataParams { job_id, remove_stage_ids: Vec::new() })
