@@ -45,7 +45,8 @@ use tokio::{
 };
 use url::Url;
 
-const LIMIT: Duration = Duration::from_secs(60);
+/// Longer than anything here takes, also on a machine that is busy.
+const LIMIT: Duration = Duration::from_secs(180);
 const PARTITIONS: i32 = 4;
 const SIGABRT: i32 = 6;
 const SIGKILL: i32 = 9;
@@ -56,7 +57,8 @@ struct World {
     folder: tempfile::TempDir,
     /// Where the tables lie, and what their store is told.
     tables: (Url, lake::Options),
-    /// How often a sink looks after their files.
+    /// How often a sink writes, and how often it looks after files.
+    flush_ms: u64,
     compact_ms: u64,
     _broker: Option<Broker>,
     servers: String,
@@ -101,8 +103,18 @@ impl World {
         let producer = client.create().unwrap();
         let first_day_us = (chrono::Utc::now() - chrono::TimeDelta::days(5)).timestamp_micros();
         let tables = (Url::from_directory_path(folder.path().join("tables")).unwrap(), lake::Options::new());
-        let (compact_ms, written) = (1_000, Vec::new());
-        Self { folder, tables, compact_ms, _broker: broker, servers, prefix, producer, first_day_us, written }
+        Self {
+            folder,
+            tables,
+            flush_ms: 100,
+            compact_ms: 1_000,
+            _broker: broker,
+            servers,
+            prefix,
+            producer,
+            first_day_us,
+            written: Vec::new(),
+        }
     }
 
     /// Writes so many more rows, over three days, and waits until they are there.
@@ -151,7 +163,7 @@ impl World {
         }
     }
 
-    /// Starts a sink that writes every 100 ms, as a member of this group.
+    /// Starts a sink as a member of this group.
     fn sink(&self, group: &str, arguments: &[&str], crash_at: Option<&str>) -> Child {
         let settings = json!({
             "bootstrap_servers": self.servers,
@@ -160,7 +172,7 @@ impl World {
             "tables": self.tables.0,
             "tables_options": self.tables.1,
             "group": format!("{}{group}", self.prefix),
-            "flush_ms": 100,
+            "flush_ms": self.flush_ms,
             "compact_ms": self.compact_ms,
             // A member that was killed is missed sooner than after the usual ten seconds.
             "kafka": {"session.timeout.ms": "6000"},
@@ -232,8 +244,9 @@ impl World {
     }
 }
 
-/// What a sink says when rows are in their table.
+/// What a sink says when rows are in their table, and when the group has answered it.
 const WRITTEN: &str = "rows are in their table";
+const JOINED: &str = "partitions came";
 
 /// What a sink says, line by line; for one that was told where to crash, since others say nothing here.
 struct Told(Lines<BufReader<ChildStderr>>);
@@ -372,7 +385,9 @@ async fn a_message_that_is_no_row_becomes_a_dead_letter_and_the_others_their_row
     let large = "x".repeat(100_000);
     world.producer.send(FutureRecord::to(&topic).key("k").payload(&large), LIMIT).await.unwrap();
     world.write(10).await;
-    // It dies with the letters written and their offsets not committed, so that they are written again.
+    // It dies with the letters written and their offsets not committed, so that they are written again. All is written together, or it
+    // might die with rows of another partition.
+    world.flush_ms = 3_600_000;
     let ended = world.to_the_end("dies", Some("sink.checked:1")).await;
     assert_eq!(ended.signal(), Some(SIGABRT));
     // What the first run sets aside, the second brings into the table of letters.
@@ -458,7 +473,12 @@ async fn move_partitions(mut world: World) {
     world.write(400).await;
     for _ in 0..4 {
         // It joins while the first writes, takes partitions from it, and gives them back.
-        let mut second = world.sink("group", &[], None);
+        let mut second = world.sink("group", &[], Some("nowhere:1"));
+        let mut told = Told::by(&mut second);
+        let joined = tokio::spawn(async move {
+            told.until(|line| line.contains(JOINED)).await;
+            told.let_go();
+        });
         for _ in 0..15 {
             world.write(40).await;
             assert!(
@@ -466,6 +486,8 @@ async fn move_partitions(mut world: World) {
                 "the sink ended by itself"
             );
         }
+        // Told before it listens, it would be killed.
+        joined.await.unwrap();
         terminate(&second);
         world.write(100).await;
         assert!(timeout(LIMIT, second.wait()).await.expect("the sink leaves").unwrap().success());
