@@ -60,6 +60,8 @@ struct World {
     /// How often a sink writes, and how often it looks after files.
     flush_ms: u64,
     compact_ms: u64,
+    /// How long the group waits for a sink that was killed: less than the usual ten seconds.
+    session_ms: u64,
     _broker: Option<Broker>,
     servers: String,
     prefix: String,
@@ -108,6 +110,7 @@ impl World {
             tables,
             flush_ms: 100,
             compact_ms: 1_000,
+            session_ms: 6_000,
             _broker: broker,
             servers,
             prefix,
@@ -174,8 +177,7 @@ impl World {
             "group": format!("{}{group}", self.prefix),
             "flush_ms": self.flush_ms,
             "compact_ms": self.compact_ms,
-            // A member that was killed is missed sooner than after the usual ten seconds.
-            "kafka": {"session.timeout.ms": "6000"},
+            "kafka": {"session.timeout.ms": self.session_ms.to_string()},
         });
         let mut command = Command::new(env!("CARGO_BIN_EXE_forebay-sql"));
         command.arg("sink").args(arguments).env("FOREBAY_SQL_SETTINGS", settings.to_string());
@@ -462,6 +464,20 @@ async fn race(mut world: World) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn run_once_behind_one_that_was_killed_it_waits_for_the_partitions_and_writes_all() {
+    for mut world in World::everywhere().await {
+        // Longer than a topic may be silent before its end.
+        world.session_ms = 20_000;
+        let mut killed = world.sink("group", &[], Some("nowhere:1"));
+        Told::by(&mut killed).until(|line| line.contains(JOINED)).await;
+        killed.kill().await.unwrap();
+        world.write(100).await;
+        assert!(world.to_the_end("group", None).await.success());
+        world.check().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn partitions_that_move_while_rows_are_written_are_read_on_where_the_table_ends() {
     for world in World::everywhere().await {
         move_partitions(world).await;
@@ -496,6 +512,19 @@ async fn move_partitions(mut world: World) {
     assert!(timeout(LIMIT, first.wait()).await.expect("the sink leaves").unwrap().success());
     assert!(world.to_the_end("last", None).await.success());
     world.check().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn told_to_leave_before_kafka_has_answered_it_leaves_well() {
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let servers = silent.local_addr().unwrap().to_string();
+    let settings = json!({"bootstrap_servers": servers, "data": folder.path()});
+    let mut command = Command::new(env!("CARGO_BIN_EXE_forebay-sql"));
+    command.args(["sink", "--until-stdin-closes"]).stdin(Stdio::null()).kill_on_drop(true);
+    command.env("FOREBAY_SQL_SETTINGS", settings.to_string()).env("FOREBAY_LOG", "warn");
+    let ended = timeout(LIMIT, command.status()).await.expect("the sink leaves").unwrap();
+    assert!(ended.success(), "{ended}");
 }
 
 fn terminate(sink: &Child) {

@@ -93,6 +93,11 @@ impl Lane {
         self.places.values().any(|place| *place == Place::Unknown)
     }
 
+    /// Whether all partitions of ours are read from where the table ends.
+    pub fn is_set(&self) -> bool {
+        self.places.values().all(|place| matches!(place, Place::Reading { .. }))
+    }
+
     /// Looks up where the table ends, of all partitions where that is not known; gives where each is to be read from.
     pub async fn find(&mut self, application: impl Fn(i32) -> String) -> Result<Vec<(i32, i64)>, Error> {
         let version = self.log.newest().await?;

@@ -64,8 +64,11 @@ const ASK_EVERY: Duration = Duration::from_secs(30);
 const SWEEP_EVERY: Duration = Duration::from_secs(24 * 3_600);
 /// In so many rounds a sink that leaves by itself looks after a table at most: more than the days that any is kept need.
 const LAST_ROUNDS_MAX: usize = 100;
-/// With `--once`: how long other members of the group may keep partitions from us, or a topic may be silent before its end.
-const ONCE_PATIENCE: Duration = Duration::from_secs(10);
+/// With `--once`: in so many ticks that bring nothing a topic is silent before its end, and what others of the group keep is theirs.
+/// Counted in ticks that were waited, and not in time: while the sink itself is slow, it hears nothing.
+const SILENT_TICKS_MAX: u32 = 100;
+/// The same while nothing is ours: a group waits for a member that was killed, and there need be nobody else who writes.
+const ALONE_TICKS_MAX: u32 = 600;
 
 /// Why the sink could not start or go on.
 #[derive(Debug, thiserror::Error)]
@@ -122,6 +125,15 @@ pub enum Error {
         #[source]
         source: rdkafka::error::KafkaError,
     },
+    /// With `--once`: what the topics hold is perhaps nobody's to write.
+    #[error(
+        "group {group} gave this sink no partitions for {} s, so it cannot write; one that was killed keeps its own until its session is over: run it again then, and see who else is a member of the group",
+        (TICK * ALONE_TICKS_MAX).as_secs()
+    )]
+    NoPartitions {
+        /// The group.
+        group: String,
+    },
     /// A topic that was made anew could not be compared with what was read before.
     #[error(
         "could not read partition {partition} of topic {topic}, which was made anew, to tell its messages from those before"
@@ -170,20 +182,22 @@ pub async fn run(settings: Settings, leaves: Leaves, shutdown: CancellationToken
     let served =
         admin::serve(listener, telemetry.clone(), health.clone(), no_pool, gone.clone().cancelled_owned());
     let serving = tokio::spawn(served);
-    let mut sink = Sink::start(&settings, &telemetry, &health, &shutdown).await?;
-    info!(%admin, tables = %settings.tables_url()?, topics = ?sink.lanes.keys().collect::<Vec<_>>(), "the sink is up");
-    let (told, hurry) = (shutdown.clone(), sink.hurry.clone());
-    let hurrying = tokio::spawn(async move {
-        told.cancelled().await;
-        tokio::time::sleep(DRAIN_MAX).await;
-        hurry.cancel();
-    });
-    let done = sink.run(leaves).await;
-    hurrying.abort();
-    // It may be cut off anywhere, as by a crash.
-    if let Some(keeping) = sink.keeping.take() {
-        keeping.abort();
-    }
+    let started = tokio::select! {
+        started = Sink::start(&settings, &telemetry, &health, &shutdown, leaves) => started.map(Some),
+        // What is not read yet need not be written.
+        () = shutdown.cancelled() => Ok(None),
+    };
+    let done = match started {
+        Ok(Some(sink)) => {
+            info!(%admin, tables = %sink.place.0, topics = ?sink.lanes.keys().collect::<Vec<_>>(), "the sink is up");
+            sink.work(leaves).await
+        }
+        Ok(None) => {
+            info!("the sink leaves before it was up, as it was told to");
+            Ok(())
+        }
+        Err(fault) => Err(fault),
+    };
     telemetry.shutdown().await;
     gone.cancel();
     // It ends when its connections do, or a second later.
@@ -250,6 +264,9 @@ struct Sink {
     cluster: Arc<str>,
     source: KafkaSource,
     lanes: BTreeMap<Arc<str>, Lane>,
+    group: String,
+    /// Where the topics ended at the start, for one that leaves there.
+    ends: Option<Ends>,
     /// Where the tables lie, and what their store is told.
     place: (Url, lake::Options),
     flush_every: Duration,
@@ -282,6 +299,7 @@ impl Sink {
         telemetry: &Telemetry,
         health: &Health,
         shutdown: &CancellationToken,
+        leaves: Leaves,
     ) -> Result<Self, Error> {
         let kafka = Kafka::new(&settings.kafka().ok_or(Error::NoKafka)?)?;
         let asked = kafka.clone();
@@ -307,6 +325,8 @@ impl Sink {
             let log = DeltaLog::new(*table, opened, Arc::clone(&topic), letters.clone(), now_ms)?;
             lanes.insert(topic, Lane::new(log, telemetry.table(table.name())));
         }
+        // Before it joins: a member that is still busy with this would be given partitions.
+        let ends = if leaves == Leaves::Never { None } else { Some(ends(&kafka, lanes.keys()).await?) };
         let inputs = lanes.keys().map(|topic| Input::live(Arc::clone(topic))).collect();
         let reading = Reading {
             bounds: READ,
@@ -315,14 +335,16 @@ impl Sink {
             health: health.clone(),
             once: None,
         };
-        let name = settings.group.clone().unwrap_or_else(|| settings.topic("sink"));
-        let source = KafkaSource::join(&kafka, &[Group { name, inputs }], reading)?;
+        let group = settings.group.clone().unwrap_or_else(|| settings.topic("sink"));
+        let source = KafkaSource::join(&kafka, &[Group { name: group.clone(), inputs }], reading)?;
         Ok(Self {
             topic_ids: Arc::new(TopicIds::new(&kafka)?),
             kafka,
             cluster,
             source,
             lanes,
+            group,
+            ends,
             place: (root, options),
             flush_every: settings.flush_every(),
             flush_bytes: settings.flush_bytes,
@@ -340,27 +362,45 @@ impl Sink {
         })
     }
 
+    /// Runs until it leaves, and no longer than it may once it is told to.
+    async fn work(mut self, leaves: Leaves) -> Result<(), Error> {
+        let (told, hurry) = (self.shutdown.clone(), self.hurry.clone());
+        let hurrying = tokio::spawn(async move {
+            told.cancelled().await;
+            tokio::time::sleep(DRAIN_MAX).await;
+            hurry.cancel();
+        });
+        let done = self.run(leaves).await;
+        hurrying.abort();
+        // It may be cut off anywhere, as by a crash.
+        if let Some(keeping) = self.keeping.take() {
+            keeping.abort();
+        }
+        done
+    }
+
     async fn run(&mut self, leaves: Leaves) -> Result<(), Error> {
-        let (shutdown, hurry) = (self.shutdown.clone(), self.hurry.clone());
-        let ends = if leaves == Leaves::Never { None } else { Some(self.ends().await?) };
+        let (shutdown, hurry, ends) = (self.shutdown.clone(), self.hurry.clone(), self.ends.take());
         if leaves == Leaves::Written {
             self.keep_at = None;
         }
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut heard = Instant::now();
+        let mut silent_ticks = 0;
         let (mut is_kept, mut is_leaving) = (false, false);
         loop {
             tokio::select! {
                 event = self.source.next() => {
-                    if matches!(event, Event::Records(_) | Event::Assigned(_) | Event::Rewound(_)) {
-                        heard = Instant::now();
-                    }
                     if self.follow(event).await? {
                         return Ok(());
                     }
+                    silent_ticks = 0;
                 }
-                _ = ticks.tick() => self.look().await,
+                _ = ticks.tick() => {
+                    self.look().await;
+                    // Where it would not take what came, nothing comes.
+                    silent_ticks += u32::from(!self.is_full() && self.lanes.values().all(Lane::is_set));
+                }
                 () = shutdown.cancelled(), if !is_leaving => {
                     info!("the sink writes what waits, and leaves");
                     self.health.stopping();
@@ -374,7 +414,7 @@ impl Sink {
             }
             let is_idle = !is_leaving && !self.is_keeping();
             if let (Some(ends), true) = (&ends, is_idle)
-                && (is_kept || self.has_reached(ends, heard).await)
+                && (is_kept || self.has_reached(ends, silent_ticks).await?)
             {
                 if leaves == Leaves::Kept && !is_kept {
                     self.keep_all();
@@ -608,33 +648,30 @@ impl Sink {
         }
     }
 
-    /// Where the topics end now.
-    async fn ends(&self) -> Result<Ends, Error> {
-        let mut ends = Ends::new();
-        for topic in self.lanes.keys() {
-            let ranges = patiently(&self.kafka, topic, ranges).await?;
-            let ranges = ranges.map_err(|source| Error::Ends { topic: topic.to_string(), source })?;
-            ends.extend(
-                ranges.iter().map(|range| ((Arc::clone(topic), range.partition), (range.from, range.to))),
-            );
-        }
-        Ok(ends)
-    }
-
     /// Whether all is written that was there at the start, as far as it is ours to write.
-    async fn has_reached(&mut self, ends: &Ends, heard: Instant) -> bool {
+    async fn has_reached(&mut self, ends: &Ends, silent_ticks: u32) -> Result<bool, Error> {
         let owned: usize = self.lanes.values().map(|lane| lane.partitions().count()).sum();
-        let is_silent = heard.elapsed() > ONCE_PATIENCE;
+        let is_alone = owned == 0 && !ends.is_empty();
+        let is_silent = silent_ticks >= if is_alone { ALONE_TICKS_MAX } else { SILENT_TICKS_MAX };
+        if is_alone && is_silent {
+            return Err(Error::NoPartitions { group: self.group.clone() });
+        }
         // Others of the group may have the rest, but not while it is still being shared out.
         if owned < ends.len() && !is_silent {
-            return false;
+            return Ok(false);
         }
         let behind = ends.iter().filter(|((topic, partition), (low, end))| {
             self.lanes.get(topic).is_some_and(|lane| !lane.has_read(*partition, *low, *end))
         });
         let behind = behind.count();
         if behind > 0 && !is_silent {
-            return false;
+            return Ok(false);
+        }
+        // Nothing more is to come: no need to wait until what is here is old. What fails is tried again with the next look.
+        let now = Instant::now();
+        self.flush(|lane| lane.may_flush(now)).await;
+        if !self.lanes.values().all(Lane::is_empty) {
+            return Ok(false);
         }
         if behind > 0 {
             warn!(
@@ -642,9 +679,25 @@ impl Sink {
                 "nothing came before the end of these partitions for long; leaving without"
             );
         }
-        // Nothing more is to come: no need to wait until what is here is old. What fails is tried again with the next look.
-        let now = Instant::now();
-        self.flush(|lane| lane.may_flush(now)).await;
-        self.lanes.values().all(Lane::is_empty)
+        if owned < ends.len() {
+            warn!(
+                partitions = ends.len() - owned,
+                "others of the group read these partitions; leaving them to those"
+            );
+        }
+        Ok(true)
     }
+}
+
+/// Where the topics end now.
+async fn ends(kafka: &Kafka, topics: impl Iterator<Item = &Arc<str>>) -> Result<Ends, Error> {
+    let mut ends = Ends::new();
+    for topic in topics {
+        let ranges = patiently(kafka, topic, ranges).await?;
+        let ranges = ranges.map_err(|source| Error::Ends { topic: topic.to_string(), source })?;
+        ends.extend(
+            ranges.iter().map(|range| ((Arc::clone(topic), range.partition), (range.from, range.to))),
+        );
+    }
+    Ok(ends)
 }
