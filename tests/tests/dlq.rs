@@ -127,7 +127,7 @@ fn a_refused_request_is_redriven_once(site: &Site) {
     let ids = ["r0", "r1", "r2", "r3"];
     let request = |id: &str| json!({"id": id, "tenant": "shop", "prompt": format!("What is {id}?")});
     client.write("requests", ids.map(|id| New::from(request(id)).header("x-mine", "kept")));
-    client.ask(json!({"id": "late", "prompt": "Is there time?", "deadline_ms": 15_000}));
+    client.ask(json!({"id": "late", "prompt": "Is there time?", "deadline_ms": 30_000}));
     let mut told = client.read("results");
     results(&mut told, &ids, 0, "failed");
 
@@ -189,7 +189,7 @@ fn a_refused_request_is_redriven_once(site: &Site) {
     check(
         &site.dlq(&["redrive", "late"]),
         1,
-        &["its deadline passed", "--reset-deadline", "its 15s from now on"],
+        &["its deadline passed", "--reset-deadline", "its 30s from now on"],
     );
     check(&site.dlq(&["redrive", "late", "--reset-deadline"]), 0, &["1 redriven"]);
     results(&mut told, &["late"], 1, "answered");
