@@ -19,7 +19,9 @@ def main(bootstrap, prefix):
     topic, group = prefix + "python", prefix + "python-group"
 
     admin = KafkaAdminClient(bootstrap_servers=bootstrap)
-    new = NewTopic(name=topic, num_partitions=1, replication_factor=1)
+    # Its records are of 1970, and must outlive the next look of retention.
+    settings = {"retention.ms": "-1"}
+    new = NewTopic(name=topic, num_partitions=1, replication_factor=1, topic_configs=settings)
     admin.create_topics([new])
     results["created_twice"] = error_of(admin, new)
 

@@ -33,6 +33,9 @@ use tokio::runtime::Runtime;
 
 const LIMIT: Duration = Duration::from_secs(120);
 
+/// Settings of a topic with records of long ago, which retention would delete as soon as it looks.
+const FOR_EVER: &[(&str, &str)] = &[("retention.ms", "-1")];
+
 /// Something that speaks the Kafka protocol, and names of this test's own in it.
 struct Log {
     bootstrap: String,
@@ -226,7 +229,7 @@ fn an_idempotent_producer_stores_each_record_once_and_in_order(log: &Log) {
 }
 
 fn every_codec_headers_keys_and_timestamps_come_back_as_they_went(log: &Log) {
-    let topic = log.topic("t", 1, &[]);
+    let topic = log.topic("t", 1, FOR_EVER);
     for (n, codec) in (0..).zip(["none", "gzip", "snappy", "lz4", "zstd"]) {
         let producer = log.producer(&[("compression.codec", codec)]);
         let value = format!("{codec} ").repeat(100);
@@ -256,7 +259,7 @@ fn a_fetch_begins_in_the_middle_of_a_batch(log: &Log) {
 }
 
 fn watermarks_and_look_ups_by_time_are_exact(log: &Log) {
-    let topic = log.topic("t", 1, &[]);
+    let topic = log.topic("t", 1, FOR_EVER);
     let consumer = log.consumer("g", &[]);
     assert_eq!(consumer.fetch_watermarks(&topic, 0, LIMIT).expect("watermarks"), (0, 0));
     // One batch: a look-up must find the record and not just the batch.
