@@ -18,6 +18,10 @@ use std::{
 };
 use tokio::{sync::oneshot, time::Instant};
 
+/// How long anything may take that is not made to stall, which is given up after [`STALL`].
+const LIMIT: Duration = Duration::from_secs(30);
+const STALL: Duration = Duration::from_secs(3);
+
 const ANSWERING: [Api; 3] = [Api::Chat, Api::Responses, Api::Messages];
 
 /// Only a modelled engine has a cache.
@@ -59,12 +63,11 @@ impl Up {
     }
 
     fn server(&self, api: Api) -> Server {
-        let timeouts = Timeouts {
-            first_token: Duration::from_millis(1_500),
-            silence: Duration::from_millis(1_500),
-            total: Duration::from_millis(1_500),
-            ..Timeouts::default()
-        };
+        self.server_within(api, LIMIT)
+    }
+
+    fn server_within(&self, api: Api, limit: Duration) -> Server {
+        let timeouts = Timeouts { first_token: limit, silence: limit, total: limit, ..Timeouts::default() };
         Server::new(api, &self.url, "simulated", vec![Secret::new("sk-1")], timeouts).unwrap()
     }
 
@@ -184,7 +187,7 @@ async fn every_fault_has_the_same_class_whatever_api_it_comes_by() {
         .await;
         let cases = ANSWERING.into_iter().flat_map(|api| [(api, false, whole), (api, true, streamed)]);
         let asked = cases.map(|(api, stream, expected)| {
-            let server = up.server(api);
+            let server = up.server_within(api, if fault.starts_with("stall") { STALL } else { LIMIT });
             async move { (api, stream, expected, ask(&server, stream).await.0) }
         });
         for (api, stream, expected, result) in join_all(asked).await {
@@ -226,7 +229,7 @@ async fn a_call_that_is_dropped_ends_at_the_provider_too() {
 
 /// Asks each millisecond.
 async fn until(is_so: impl Fn() -> bool) {
-    let last = Instant::now() + Duration::from_secs(30);
+    let last = Instant::now() + LIMIT;
     let mut ticks = tokio::time::interval(Duration::from_millis(1));
     while !is_so() {
         ticks.tick().await;
