@@ -2,7 +2,8 @@
 //!
 //! Every process that calls a model reads the counters and watches. Where they share counters, one of them tells: it holds a counter
 //! of the minute that has room for one, and settles it once its alerts are on their topic. The one that told the last minute asks
-//! first; the others wait for a while, and so take over from one that is gone, and know by then what it knew.
+//! first; the others wait for a while, and so take over from one that is gone, and know by then what it knew. Who has alerts that
+//! another one is to tell asks once more, when that one has told them or lost its hold.
 //!
 //! Invariant: no call waits for anything here, and whatever is away, a bounded number of alerts waits for it. An alert is told at least
 //! once while a process is there; told twice, as by one that was cut off in between, both have one id.
@@ -38,6 +39,8 @@ const READ_MAX: Duration = Duration::from_secs(20);
 const FOLLOW_AFTER: Duration = Duration::from_secs(20);
 /// How long a minute is held for telling; shorter than the others wait.
 const TELL_HOLD: Duration = Duration::from_secs(15);
+/// After which who was too late asks again: longer than [`TELL_HOLD`].
+const ASK_AGAIN: Duration = Duration::from_secs(16);
 /// How long the topic may take.
 const TOPIC_MAX: Duration = Duration::from_secs(10);
 /// How long it is known which minute was told.
@@ -148,7 +151,7 @@ impl Watcher {
 
     /// Tells a minute, where nobody else does.
     async fn take_turn(&self, minute: i64, waiting: &[Alert]) -> Result<Turn, StoreError> {
-        if !self.turns.take(minute).await? {
+        if !self.turns.take_at_last(minute, waiting.is_empty()).await? {
             return Ok(Turn::NotOurs);
         }
         let is_told = self.tell(waiting).await;
@@ -202,6 +205,16 @@ impl Turns {
         Ok(self.counters.hold(&id, &lines, TELL_HOLD).await? == Hold::Taken)
     }
 
+    /// The same, and once more where there is something to tell: who was faster may have died before it told it.
+    async fn take_at_last(&self, minute: i64, is_nothing: bool) -> Result<bool, StoreError> {
+        let is_ours = self.take(minute).await?;
+        if is_ours || is_nothing {
+            return Ok(is_ours);
+        }
+        tokio::time::sleep(ASK_AGAIN).await;
+        self.take(minute).await
+    }
+
     /// It is told, and by nobody else; or it is not, and whoever comes next may tell it.
     async fn end(&self, minute: i64, is_told: bool) -> Result<(), StoreError> {
         let (id, lines) = self.hold(minute);
@@ -219,7 +232,7 @@ impl Turns {
 enum Turn {
     /// It is on its topic.
     Told,
-    /// Another process told it, or does.
+    /// Another process told it, or there was nothing to tell.
     NotOurs,
     /// It could not be told.
     Failed,
@@ -259,5 +272,15 @@ mod tests {
         assert!(a.take(2).await.unwrap());
         tokio::time::advance(FOLLOW_AFTER).await;
         assert!(b.take(2).await.unwrap(), "it died in between");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn whoever_was_a_moment_late_tells_a_minute_in_which_the_first_one_died() {
+        let [a, b] = processes();
+        assert!(a.take(1).await.unwrap());
+        assert!(!b.take_at_last(1, true).await.unwrap(), "it has nothing to tell");
+        assert!(b.take_at_last(1, false).await.unwrap(), "nobody has told what it has");
+        b.end(1, true).await.unwrap();
+        assert!(!a.take_at_last(1, false).await.unwrap(), "it was told");
     }
 }
