@@ -15,8 +15,13 @@ use forebay_runtime::host::kafka::{
 };
 use forebay_schemas::topics::{ENDINGS, OUTCOMES, RESULTS, Topic};
 use std::{collections::BTreeMap, time::Duration};
+use tokio::time::Instant;
 
 const WAIT: Duration = Duration::from_secs(10);
+
+/// How long a topic that somebody has just made may be unknown to a broker of several, and how often to look.
+const SEEN_MAX: Duration = Duration::from_secs(5);
+const SEEN_EVERY: Duration = Duration::from_millis(500);
 
 /// Looks at the topics, or makes them.
 pub async fn run(topics: Topics, config: Config) -> anyhow::Result<()> {
@@ -47,15 +52,21 @@ pub async fn make(kafka: &Kafka, plan: &Plan, config: &Config) -> anyhow::Result
 
 /// Names the topics that are missing, and how to have them.
 pub async fn demand(kafka: &Kafka, plan: &Plan, config: &Config) -> anyhow::Result<()> {
-    let changes = changes(kafka, plan, config).await?;
-    let missing = |change: &Change| match change {
-        Change::Create(wanted) => Some(wanted.name.clone()),
-        _ => None,
+    demand_within(kafka, plan, config, SEEN_MAX).await
+}
+
+async fn demand_within(kafka: &Kafka, plan: &Plan, config: &Config, wait: Duration) -> anyhow::Result<()> {
+    let until = Instant::now() + wait;
+    let missing = loop {
+        let missing = missing(&changes(kafka, plan, config).await?);
+        if missing.is_empty() {
+            return alike(kafka, plan, config).await;
+        }
+        if Instant::now() >= until {
+            break missing;
+        }
+        tokio::time::sleep(SEEN_EVERY).await;
     };
-    let missing: Vec<_> = changes.iter().filter_map(missing).collect();
-    if missing.is_empty() {
-        return alike(kafka, plan, config).await;
-    }
     Err(wrong(format!(
         "Kafka at {} has no topic {}; make the topics by `forebay topics apply --bootstrap-servers {0}{}`",
         kafka.bootstrap_servers(),
@@ -65,6 +76,14 @@ pub async fn demand(kafka: &Kafka, plan: &Plan, config: &Config) -> anyhow::Resu
             prefix => format!(" --topic-prefix {prefix}"),
         }
     )))
+}
+
+fn missing(changes: &[Change]) -> Vec<String> {
+    let name = |change: &Change| match change {
+        Change::Create(wanted) => Some(wanted.name.clone()),
+        _ => None,
+    };
+    changes.iter().filter_map(name).collect()
 }
 
 /// A record and what it becomes lie at the same partition number, and so do a record and the ledger of its paid calls:
@@ -100,4 +119,26 @@ async fn changes(kafka: &Kafka, plan: &Plan, config: &Config) -> anyhow::Result<
         Wanted::new(config.topic(&topic.name), config.partitions, topic.cleanup, topic.from_clients)
     });
     Ok(compare(wanted.collect(), &there(kafka).await?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{args::PipelineArg, config::merge};
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn topics_that_are_made_a_moment_later_are_seen() {
+        let data = tempfile::tempdir().unwrap();
+        let flags = [("data", data.path().to_str().unwrap()), ("listen", "127.0.0.1:0"), ("partitions", "1")];
+        let config = merge(None, |_| None, &flags.map(|(path, value)| (path, value.to_owned()))).unwrap();
+        let plan = build::plan(&PipelineArg { pipeline: "answer".to_owned() }).unwrap();
+        let cluster = cluster(&config, Embedded::Start).await.unwrap();
+        let (demanded, made) = tokio::join!(
+            demand_within(&cluster.kafka, &plan, &config, Duration::from_secs(60)),
+            make(&cluster.kafka, &plan, &config)
+        );
+        made.unwrap();
+        demanded.unwrap();
+        cluster.broker.unwrap().shutdown().await;
+    }
 }
