@@ -185,7 +185,9 @@ mod tests {
         net::{TcpListener as Listener, TcpStream as Stream},
     };
 
+    /// How long what must not come is listened for, and a bound on what must.
     const SOON: Duration = Duration::from_millis(300);
+    const LIMIT: Duration = Duration::from_secs(20);
 
     /// A path with a server at its end that says what it hears, and a connection on it.
     fn echo() -> (Proxy, Stream) {
@@ -203,7 +205,7 @@ mod tests {
 
     fn connect(proxy: &Proxy) -> Stream {
         let stream = Stream::connect(("127.0.0.1", proxy.port())).expect("a connection");
-        stream.set_read_timeout(Some(SOON)).expect("a bound");
+        stream.set_read_timeout(Some(LIMIT)).expect("a bound");
         stream
     }
 
@@ -220,7 +222,6 @@ mod tests {
         proxy.set(Fault::Late(Duration::from_secs(1)));
         let sent = std::time::Instant::now();
         stream.write_all(b"two").expect("sent");
-        stream.set_read_timeout(Some(Duration::from_secs(20))).expect("a bound");
         assert!(hears(&mut stream, b"two"));
         assert!(sent.elapsed() >= Duration::from_secs(2), "late there and back");
     }
@@ -235,11 +236,12 @@ mod tests {
             let mut new = connect(&proxy);
             for stream in [&mut old, &mut new] {
                 stream.write_all(b"two").expect("it is accepted");
+                stream.set_read_timeout(Some(SOON)).expect("a bound");
                 assert!(!hears(stream, b"two"), "{fault:?}");
             }
             proxy.set(Fault::None);
             for stream in [&mut old, &mut new] {
-                stream.set_read_timeout(Some(Duration::from_secs(20))).expect("a bound");
+                stream.set_read_timeout(Some(LIMIT)).expect("a bound");
                 assert!(hears(stream, b"two"), "after {fault:?}");
             }
         }
@@ -251,12 +253,10 @@ mod tests {
         stream.write_all(b"one").expect("sent");
         assert!(hears(&mut stream, b"one"));
         proxy.reset();
-        stream.set_read_timeout(Some(Duration::from_secs(20))).expect("a bound");
         let end = stream.read(&mut [0; 8]).expect_err("it is reset");
         assert_eq!(end.kind(), io::ErrorKind::ConnectionReset);
         let mut new = connect(&proxy);
         new.write_all(b"two").expect("sent");
-        new.set_read_timeout(Some(Duration::from_secs(20))).expect("a bound");
         assert!(hears(&mut new, b"two"));
     }
 }
