@@ -31,6 +31,8 @@ const LIMIT: Duration = Duration::from_secs(150);
 /// 10 and 5 tokens at 10,000 nano-dollars each.
 const CALL_NANO_USD: i64 = 150_000;
 
+// Budgets here are of a month: one of a day may begin anew while a test runs.
+
 /// What came to a webhook: headers and body of each post.
 #[derive(Clone, Default)]
 struct Posts(Arc<Mutex<Vec<(HeaderMap, Value)>>>);
@@ -86,12 +88,17 @@ fn settings(data: &Path, model: &ModelServer, more: &str) -> String {
     config.display().to_string()
 }
 
-/// All alerts that were told, once they are as wanted; none was told twice.
+/// All alerts that were told, once they are as wanted.
 fn told(client: &Client, what: &str, wanted: impl Fn(&[Alert]) -> bool) -> Vec<Alert> {
-    let alerts = client.read("alerts").until(what, LIMIT, |records| {
+    client.read("alerts").until(what, LIMIT, |records| {
         let decoded = records.iter().map(|record| Alert::decode(record.value.as_deref().unwrap()).unwrap());
         Some(decoded.collect::<Vec<_>>()).filter(|alerts| wanted(alerts))
-    });
+    })
+}
+
+/// The same; none was told twice.
+fn told_once(client: &Client, what: &str, wanted: impl Fn(&[Alert]) -> bool) -> Vec<Alert> {
+    let alerts = told(client, what, wanted);
     for (index, alert) in alerts.iter().enumerate() {
         let is_new = |other: &Alert| (&other.id, other.seen_at) != (&alert.id, alert.seen_at);
         assert!(alerts[..index].iter().all(is_new), "told twice: {alert:?}");
@@ -117,7 +124,7 @@ fn who_spends_is_told_of_and_counters_agree_with_tables_until_some_are_lost() {
     let data = tempfile::tempdir().unwrap();
     let (model, hook) = (ModelServer::start(|_| Says::Text("It is so.".to_owned())), Hook::start());
     let more = format!(
-        "budgets: ['* 0.1 USD/day', 'job nightly 1 USD/day', 'all 100 USD/month']\n\
+        "budgets: ['* 0.1 USD/month', 'job nightly 1 USD/month', 'all 100 USD/month']\n\
          alerts: {{rate: 0.0002 USD/minute, cap: '1%,100%', webhook: '{}'}}\n",
         hook.url
     );
@@ -133,13 +140,13 @@ fn who_spends_is_told_of_and_counters_agree_with_tables_until_some_are_lost() {
     assert_eq!(refused["error"]["code"], json!("budget_exceeded"), "{refused}");
 
     let is_full = |alert: &Alert| alert.kind == AlertKind::Cap && alert.threshold == alert.limit;
-    let told = told(&up.client(), "alerts of both kinds, of the tenant and of all", |alerts| {
+    let told = told_once(&up.client(), "alerts of both kinds, of the tenant and of all", |alerts| {
         let has_rates = has(alerts, AlertKind::Rate, "tenant") && has(alerts, AlertKind::Rate, "all");
         has_rates && alerts.iter().any(is_full)
     });
     let cap = told.iter().find(|alert| is_full(alert)).unwrap();
     assert_eq!((cap.state, cap.tenant.as_ref().unwrap().as_str()), (AlertState::Firing, "acme"));
-    assert_eq!((cap.budget.as_str(), cap.limit, cap.threshold), ("0.1 USD/day", 100_000_000, 100_000_000));
+    assert_eq!((cap.budget.as_str(), cap.limit, cap.threshold), ("0.1 USD/month", 100_000_000, 100_000_000));
     assert!(cap.message.ends_with(", and calls are refused"), "{}", cap.message);
     wait_for("all alerts at the webhook", LIMIT, || {
         let posts = hook.posts.0.lock().unwrap();
@@ -195,7 +202,7 @@ fn of_two_processes_that_share_counters_one_tells_and_the_other_takes_over() {
         (tempfile::tempdir().unwrap(), ModelServer::start(|_| Says::Text("It is so.".to_owned())));
     let prefix = format!("alerts-{}-", std::process::id());
     let more = format!(
-        "topic_prefix: {prefix}\nstores: {{key_value: '{redis}'}}\nbudgets: ['* 0.1 USD/day']\nalerts: {{cap: '1%,2%'}}\n"
+        "topic_prefix: {prefix}\nstores: {{key_value: '{redis}'}}\nbudgets: ['* 0.1 USD/month']\nalerts: {{cap: '1%,4%'}}\n"
     );
     let config = settings(data.path(), &model, &more);
     let up = Up::start(data.path(), &["--config", &config]);
@@ -207,9 +214,17 @@ fn of_two_processes_that_share_counters_one_tells_and_the_other_takes_over() {
     ask_ten(&client, "first");
     told(&client, "the first part of the budget", |alerts| has(alerts, AlertKind::Cap, "tenant"));
     other.kill();
+    // All of it beyond the second part, which what is used and held by the first ten does not reach.
     ask_ten(&client, "second");
-    let alerts = told(&client, "the second part of the budget", |alerts| alerts.len() > 1);
-    assert_eq!(alerts.iter().map(|alert| alert.threshold).collect::<Vec<_>>(), [1_000_000, 2_000_000]);
+    ask_ten(&client, "third");
+    // Killed before it had noted that it told an alert, the other one leaves it to be told again.
+    let once = |alerts: &[Alert]| {
+        let mut alerts = alerts.to_vec();
+        alerts.dedup_by_key(|alert| (alert.id.clone(), alert.seen_at));
+        alerts
+    };
+    let alerts = once(&told(&client, "the second part of the budget", |alerts| once(alerts).len() > 1));
+    assert_eq!(alerts.iter().map(|alert| alert.threshold).collect::<Vec<_>>(), [1_000_000, 4_000_000]);
     assert_eq!(alerts[0].id, alerts[1].id, "one alert, of two parts");
     up.drain();
 }
@@ -218,8 +233,10 @@ fn of_two_processes_that_share_counters_one_tells_and_the_other_takes_over() {
 fn an_alert_that_was_told_is_posted_wherever_a_process_is_killed() {
     let data = tempfile::tempdir().unwrap();
     let (model, hook) = (ModelServer::start(|_| Says::Text("It is so.".to_owned())), Hook::start());
-    let more =
-        format!("budgets: ['* 0.01 USD/day']\nalerts: {{cap: 1%, forecast: off, webhook: '{}'}}\n", hook.url);
+    let more = format!(
+        "budgets: ['* 0.01 USD/month']\nalerts: {{cap: 1%, forecast: off, webhook: '{}'}}\n",
+        hook.url
+    );
     let config = settings(data.path(), &model, &more);
     let process = |crash_at: &str| {
         let all = ["up", "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--config", config.as_str()];
@@ -229,14 +246,13 @@ fn an_alert_that_was_told_is_posted_wherever_a_process_is_killed() {
     up.client().ask(json!({"id": "q", "tenant": "acme", "prompt": "What is q?", "max_tokens": 10}));
     // At the end of the minute.
     up.process.ended(LIMIT);
-    assert!(hook.posts.0.lock().unwrap().is_empty(), "it was killed before it was posted");
-    // At the second try it is taken, and its process killed before it has stored that.
+    // At the second try, whoever makes the first, it is taken, and its process killed before it has stored that.
     process("alerts.posted:1").ended(LIMIT);
     let up = Up::of("forebay up", process("nowhere:1"));
     let posts = wait_for("the post by the next process", LIMIT, || {
         Some(hook.posts.0.lock().unwrap().clone()).filter(|posts| posts.len() > 2)
     });
-    let alert = told(&up.client(), "the alert", |alerts| !alerts.is_empty()).remove(0);
+    let alert = told_once(&up.client(), "the alert", |alerts| !alerts.is_empty()).remove(0);
     for (headers, body) in &posts[..3] {
         assert_eq!(body["id"], json!(alert.id));
         assert_eq!(headers["idempotency-key"], posts[0].0["idempotency-key"]);
