@@ -9,7 +9,7 @@ use crate::{
     seed, setting,
     site::{LIMIT, ON_ITS_WAY_MAX, Site, drain, until},
 };
-use forebay_tests::{Dice, Reader, Running, Signal, product::DRAIN, services, wait_for};
+use forebay_tests::{Dice, Reader, Running, Signal, product::END, services, wait_for};
 use std::time::{Duration, Instant};
 
 /// Hits of one run, and kills under a steady load behind them.
@@ -101,7 +101,7 @@ fn every_request_has_one_result_whoever_is_killed() {
 
 fn kill(process: &mut Running) {
     process.signal(Signal::KILL);
-    process.ended(DRAIN);
+    process.ended(END);
 }
 
 fn caught_up(results: &mut Reader, written: usize) {

@@ -8,7 +8,7 @@ use crate::{
     seed,
     site::{LIMIT, Site},
 };
-use forebay_tests::{Dice, Running, Signal, product::DRAIN, services, wait_for};
+use forebay_tests::{Dice, Running, Signal, product::END, services, wait_for};
 use std::{
     os::unix::process::ExitStatusExt as _,
     time::{Duration, Instant},
@@ -62,7 +62,7 @@ fn every_request_has_one_result_whatever_line_a_process_crashes_at() {
             crashing.iter_mut().all(|(_, process)| !process.is_alive()).then_some(())
         });
         for (what, mut process) in crashing {
-            let signal = process.ended(DRAIN).signal();
+            let signal = process.ended(END).signal();
             assert_eq!(signal, Some(Signal::ABORT.as_raw()), "{what}: {}", process.stderr());
             println!("{what}");
         }
@@ -102,7 +102,7 @@ fn a_flood_has_one_result_each_whatever_line_a_process_crashes_at_as_it_moves_as
         let mut command = site.command(&["run", "answer", "--stage", "infer"]);
         let mut process = Running::start("infer", command.env("FOREBAY_CRASH_AT", &at));
         wait_for(&format!("a crash at {at}"), LIMIT, || (!process.is_alive()).then_some(()));
-        assert_eq!(process.ended(DRAIN).signal(), Some(Signal::ABORT.as_raw()), "{at}: {}", process.stderr());
+        assert_eq!(process.ended(END).signal(), Some(Signal::ABORT.as_raw()), "{at}: {}", process.stderr());
         println!("infer at {at}");
     }
     let survivor = site.member("infer");

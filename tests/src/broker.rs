@@ -2,7 +2,7 @@
 //!
 //! Invariant: over all its lives a broker has the same folder and the same ports, so that clients find what is back.
 
-use crate::{Client, Running, free_port, product::DRAIN, services, wait_for};
+use crate::{Client, Running, free_port, product::END, services, wait_for};
 use rustix::process::Signal;
 use std::time::Duration;
 
@@ -91,7 +91,7 @@ impl Broker {
     #[track_caller]
     pub fn kill(&mut self) {
         self.process.signal(Signal::KILL);
-        self.process.ended(DRAIN);
+        self.process.ended(END);
     }
 
     /// Ends it as an operator does: what it leads goes to others first.

@@ -19,8 +19,9 @@ use std::{
 /// How long a start may take on a machine that does much else.
 const START: Duration = Duration::from_secs(60);
 
-/// How long a drain may take: what is promised, and a little for the machine.
-pub const DRAIN: Duration = Duration::from_secs(12);
+/// How long a process may take to end: a bound to hang on, and not what is promised. Stages drain for ten seconds, and `up` and
+/// `demo` then wait for their sink of tables.
+pub const END: Duration = Duration::from_secs(60);
 
 /// `forebay ARGUMENTS` on a data folder.
 pub fn command(data: &Path, arguments: &[&str]) -> Command {
@@ -131,14 +132,14 @@ impl Up {
         get(&self.admin, path)
     }
 
-    /// Asks it to end by SIGTERM; it must have drained in time and say that all is well.
+    /// Asks it to end by SIGTERM; it must drain, and say that all is well.
     ///
     /// # Panics
     /// When it has not.
     #[track_caller]
     pub fn drain(mut self) {
         self.process.signal(Signal::TERM);
-        let status = self.process.ended(DRAIN);
+        let status = self.process.ended(END);
         assert_eq!(status.code(), Some(0), "the end after SIGTERM");
     }
 
@@ -149,7 +150,7 @@ impl Up {
     #[track_caller]
     pub fn kill(mut self) {
         self.process.signal(Signal::KILL);
-        self.process.ended(DRAIN);
+        self.process.ended(END);
     }
 }
 

@@ -8,7 +8,7 @@
 
 use forebay_tests::{
     Running, Signal,
-    product::{DRAIN, Finished, command, finish},
+    product::{END, Finished, command, finish},
     wait_for,
 };
 use serde_json::Value;
@@ -167,7 +167,7 @@ fn it_stays_up_says_how_to_go_on_and_drains_when_it_is_told_to_stop() {
     assert!(asked.stdout.contains("dead letter") && asked.stdout.contains("  — "), "{asked:?}");
 
     demo.signal(Signal::TERM);
-    assert_eq!(demo.ended(DRAIN).code(), Some(0));
+    assert_eq!(demo.ended(END).code(), Some(0));
     assert!(demo.stderr().contains("draining"), "{}", demo.stderr());
 }
 
@@ -177,7 +177,7 @@ fn a_demo_that_is_stopped_on_its_way_drains_too() {
     let mut demo = Running::start("demo", &mut command(data.path(), &["demo", "--admin", "127.0.0.1:0"]));
     wait_for("the first question", LIMIT, || demo.stdout().contains("Asking").then_some(()));
     demo.signal(Signal::INT);
-    assert_eq!(demo.ended(DRAIN).code(), Some(0));
+    assert_eq!(demo.ended(END).code(), Some(0));
 }
 
 fn run(arguments: &[&str]) -> Finished {

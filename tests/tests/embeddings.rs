@@ -13,7 +13,7 @@ use forebay_schemas::{
 use forebay_simulator::text_hash;
 use forebay_tests::{
     Client, Dice, New, Reader, Running, Signal,
-    product::{DRAIN, Up, command, finish},
+    product::{END, Up, command, finish},
     services, wait_for,
 };
 use serde_json::{Value, json};
@@ -189,7 +189,7 @@ fn on_cluster(data: &tempfile::TempDir, servers: &str, prefix: &str, arguments: 
 
 fn kill(mut process: Running) {
     process.signal(Signal::KILL);
-    process.ended(DRAIN);
+    process.ended(END);
 }
 
 fn setting(name: &str, default: usize) -> usize {
@@ -245,11 +245,11 @@ fn each_document_has_its_vectors_and_none_is_paid_for_unseen_whoever_is_killed()
     check_vectors(&site, of_records.values().flatten());
     for mut process in index {
         process.signal(Signal::TERM);
-        assert_eq!(process.ended(DRAIN).code(), Some(0), "{}", process.stderr());
+        assert_eq!(process.ended(END).code(), Some(0), "{}", process.stderr());
     }
     finds_by_meaning(&site);
     site.simulator.signal(Signal::TERM);
-    assert_eq!(site.simulator.ended(DRAIN).code(), Some(0));
+    assert_eq!(site.simulator.ended(END).code(), Some(0));
 }
 
 /// Two processes beside one that lives, each until it has crashed.
@@ -276,7 +276,7 @@ fn crash_at(points: &[&str], site: &mut Site, dice: &mut Dice) {
         crashing.iter_mut().all(|(_, process)| !process.is_alive()).then_some(())
     });
     for (at, mut process) in crashing {
-        assert_eq!(process.ended(DRAIN).signal(), Some(Signal::ABORT.as_raw()), "{at}: {}", process.stderr());
+        assert_eq!(process.ended(END).signal(), Some(Signal::ABORT.as_raw()), "{at}: {}", process.stderr());
         println!("index at {at}");
     }
 }

@@ -5,7 +5,7 @@
 use forebay_schemas::{Attempt, Chunk, Chunks, Grounded, Record as _};
 use forebay_tests::{
     Client, New, Reader, Running, Signal, free_port,
-    product::{DRAIN, Up, command, finish},
+    product::{END, Up, command, finish},
     wait_for,
 };
 use serde_json::{Value, json};
@@ -99,7 +99,7 @@ fn each_first_try_fails(api: &str) {
     }
     up.drain();
     simulator.signal(Signal::TERM);
-    assert_eq!(simulator.ended(DRAIN).code(), Some(0));
+    assert_eq!(simulator.ended(END).code(), Some(0));
 }
 
 #[test]
@@ -138,7 +138,7 @@ fn no_request_is_lost_while_a_server_of_a_pool_dies_and_comes_back_cold_and_anot
     let served = || std::fs::read_to_string(&log_of_mortal).unwrap().matches(r#""status":200"#).count();
     wait_for("calls of the mortal one", LIMIT, || (served() > 20).then_some(()));
     first.signal(Signal::KILL);
-    first.ended(DRAIN);
+    first.ended(END);
     let before = served();
     results.at_least(ask(100), LIMIT);
     let (_second, _) = mortal(&["--set", "cold_start.health=2s"]);
@@ -324,7 +324,7 @@ fn a_reranker_orders_the_passages_and_is_done_without_when_it_fails() {
     assert!(has("forebay_call_batch_items_count", "gen_ai_operation_name=\"rerank\""), "{metrics}");
     up.drain();
     simulator.signal(Signal::TERM);
-    assert_eq!(simulator.ended(DRAIN).code(), Some(0));
+    assert_eq!(simulator.ended(END).code(), Some(0));
 }
 
 /// What is on `chunks` now, by document.
@@ -465,7 +465,7 @@ fn questions_and_documents_are_embedded_and_found_by_their_words_alone_when_that
     assert!(of("ok") > 0.0 && of("model_unavailable") > 0.0);
     up.drain();
     simulator.signal(Signal::TERM);
-    assert_eq!(simulator.ended(DRAIN).code(), Some(0));
+    assert_eq!(simulator.ended(END).code(), Some(0));
 }
 
 #[test]
@@ -503,7 +503,7 @@ fn a_kill_loses_no_call_that_was_answered() {
     let clients: Vec<_> = (0..4).map(|_| std::thread::spawn(asks.clone())).collect();
     wait_for("a few hundred calls", LIMIT, || (log.exists() && lines_written(&log) > 300).then_some(()));
     simulator.signal(Signal::KILL);
-    simulator.ended(DRAIN);
+    simulator.ended(END);
     let answered: usize = clients.into_iter().map(|client| client.join().unwrap()).sum();
     let logged = lines(&log).len();
     // Each client may have had one more under way, which is in the log and was not heard of.

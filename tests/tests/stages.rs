@@ -13,7 +13,7 @@
 use forebay_tests::{
     Client, New, Reader, Record, Running, Signal, free_port,
     model::{ModelServer, Says},
-    product::{DRAIN, Up, command, finish},
+    product::{END, Up, command, finish},
     services, wait_for,
 };
 use serde_json::{Value, json};
@@ -174,7 +174,7 @@ fn ten_thousand_requests_have_one_result_each_while_every_stage_is_restarted() {
         stage.process.signal(Signal::TERM);
     }
     for stage in &mut stages {
-        assert_eq!(stage.process.ended(DRAIN).code(), Some(0), "the end after SIGTERM");
+        assert_eq!(stage.process.ended(END).code(), Some(0), "the end after SIGTERM");
     }
 }
 
@@ -223,7 +223,7 @@ fn requests_on_the_embedded_broker_have_one_result_each_when_all_is_restarted() 
         up.process.signal(Signal::TERM);
         wait_for("the drain", LIMIT, || up.process.stderr().contains("draining").then_some(()));
         model.let_through(usize::MAX);
-        assert_eq!(up.process.ended(DRAIN).code(), Some(0));
+        assert_eq!(up.process.ended(END).code(), Some(0));
     });
     check_each_once(&up.client(), &results, &written);
     up.drain();
