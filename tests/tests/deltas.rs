@@ -31,13 +31,16 @@ fn up(data: &Path, url: &str) -> Up {
     up_with(data, &["--model-url", url, "--model", "simulated"])
 }
 
+/// At work, with all that can be found read: a document is indexed after it is taken, and whoever starts reads the index first.
 fn up_with(data: &Path, args: &[&str]) -> Up {
     let up = Up::start(data, args);
     let document = data.join("möwen.md");
     std::fs::write(&document, DOCUMENT).unwrap();
     let ingested = finish(&mut command(data, &["ingest", document.to_str().unwrap()]), LIMIT);
     assert_eq!(ingested.code, 0, "{ingested:?}");
-    up
+    up.client().read("chunks").at_least(1, LIMIT);
+    up.drain();
+    Up::start(data, args)
 }
 
 fn ask(client: &Client, id: &str) {
