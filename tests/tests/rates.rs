@@ -14,7 +14,7 @@ use forebay_operators::rates::SharedRates;
 use forebay_schemas::{Sampling, Usage};
 use forebay_stores::rates::{Ask, Back, Heard, Local, Measures, NAME_BYTES_MAX, Slice};
 use forebay_stores::{Answer, Rates, key_value};
-use forebay_tests::services;
+use forebay_tests::{services, wait_for_async};
 use futures::future::{BoxFuture, join_all};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -22,6 +22,9 @@ use tokio::time::Instant;
 type Outcome = Result<(), Box<dyn std::error::Error>>;
 /// Lets time pass for a store, by its own clock.
 type Pass<'a> = &'a (dyn Fn(Duration) -> BoxFuture<'static, ()> + Sync);
+
+/// Long enough for a few calls of Redis, whose clock nobody sets.
+const SHORT: Duration = Duration::from_secs(3);
 
 /// What every adapter promises. `store` is empty.
 async fn contract(store: &Arc<dyn Rates>, pass: Pass<'_>) -> Outcome {
@@ -106,29 +109,31 @@ async fn what_was_sent_beyond_counts(store: &dyn Rates) -> Outcome {
 async fn what_a_provider_says_holds_for_all_and_refills(store: &dyn Rates, pass: Pass<'_>) -> Outcome {
     let free = |need| Ask { limits: Measures::each(None), ..ask(0, need, need) };
     let heard = |level| {
-        let heard = Heard { level, full: 100, refills: 100 - level, reset: Duration::from_millis(800) };
+        let heard = Heard { level, full: 100, refills: 100 - level, reset: SHORT };
         Ask { heard: Measures { requests: Some(heard), tokens: None }, ..free(0) }
     };
     assert!(take(store, "e", &heard(20)).await?.is_limited);
     assert_eq!(store.take("e", "other", &free(20)).await?.amount.requests, 20);
     let full = store.take("e", "other", &free(50)).await?;
     let wait = full.wait.ok_or("it says when")?;
-    assert!(full.amount.requests == 0 && wait <= Duration::from_millis(510), "{wait:?}");
+    assert!(full.amount.requests == 0 && wait <= SHORT * 5 / 8 + Duration::from_millis(10), "{wait:?}");
     // What others have just taken may not be counted yet.
     take(store, "e", &heard(80)).await?;
     assert_eq!(store.take("e", "other", &free(75)).await?.amount.requests, 0);
     assert_eq!(store.take("e", "other", &free(60)).await?.amount.requests, 60);
-    pass(Duration::from_secs(5)).await;
+    // With 80 that may be yet to be counted it takes up to 1.8 times as long until all is there.
+    take(store, "e", &heard(0)).await?;
+    pass(SHORT * 2).await;
     assert_eq!(store.take("e", "other", &free(100)).await?.amount.requests, 100);
     Ok(())
 }
 
 async fn a_pause_holds_for_all_until_it_is_over(store: &dyn Rates, pass: Pass<'_>) -> Outcome {
-    let pause = Ask { pause: Some(Duration::from_millis(400)), ..ask(100, 1, 1) };
+    let pause = Ask { pause: Some(SHORT), ..ask(100, 1, 1) };
     assert_eq!(take(store, "f", &pause).await?.amount.requests, 0);
     let other = store.take("f", "other", &ask(100, 1, 1)).await?;
     assert!(other.amount.requests == 0 && other.pause.is_some(), "{other:?}");
-    pass(Duration::from_millis(500)).await;
+    pass(SHORT * 11 / 10).await;
     let other = store.take("f", "other", &ask(100, 1, 1)).await?;
     assert!(other.amount.requests == 1 && other.pause.is_none(), "{other:?}");
     Ok(())
@@ -512,8 +517,11 @@ async fn four_processes_share_a_limit_in_redis_and_seldom_ask_for_it() -> Outcom
     let processes = four(&shares, caps);
     // Well below a minute, so nothing comes back meanwhile.
     tokio::time::sleep(Duration::from_secs(5)).await;
-    let got = processes.provider.got().len();
-    assert!((360..=400).contains(&got), "{got} of 400");
+    let got = wait_for_async("most of the limit", Duration::from_secs(40), async || {
+        Some(processes.provider.got().len()).filter(|got| *got >= 360)
+    });
+    let got = got.await;
+    assert!(got <= 400, "{got} of 400");
     let asked: usize = rates.iter().map(|rates| rates.asked.load(Ordering::Relaxed)).sum();
     assert!(asked < 200, "{asked} times for {got} calls");
     drop(processes);
