@@ -33,6 +33,9 @@ type Outcome = Result<(), Box<dyn std::error::Error>>;
 /// Lets time pass for a store, by its own clock.
 type Pass<'a> = &'a (dyn Fn(Duration) -> BoxFuture<'static, ()> + Sync);
 
+/// Long enough for a few calls of Redis, whose clock nobody sets.
+const TTL: Duration = Duration::from_secs(3);
+
 /// What every key-value adapter promises. `store` is empty.
 async fn key_value_contract(store: &Arc<dyn KeyValue>, pass: Pass<'_>) -> Outcome {
     what_is_set_is_there_until_it_is_deleted(store.as_ref()).await?;
@@ -72,13 +75,13 @@ async fn what_is_set_is_there_until_it_is_deleted(store: &dyn KeyValue) -> Outco
 }
 
 async fn what_expires_is_absent_to_every_call(store: &dyn KeyValue, pass: Pass<'_>) -> Outcome {
-    let ttl = Some(Duration::from_millis(300));
+    let ttl = Some(TTL);
     for key in ["e1", "e2", "e3", "e4"] {
         store.set(key, b("v"), ttl).await?;
         assert_eq!(store.get(key).await?, Some(b("v")));
     }
     assert!(!store.set_if_absent("e1", b("w"), ttl).await?);
-    pass(Duration::from_millis(400)).await;
+    pass(TTL * 11 / 10).await;
     assert_eq!(store.get("e1").await?, None);
     assert_eq!(store.get_many(&["e1".into(), "e2".into()]).await?, [None, None]);
     assert!(store.set_if_absent("e1", b("w"), None).await?);
@@ -94,14 +97,14 @@ async fn what_expires_is_absent_to_every_call(store: &dyn KeyValue, pass: Pass<'
 }
 
 async fn a_time_to_live_goes_with_the_last_set(store: &dyn KeyValue, pass: Pass<'_>) -> Outcome {
-    let ttl = Some(Duration::from_millis(300));
+    let ttl = Some(TTL);
     store.set("t1", b("v"), ttl).await?;
     store.set("t1", b("w"), None).await?;
     store.set("t2", b("v"), None).await?;
     store.set("t2", b("w"), ttl).await?;
     store.set("t3", b("v"), ttl).await?;
     store.set_many(vec![("t3".into(), Some(b("w")))]).await?;
-    pass(Duration::from_millis(400)).await;
+    pass(TTL * 11 / 10).await;
     let keys = ["t1", "t2", "t3"].map(String::from);
     assert_eq!(store.get_many(&keys).await?, [Some(b("w")), None, Some(b("w"))]);
     Ok(())
