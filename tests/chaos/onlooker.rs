@@ -4,6 +4,7 @@
 //! a topic that the step writes to. What a step wrote it reads after it has read the committed offset, so that what comes
 //! between the two can only excuse.
 
+use crate::site::LIMIT;
 use forebay_tests::{Client, wait_for};
 use rdkafka::{
     ClientConfig, Message as _, Offset, TopicPartitionList,
@@ -66,7 +67,7 @@ impl Onlooker {
                     (Instant::now() > next || stopped.load(Ordering::Acquire)).then_some(())
                 });
             }
-            looking.look().unwrap();
+            wait_for("the last look", LIMIT, || looking.look().ok());
             looking.seen
         });
         Self { stop, thread }
@@ -110,7 +111,15 @@ impl Looking {
             STAGES.iter().map(|(stage, ..)| consumer(&client.topic(&format!("answer.{stage}")))).collect();
         let reader = consumer("forebay-tests-onlooker");
         let prefix = client.topic("");
-        let metadata = reader.fetch_metadata(None, ANSWER).unwrap();
+        // A topic that is made is known everywhere a moment later.
+        let metadata = wait_for("the topics of all steps", LIMIT, || {
+            let metadata = reader.fetch_metadata(None, ANSWER).ok()?;
+            let is_there = |topic: &str| {
+                metadata.topics().iter().any(|found| found.name().strip_prefix(&prefix) == Some(topic))
+            };
+            let mut all = STAGES.iter().flat_map(|(_, input, outputs)| outputs.iter().chain([input]));
+            all.all(|topic| is_there(topic)).then_some(metadata)
+        });
         let (mut list, mut topics) = (TopicPartitionList::new(), BTreeMap::new());
         for found in metadata.topics() {
             let Some(name) = found.name().strip_prefix(&prefix) else { continue };
@@ -147,6 +156,7 @@ impl Looking {
                     self.seen.faults.push(fault);
                 }
                 self.judge(stage, input, partition, from..to)?;
+                self.seen.offsets += usize::try_from(to - from).unwrap_or(0);
                 self.committed.insert((number, partition), to);
             }
         }
@@ -165,7 +175,6 @@ impl Looking {
         let place = |offset: i64| usize::try_from(offset).unwrap();
         let records = &self.topics[input].partitions[&partition];
         let mut left = records.get(place(offsets.start)..place(offsets.end)).unwrap_or_default().to_vec();
-        self.seen.offsets += left.len();
         left.retain(|number| !self.has_become(stage, *number));
         if left.is_empty() {
             return Ok(());

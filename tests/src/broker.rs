@@ -162,13 +162,16 @@ impl Cluster {
         self.brokers.iter().map(Broker::servers).collect::<Vec<_>>().join(",")
     }
 
-    /// Waits until every partition has all its replicas in sync, and has so many brokers.
+    /// Waits until each broker knows of all of them, and that every partition has all its replicas in sync: one that has just
+    /// come back may still know what was so before.
     ///
     /// # Panics
     /// When that takes longer than `limit`.
     #[track_caller]
     pub fn in_sync(&self, limit: Duration) {
-        let client = Client::new(&self.servers(), "");
-        wait_for("all replicas to be in sync", limit, || client.is_in_sync(Self::BROKERS).then_some(()));
+        for broker in &self.brokers {
+            let client = Client::new(&broker.servers(), "");
+            wait_for("all replicas to be in sync", limit, || client.is_in_sync(Self::BROKERS).then_some(()));
+        }
     }
 }
