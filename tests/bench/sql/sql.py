@@ -105,7 +105,8 @@ options = parser.parse_args()
 # --- Processes -------------------------------------------------------------------------------------------------------
 
 def settings(**more):
-    return {**os.environ, "FOREBAY_SQL_SETTINGS": json.dumps(more), "FOREBAY_LOG": "warn"}
+    # As `forebay sql` starts it.
+    return {"MIMALLOC_PURGE_DECOMMITS": "0", **os.environ, "FOREBAY_SQL_SETTINGS": json.dumps(more), "FOREBAY_LOG": "warn"}
 
 
 def run(*words, **more):
