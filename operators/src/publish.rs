@@ -154,6 +154,8 @@ fn outcome(ending: &Ending, envelope: &Envelope, ended_at_ms: i64, cost: Option<
         prompt_hash: request.map(prompt_hash),
         metadata: request.and_then(|request| request.metadata.as_ref()).map(ToString::to_string),
         tier: answer.and_then(|answer| answer.tier.clone()),
+        key_id: request.and_then(|request| request.key_id.as_ref()).map(|key_id| key_id.as_str().to_owned()),
+        job: request.and_then(|request| request.job.as_ref()).map(|job| job.as_str().to_owned()),
     }
 }
 
@@ -213,6 +215,15 @@ mod tests {
     fn failed() -> Ending {
         let error = Fault { code: "deadline".to_owned(), message: "too late".to_owned() };
         Ending::without_answer(Status::Expired, "infer", None, error)
+    }
+
+    #[tokio::test]
+    async fn a_row_says_by_which_key_and_for_which_job_was_asked() {
+        let request = samples::request(r#"{"prompt": "What?", "key_id": "key-7", "job": "nightly"}"#);
+        let (_, row) = published(Ending { request: Some(request), ..failed() }, |_| {}).await;
+        assert_eq!((row.key_id.as_deref(), row.job.as_deref()), (Some("key-7"), Some("nightly")));
+        let (_, row) = published(failed(), |_| {}).await;
+        assert_eq!((row.key_id, row.job), (None, None));
     }
 
     #[tokio::test]

@@ -93,4 +93,8 @@ row! {
     metadata: Option<String>,
     /// The tier that answered, by the name of its model; null where there are no tiers, or another model stood in.
     tier: Option<String>,
+    /// The id of the API key by which was asked; null where the request names none.
+    key_id: Option<String>,
+    /// The job that the request belongs to, of its tenant's; null where it names none.
+    job: Option<String>,
 }

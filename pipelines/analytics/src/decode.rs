@@ -485,9 +485,11 @@ mod tests {
     use serde_json::{Value, json};
 
     const OUTCOME: &[u8] = include_bytes!("../../../schemas/golden/v0.1/outcome.avro");
-    const OUTCOMES: [&[u8]; 4] = [
+    const OUTCOMES: [&[u8]; 6] = [
         OUTCOME,
         include_bytes!("../../../schemas/golden/v0.1/outcome-nulls.avro"),
+        include_bytes!("../../../schemas/golden/v0.1/outcome-44-columns.avro"),
+        include_bytes!("../../../schemas/golden/v0.1/outcome-nulls-44-columns.avro"),
         include_bytes!("../../../schemas/golden/v0.1/outcome-without-tier.avro"),
         include_bytes!("../../../schemas/golden/v0.1/outcome-nulls-without-tier.avro"),
     ];
@@ -557,7 +559,7 @@ mod tests {
         let outcomes = messages(OUTCOMES);
         let rows = read(Table::Outcomes, &outcomes);
         agree::<Outcome>(Table::Outcomes, &rows, &outcomes);
-        assert_eq!(rows.offsets, [10, 11, 12, 13]);
+        assert_eq!(rows.offsets, [10, 11, 12, 13, 14, 15]);
         let attempts = messages(ATTEMPTS);
         let rows = read(Table::Attempts, &attempts);
         agree::<Attempt>(Table::Attempts, &rows, &attempts);

@@ -27,6 +27,7 @@ pub const VIEWS: &[View] = views![
     "spend_minute",
     "latency",
     "cache_savings",
+    "backfill_jobs",
     "judged",
     "quality",
     "given_up",

@@ -90,7 +90,9 @@ pub fn samples() -> Vec<Sample> {
         written("dead-letter.json", dead_letter()),
         written("outcome.avro", outcome()),
         written("outcome-nulls.avro", outcome_of_nothing()),
-        older("outcome-without-tier.avro", Outcome { tier: None, ..outcome() }),
+        older("outcome-44-columns.avro", outcome_of_44_columns()),
+        older("outcome-nulls-44-columns.avro", outcome_of_nothing()),
+        older("outcome-without-tier.avro", Outcome { tier: None, ..outcome_of_44_columns() }),
         older("outcome-nulls-without-tier.avro", outcome_of_nothing()),
         written("ledger-entry.json", ledger_entry()),
         older(
@@ -487,7 +489,13 @@ fn outcome() -> Outcome {
         prompt_hash: Some("9f2c0a4be1d75a33".into()),
         metadata: Some(r#"{"team":"ü"}"#.into()),
         tier: Some("gpt-5-mini".into()),
+        key_id: Some("key-7".into()),
+        job: Some("nightly".into()),
     }
+}
+
+fn outcome_of_44_columns() -> Outcome {
+    Outcome { key_id: None, job: None, ..outcome() }
 }
 
 fn outcome_of_nothing() -> Outcome {
@@ -536,6 +544,8 @@ fn outcome_of_nothing() -> Outcome {
         prompt_hash: None,
         metadata: None,
         tier: None,
+        key_id: None,
+        job: None,
     }
 }
 

@@ -199,6 +199,8 @@ impl Rows {
             )),
             metadata: None,
             tier: (!is_wanted && is_answer).then(|| model.name.to_owned()),
+            key_id: None,
+            job: is_backfill.then(|| "nightly".to_owned()),
         }
     }
 
@@ -250,7 +252,7 @@ impl Rows {
                 cached_write_tokens: None,
                 reasoning_tokens: given(outcome.reasoning_tokens),
                 key_id: None,
-                job: None,
+                job: outcome.job.clone(),
                 operation: Some("chat".to_owned()),
             }
         };

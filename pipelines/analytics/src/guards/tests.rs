@@ -15,7 +15,7 @@ async fn of_two_tenants() -> Tables {
                 json!({
                     "tenant": tenant, "request_id": format!("{secret}-{day}"), "date": day, (table.time_column()): format!("{day}T12:00:00Z"),
                     "metadata": secret, "prompt": secret, "message": secret, "note": secret, "judge": secret, "model": secret,
-                    "billed_nano_usd": 1, "status": "answered", "cache_status": "hit",
+                    "billed_nano_usd": 1, "status": "answered", "cache_status": "hit", "job": secret,
                 })
             };
             let kept = table.columns();

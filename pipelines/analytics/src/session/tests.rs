@@ -170,6 +170,40 @@ async fn the_other_views_say_what_their_rows_say() {
 }
 
 #[tokio::test]
+async fn a_job_has_come_as_far_as_its_requests_have_ended() {
+    let tables = some().await;
+    let ended = |minute: u32, more: Value| {
+        let mut row = outcome("initech", "2026-11-05", json!(2_000_000));
+        let times = json!({
+            "accepted_at": format!("2026-11-05T10:{minute:02}:00Z"), "ended_at": format!("2026-11-05T11:{minute:02}:00Z"),
+            "job": "nightly", "attempts": 1,
+        });
+        for part in [times, more] {
+            row.as_object_mut().unwrap().extend(part.as_object().unwrap().clone());
+        }
+        row
+    };
+    let rows = [
+        ended(1, json!({})),
+        ended(2, json!({"cache_status": "hit", "billed_nano_usd": 0, "attempts": 0})),
+        ended(3, json!({"status": "failed", "model_served": null, "billed_nano_usd": 5, "attempts": 3})),
+        ended(4, json!({"status": "expired", "model_served": null, "billed_nano_usd": null, "attempts": 0})),
+        ended(5, json!({"billed_nano_usd": null})),
+        ended(6, json!({"job": null})),
+        ended(7, json!({"job": "other"})),
+    ];
+    tables.add(Table::Outcomes, &rows).await;
+    assert_eq!(
+        tables
+            .ask("SELECT job, first_accepted_at, last_ended_at, requests, answered, failed, expired, hits, calls, billed_nano_usd, unpriced \
+                  FROM backfill_jobs ORDER BY job")
+            .await,
+        "nightly 2026-11-05T10:01:00Z 2026-11-05T11:05:00Z 5 3 1 1 1 5 2000005 1\n\
+         other 2026-11-05T10:07:00Z 2026-11-05T11:07:00Z 1 1 0 0 0 1 2000000 0"
+    );
+}
+
+#[tokio::test]
 async fn a_verdict_counts_once_and_the_last_label_holds() {
     let tables = Tables::new();
     let audit = |request: u32, flagged: bool, minute: u32| {
