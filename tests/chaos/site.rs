@@ -5,7 +5,7 @@ use crate::onlooker::{Onlooker, STAGES};
 use forebay_tests::{
     Account, Client, New, Reader, Record, Running, Signal, forebay,
     model::{ModelServer, Says},
-    product::{END, Up, command, command_of, finish},
+    product::{DRAIN, Up, command, command_of, finish},
     wait_for,
 };
 use serde_json::json;
@@ -212,7 +212,7 @@ pub fn drain(process: &mut Running) -> Duration {
     let since = Instant::now();
     // One that has only just begun does not listen to signals yet, and dies of it.
     assert!(
-        matches!(process.ended(END).code(), Some(0) | None),
+        matches!(process.ended(DRAIN).code(), Some(0) | None),
         "the end after SIGTERM: {}",
         process.stderr()
     );

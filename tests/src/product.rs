@@ -19,8 +19,10 @@ use std::{
 /// How long a start may take on a machine that does much else.
 const START: Duration = Duration::from_secs(60);
 
-/// How long a process may take to end: a bound to hang on, and not what is promised. Stages drain for ten seconds, and `up` and
-/// `demo` then wait for their sink of tables.
+/// How long stages may take to end: what is promised, and a little for the machine.
+pub const DRAIN: Duration = Duration::from_secs(12);
+
+/// How long any other process may take: a bound to hang on. `up` and `demo` wait for their sink of tables too, behind their stages.
 pub const END: Duration = Duration::from_secs(60);
 
 /// `forebay ARGUMENTS` on a data folder.

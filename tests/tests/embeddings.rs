@@ -13,7 +13,7 @@ use forebay_schemas::{
 use forebay_simulator::text_hash;
 use forebay_tests::{
     Client, Dice, New, Reader, Running, Signal,
-    product::{END, Up, command, finish},
+    product::{DRAIN, END, Up, command, finish},
     services, wait_for,
 };
 use serde_json::{Value, json};
@@ -245,7 +245,7 @@ fn each_document_has_its_vectors_and_none_is_paid_for_unseen_whoever_is_killed()
     check_vectors(&site, of_records.values().flatten());
     for mut process in index {
         process.signal(Signal::TERM);
-        assert_eq!(process.ended(END).code(), Some(0), "{}", process.stderr());
+        assert_eq!(process.ended(DRAIN).code(), Some(0), "{}", process.stderr());
     }
     finds_by_meaning(&site);
     site.simulator.signal(Signal::TERM);

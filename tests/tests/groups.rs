@@ -13,7 +13,7 @@
 use forebay_tests::{
     Broker, Client, New, Reader, Record, Running, Signal,
     model::{ModelServer, Says},
-    product::{END, Up, command, finish},
+    product::{DRAIN, Up, command, finish},
     services, wait_for,
 };
 use serde_json::json;
@@ -32,12 +32,9 @@ const CALL: Duration = Duration::from_millis(50);
 /// How long a partition that moves may take to drain.
 const DRAIN_MAX: Duration = Duration::from_secs(10);
 
-/// How long a member that is told to leave may take: the drain, what follows it, and room for the machine.
-const LEAVE_MAX: Duration = Duration::from_secs(25);
-
-/// How long a group may take to settle where a drain takes no time: less than a session of [`LONG_SESSIONS`], since nobody may
-/// have to wait for that of a member that has left.
-const SETTLE_MAX: Duration = Duration::from_secs(30);
+/// How long a group may take to settle where a drain takes no time: less than a session, since nobody may have to wait for
+/// that of a member that has left.
+const SETTLE_MAX: Duration = Duration::from_secs(8);
 
 /// How often a member hears from its group.
 const HEARTBEAT: Duration = Duration::from_secs(3);
@@ -61,11 +58,6 @@ const SHORT_SESSIONS: &[&str] = &[
     "group.consumer.min.heartbeat.interval.ms=3000",
     "group.consumer.heartbeat.interval.ms=3000",
 ];
-
-/// Sessions of 45 s, which are the broker's own, by either protocol.
-const LONG_SESSIONS: &str = "kafka: {session.timeout.ms: 45000}\n";
-const LONG_SESSIONS_BY_KIP_848: &[&str] =
-    &["group.consumer.min.heartbeat.interval.ms=3000", "group.consumer.heartbeat.interval.ms=3000"];
 
 /// A cluster with a pipeline on it, under a prefix of the test's own.
 struct Site {
@@ -200,13 +192,13 @@ impl Leaving {
     fn has_left(&mut self) -> bool {
         if self.process.is_alive() {
             assert!(
-                self.since.elapsed() < LEAVE_MAX,
-                "no end {LEAVE_MAX:?} after SIGTERM: {}",
+                self.since.elapsed() < DRAIN,
+                "no end {DRAIN:?} after SIGTERM: {}",
                 self.process.stderr()
             );
             return false;
         }
-        assert_eq!(self.process.ended(END).code(), Some(0), "the end after SIGTERM");
+        assert_eq!(self.process.ended(DRAIN).code(), Some(0), "the end after SIGTERM");
         true
     }
 }
@@ -266,24 +258,20 @@ fn storm(site: &Site) -> Calm {
     let gap = longest_gap(results.records());
     // A partition that moves is drained and then waits for the next heartbeat; all others go on meanwhile.
     assert!(gap < DRAIN_MAX + HEARTBEAT, "{gap:?} without a result");
-    for up in &all {
-        up.process.signal(Signal::TERM);
-    }
-    for up in &mut all {
-        assert_eq!(up.process.ended(END).code(), Some(0), "the end after SIGTERM");
-    }
+    let mut leaving: Vec<_> = all.into_iter().map(|up| Leaving::tell(up.process)).collect();
+    wait_for("all to end", LIMIT, || leaving.iter_mut().all(Leaving::has_left).then_some(()));
     Calm { written, settled, gap }
 }
 
 #[test]
 fn each_request_has_one_result_while_members_come_and_go() {
     let Some(servers) = services::kafka() else { return };
-    println!("{:?}", storm(&Site::new(&servers, "classic", LONG_SESSIONS)));
+    println!("{:?}", storm(&Site::new(&servers, "classic", "")));
 }
 
 #[test]
 fn each_request_has_one_result_while_members_come_and_go_by_kip_848() {
-    let Some(broker) = Broker::start(LONG_SESSIONS_BY_KIP_848) else { return };
+    let Some(broker) = Broker::start(SHORT_SESSIONS) else { return };
     println!("{:?}", storm(&Site::new(&broker.servers(), "kip848", KIP_848)));
 }
 

@@ -10,7 +10,7 @@ use forebay_schemas::{Attempt, Record as _};
 use forebay_tests::{
     Account, Client, Dice, New, Reader, Running, Signal, free_port,
     model::{ModelServer, Says},
-    product::{END, Up, command, finish},
+    product::{DRAIN, Up, command, finish},
     services, wait_for,
 };
 use serde_json::{Value, json};
@@ -133,7 +133,7 @@ fn on_kafka(
 
 fn drain(process: &mut Running) {
     process.signal(Signal::TERM);
-    assert!(matches!(process.ended(END).code(), Some(0) | None), "the end: {}", process.stderr());
+    assert!(matches!(process.ended(DRAIN).code(), Some(0) | None), "the end: {}", process.stderr());
 }
 
 /// What was told of as ambiguous is shown from its beginning to its answer, and the answer only to who asks for it.
@@ -194,7 +194,7 @@ fn no_call_is_repeated_without_an_explanation_whoever_is_killed() {
                 _ => ("infer", infer.remove(at)),
             };
             victim.signal(Signal::KILL);
-            victim.ended(END);
+            victim.ended(DRAIN);
             if stage == "infer" {
                 infer.push(stages.run(stage));
             }

@@ -13,7 +13,7 @@
 use forebay_tests::{
     Client, New, Reader, Record, Running, Signal, free_port,
     model::{ModelServer, Says},
-    product::{END, Up, command, finish},
+    product::{DRAIN, END, Up, command, finish},
     services, wait_for,
 };
 use serde_json::{Value, json};
@@ -174,7 +174,7 @@ fn ten_thousand_requests_have_one_result_each_while_every_stage_is_restarted() {
         stage.process.signal(Signal::TERM);
     }
     for stage in &mut stages {
-        assert_eq!(stage.process.ended(END).code(), Some(0), "the end after SIGTERM");
+        assert_eq!(stage.process.ended(DRAIN).code(), Some(0), "the end after SIGTERM");
     }
 }
 
