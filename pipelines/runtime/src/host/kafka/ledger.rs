@@ -23,13 +23,13 @@ use futures::future::BoxFuture;
 use rdkafka::{
     ClientConfig, Message, Offset, TopicPartitionList,
     consumer::{BaseConsumer, Consumer},
-    error::KafkaError,
+    error::{KafkaError, RDKafkaErrorCode},
     message::BorrowedMessage,
     metadata::MetadataTopic,
     topic_partition_list::TopicPartitionListElem,
 };
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::{Arc, mpsc},
     time::{Duration, Instant},
 };
@@ -64,8 +64,25 @@ pub struct KafkaLedger {
 }
 
 enum Asked {
-    Read { at: Partition, from: i64, entries_max: usize, answer: oneshot::Sender<Result<Chunk, String>> },
-    Committed { input: Partition, answer: oneshot::Sender<Result<(i64, String), String>> },
+    Read(Begin),
+    Committed { input: Partition, answer: Answer<(i64, String)> },
+}
+
+type Answer<T> = oneshot::Sender<Result<T, String>>;
+
+/// A read that is to begin.
+struct Begin {
+    at: Partition,
+    from: i64,
+    entries_max: usize,
+    answer: Answer<Chunk>,
+}
+
+impl Begin {
+    fn fail(self, fault: &KafkaError) {
+        // Whoever asked may have gone.
+        let _ = self.answer.send(Err(fault.to_string()));
+    }
 }
 
 impl KafkaLedger {
@@ -109,7 +126,7 @@ impl KafkaLedger {
 
     fn ask<T: Send + 'static>(
         &self,
-        ask: impl FnOnce(oneshot::Sender<Result<T, String>>) -> Asked,
+        ask: impl FnOnce(Answer<T>) -> Asked,
     ) -> BoxFuture<'static, Result<T, String>> {
         let (answer, answered) = oneshot::channel();
         let sent = self.asked.send(ask(answer)).is_ok();
@@ -142,7 +159,7 @@ impl Log for KafkaLedger {
         entries_max: usize,
     ) -> BoxFuture<'static, Result<Chunk, String>> {
         let at = at.clone();
-        self.ask(|answer| Asked::Read { at, from, entries_max, answer })
+        self.ask(|answer| Asked::Read(Begin { at, from, entries_max, answer }))
     }
 
     fn committed(&self, input: &Partition) -> BoxFuture<'static, Result<(i64, String), String>> {
@@ -160,7 +177,7 @@ struct Read {
     end: i64,
     there_at: Instant,
     until: Instant,
-    answer: oneshot::Sender<Result<Chunk, String>>,
+    answer: Answer<Chunk>,
 }
 
 struct Reader {
@@ -187,70 +204,75 @@ impl Reader {
                 false => self.asks.try_recv(),
             };
             match asked {
-                Ok(Asked::Read { at, from, entries_max, answer }) => {
-                    self.begin(at, from, entries_max, answer)
-                }
-                Ok(Asked::Committed { input, answer }) => {
-                    // Whoever asked may have gone.
-                    let _ = answer.send(self.committed(&input).map_err(|fault| fault.to_string()));
-                }
+                Ok(asked) => self.answer(asked),
                 Err(mpsc::TryRecvError::Empty) => self.poll(),
                 Err(mpsc::TryRecvError::Disconnected) => return,
             }
         }
     }
 
-    fn committed(&self, input: &Partition) -> Result<(i64, String), KafkaError> {
-        let mut list = TopicPartitionList::new();
-        list.add_partition(&input.topic, input.number);
-        let reads = |inputs: &[Input]| inputs.iter().any(|read| read.topic == input.topic);
-        let Some((_, consumer)) = self.offsets.iter().find(|(inputs, _)| reads(inputs)) else {
-            return Ok((0, String::new()));
+    /// Answers this and whatever else has been asked by now: who takes over from a process that died asks for dozens of
+    /// partitions at once, and each request by itself waits for a broker that is just then busy with the group.
+    fn answer(&mut self, first: Asked) {
+        let (mut reads, mut questions) = (Vec::new(), Vec::new());
+        for asked in std::iter::once(first).chain(self.asks.try_iter()) {
+            match asked {
+                Asked::Read(begin) => reads.push(begin),
+                Asked::Committed { input, answer } => questions.push((input, answer)),
+            }
+        }
+        for (inputs, consumer) in &self.offsets {
+            let reads = |at: &Partition| inputs.iter().any(|read| read.topic == at.topic);
+            let (ours, others) = questions.into_iter().partition(|(at, _)| reads(at));
+            questions = others;
+            tell_committed(consumer, ours);
+        }
+        for (_, answer) in questions {
+            // Whoever asked may have gone.
+            let _ = answer.send(Ok((0, String::new())));
+        }
+        if !reads.is_empty() {
+            self.begin(reads);
+        }
+    }
+
+    fn begin(&mut self, reads: Vec<Begin>) {
+        let bounds = match Bounds::of(&self.consumer, &reads) {
+            Ok(bounds) => bounds,
+            Err(fault) => return reads.into_iter().for_each(|read| read.fail(&fault)),
         };
-        let committed = consumer.committed_offsets(list, ANSWER_MAX)?;
-        let element = committed.find_partition(&input.topic, input.number);
-        Ok(match element.as_ref().map(|element| (element.offset(), element.metadata())) {
-            Some((Offset::Offset(offset), metadata)) => (offset, metadata.to_owned()),
-            _ => (0, String::new()),
-        })
-    }
-
-    fn begin(
-        &mut self,
-        at: Partition,
-        from: i64,
-        entries_max: usize,
-        answer: oneshot::Sender<Result<Chunk, String>>,
-    ) {
-        match self.assign(&at, from) {
-            Ok((next, end)) => {
-                let chunk = Chunk { entries: Vec::new(), next, at_end: next >= end, age: Duration::ZERO };
-                if chunk.at_end {
-                    let _ = answer.send(Ok(chunk));
-                    return;
+        for read in reads {
+            let (low, end) = match bounds.of_partition(&read.at) {
+                Ok(bounds) => bounds,
+                Err(fault) => {
+                    read.fail(&fault);
+                    continue;
                 }
-                let now = Instant::now();
-                let there_at = self.ears.heard.since(&at, end, now).unwrap_or(now);
-                let until = now + READ_MAX;
-                self.reads.insert(at, Read { chunk, bytes: 0, entries_max, end, there_at, until, answer });
+            };
+            // Beyond the end only where the topic was made anew.
+            let next = if read.from > end { low } else { read.from.max(low) };
+            let chunk = Chunk { entries: Vec::new(), next, at_end: next >= end, age: Duration::ZERO };
+            // A partition with nothing to read is not assigned.
+            if chunk.at_end {
+                let _ = read.answer.send(Ok(chunk));
+                continue;
             }
-            Err(fault) => {
-                let _ = answer.send(Err(fault.to_string()));
+            if let Err(fault) = self.assign(&read.at, next) {
+                read.fail(&fault);
+                continue;
             }
+            let now = Instant::now();
+            let there_at = self.ears.heard.since(&read.at, end, now).unwrap_or(now);
+            let until = now + READ_MAX;
+            let Begin { at, entries_max, answer, .. } = read;
+            self.reads.insert(at, Read { chunk, bytes: 0, entries_max, end, there_at, until, answer });
         }
     }
 
-    /// Where the read begins and ends; a partition with nothing to read is not assigned.
-    fn assign(&self, at: &Partition, from: i64) -> Result<(i64, i64), KafkaError> {
-        let (low, end) = self.consumer.fetch_watermarks(&at.topic, at.number, ANSWER_MAX)?;
-        // Beyond the end only where the topic was made anew.
-        let next = if from > end { low } else { from.max(low) };
-        if next < end {
-            let mut list = TopicPartitionList::new();
-            list.add_partition_offset(&at.topic, at.number, Offset::Offset(next))?;
-            self.consumer.incremental_assign(&list)?;
-        }
-        Ok((next, end))
+    fn assign(&self, at: &Partition, next: i64) -> Result<(), KafkaError> {
+        let mut list = TopicPartitionList::new();
+        list.add_partition_offset(&at.topic, at.number, Offset::Offset(next))?;
+        self.consumer.incremental_assign(&list)
     }
 
     fn poll(&mut self) {
@@ -287,6 +309,65 @@ impl Reader {
             true => Err(format!("nothing came within {} s", READ_MAX.as_secs())),
             false => Ok(read.chunk),
         });
+    }
+}
+
+/// Tells what a group has committed of these partitions, by one request.
+fn tell_committed(consumer: &BaseConsumer<LogContext>, asked: Vec<(Partition, Answer<(i64, String)>)>) {
+    if asked.is_empty() {
+        return;
+    }
+    let mut list = TopicPartitionList::new();
+    for at in asked.iter().map(|(at, _)| at).collect::<HashSet<_>>() {
+        list.add_partition(&at.topic, at.number);
+    }
+    let committed = consumer.committed_offsets(list, ANSWER_MAX);
+    let of = |at: &Partition| -> Result<(i64, String), KafkaError> {
+        let committed = committed.as_ref().map_err(Clone::clone)?;
+        let Some(element) = committed.find_partition(&at.topic, at.number) else {
+            return Ok((0, String::new()));
+        };
+        element.error()?;
+        Ok(match element.offset() {
+            Offset::Offset(offset) => (offset, element.metadata().to_owned()),
+            _ => (0, String::new()),
+        })
+    };
+    for (at, answer) in asked {
+        // Whoever asked may have gone.
+        let _ = answer.send(of(&at).map_err(|fault| fault.to_string()));
+    }
+}
+
+/// Where partitions begin and end, by one request for each to each of their brokers.
+struct Bounds {
+    low: TopicPartitionList,
+    end: TopicPartitionList,
+}
+
+impl Bounds {
+    fn of(consumer: &BaseConsumer<LogContext>, reads: &[Begin]) -> Result<Self, KafkaError> {
+        let ask = |offset: Offset| -> Result<TopicPartitionList, KafkaError> {
+            let mut list = TopicPartitionList::new();
+            for at in reads.iter().map(|read| &read.at).collect::<HashSet<_>>() {
+                list.add_partition_offset(&at.topic, at.number, offset)?;
+            }
+            consumer.offsets_for_times(list, ANSWER_MAX)
+        };
+        Ok(Self { low: ask(Offset::Beginning)?, end: ask(Offset::End)? })
+    }
+
+    fn of_partition(&self, at: &Partition) -> Result<(i64, i64), KafkaError> {
+        let of = |list: &TopicPartitionList| {
+            let unknown = || KafkaError::OffsetFetch(RDKafkaErrorCode::UnknownPartition);
+            let element = list.find_partition(&at.topic, at.number).ok_or_else(unknown)?;
+            element.error()?;
+            match element.offset() {
+                Offset::Offset(offset) => Ok(offset),
+                _ => Err(unknown()),
+            }
+        };
+        Ok((of(&self.low)?, of(&self.end)?))
     }
 }
 
