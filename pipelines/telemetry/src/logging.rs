@@ -6,7 +6,11 @@
 use std::io::{IsTerminal, stderr};
 use tracing::{Level, Metadata};
 use tracing_subscriber::{
-    EnvFilter, Layer, filter::filter_fn, fmt, layer::SubscriberExt, util::SubscriberInitExt,
+    Layer,
+    filter::{Targets, filter_fn},
+    fmt,
+    layer::SubscriberExt,
+    util::SubscriberInitExt,
 };
 
 /// The variable that sets the filter, such as `info,forebay_runtime=debug`.
@@ -75,17 +79,13 @@ pub fn init(format: Format, filter: Option<&str>) -> Result<(), InitError> {
     subscriber.try_init().map_err(|source| InitError::Twice { source })
 }
 
-fn choose(variable: Option<&str>, given: Option<&str>) -> Result<EnvFilter, InitError> {
+fn choose(variable: Option<&str>, given: Option<&str>) -> Result<Targets, InitError> {
     let (filter, origin) = match (variable.filter(|filter| !filter.trim().is_empty()), given) {
         (Some(filter), _) => (filter, FILTER_VARIABLE),
         (None, Some(filter)) => (filter, "the settings"),
         (None, None) => (FILTER_DEFAULT, "the default"),
     };
-    EnvFilter::try_new(filter).map_err(|source| InitError::Filter {
-        filter: filter.to_owned(),
-        origin,
-        source,
-    })
+    filter.parse().map_err(|source| InitError::Filter { filter: filter.to_owned(), origin, source })
 }
 
 fn may_be_logged(metadata: &Metadata<'_>) -> bool {
@@ -154,7 +154,7 @@ mod tests {
     fn a_filter_that_is_none_is_refused_with_its_origin() {
         let error = choose(Some("forebay=loud"), None).unwrap_err().to_string();
         assert!(error.contains("\"forebay=loud\" from FOREBAY_LOG"), "{error}");
-        let error = choose(Some(" "), Some("=")).unwrap_err().to_string();
+        let error = choose(Some(" "), Some("info,h2=loud")).unwrap_err().to_string();
         assert!(error.contains("from the settings"), "{error}");
     }
 }
