@@ -25,8 +25,12 @@ use tokio::{runtime::Handle, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
-/// How long a shutdown may take in all: the drain, the commit, and a little.
-const SHUTDOWN_MAX: Duration = Duration::from_millis(11_500);
+/// How long stages may take to end: the drain, and a second to leave their groups.
+const SHUTDOWN_MAX: Duration = Duration::from_secs(11);
+
+/// How long what is still on its way may take then. With what a process gives its stuck threads this makes the 12 s in which it
+/// ends.
+const FLUSH_MAX: Duration = Duration::from_millis(400);
 
 /// What a process runs.
 pub struct Launch<'a> {
@@ -222,7 +226,7 @@ impl Running {
         self.closed.cancel();
         let sink = self.sink;
         // Flushing blocks.
-        let _ = tokio::task::spawn_blocking(move || sink.flush(Duration::from_secs(1))).await;
+        let _ = tokio::task::spawn_blocking(move || sink.flush(FLUSH_MAX)).await;
         outcome
     }
 }
