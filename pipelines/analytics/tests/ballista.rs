@@ -1,5 +1,5 @@
 //! SQL past one machine, as processes: a scheduler and executors over generated tables answer as one process does, each user sees the
-//! rows of theirs, an executor is killed in the middle, and where nobody can answer somebody says so.
+//! rows of theirs, executors and the scheduler are killed in the middle, and where nobody can answer somebody says so.
 
 #![expect(clippy::unwrap_used, clippy::panic, reason = "what goes wrong fails the test")]
 
@@ -87,11 +87,15 @@ impl Process {
     }
 
     fn scheduler() -> Self {
+        Self::scheduler_counting("Job cancelled")
+    }
+
+    fn scheduler_counting(text: &'static str) -> Self {
         let mut command = program();
         command
             .args(["sql", "scheduler", "--listen", "127.0.0.1:0"])
             .env("FOREBAY_LOG", "warn,ballista_scheduler=info");
-        Self::start(command, "Job cancelled")
+        Self::start(command, text)
     }
 
     /// How many executors a scheduler knows.
@@ -414,6 +418,112 @@ async fn an_executor_that_is_killed_in_the_middle_costs_time_and_no_row() {
     assert_eq!(answer, shown(&local.collect(LONG).await.unwrap()));
 }
 
+const TOKEN: &str = "ana-token-of-at-least-32-characters";
+
+/// Where a program that serves SQL listens for HTTP and for clients of PostgreSQL.
+fn serving(world: &World, scheduler: &Process) -> (Process, String) {
+    let users = world.folder.path().join("users.json");
+    let hash = blake3::hash(TOKEN.as_bytes()).to_hex();
+    let ana = json!({"users": {"ana": {"tenants": ["*"], "token_blake3": hash.as_str()}}});
+    std::fs::write(&users, ana.to_string()).unwrap();
+    let mut command = program();
+    command
+        .args(["sql", "--listen", "127.0.0.1:0", "--pg", "127.0.0.1:0", "--scheduler", &scheduler.address])
+        .arg("--users")
+        .arg(users)
+        .env("FOREBAY_TABLES", world.root().as_str());
+    let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map_while(Result::ok);
+    let mut address = |text: &str| {
+        let line = lines.next().unwrap();
+        let port = line.rsplit_once("127.0.0.1:").and_then(|(_, rest)| rest.split_once('/'));
+        assert!(line.contains(text), "{line}");
+        format!("127.0.0.1:{}", port.unwrap().0)
+    };
+    let (http, pg) = (address("over HTTP"), address("PostgreSQL"));
+    std::thread::spawn(move || lines.for_each(drop));
+    (Process { child, address: http, told: Arc::default() }, pg)
+}
+
+async fn posted(address: String, sql: &str) -> String {
+    let mut connection = TcpStream::connect(address).await.unwrap();
+    let length = sql.len();
+    let head =
+        format!("POST /v1/sql HTTP/1.0\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: {length}\r\n\r\n");
+    connection.write_all(format!("{head}{sql}").as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    connection.read_to_string(&mut answer).await.unwrap();
+    answer
+}
+
+/// What a command said on both streams, and how it ended.
+async fn ran(mut command: Command) -> (Option<i32>, String) {
+    let ran = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
+    let said = [ran.stdout, ran.stderr].map(|bytes| String::from_utf8(bytes).unwrap()).concat();
+    (ran.status.code(), said)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_scheduler_that_is_killed_in_the_middle_is_named_with_what_to_do_next() {
+    let world = World::new(6_000).await;
+    let scheduler = Process::scheduler_counting("Job queued");
+    let _executor = world.executor(&scheduler, "one");
+    until("an executor", async || scheduler.executors().await == 1).await;
+    let (server, pg) = serving(&world, &scheduler);
+
+    let mut shell = program();
+    shell
+        .args(["sql", "-c", LONG, "--scheduler", &scheduler.address])
+        .env("FOREBAY_TABLES", world.root().as_str());
+    let has_psql = Command::new("psql").arg("--version").output().is_ok();
+    assert!(
+        has_psql || std::env::var_os("CI").is_none(),
+        "there is no psql; apt-get install postgresql-client"
+    );
+    let mut psql = Command::new("psql");
+    let (host, port) = pg.split_once(':').unwrap();
+    psql.args(["-X", "-h", host, "-p", port, "-U", "ana", "forebay", "-c", LONG]).env("PGPASSWORD", TOKEN);
+    let http = async move { (Some(1), posted(server.address.clone(), LONG).await) };
+    let mut asked = vec![("forebay-sql: ", tokio::spawn(ran(shell))), ("HTTP/1.0 503 ", tokio::spawn(http))];
+    if has_psql {
+        asked.push(("ERROR:  ", tokio::spawn(ran(psql))));
+    }
+    until("all jobs", async || scheduler.told.load(Ordering::Relaxed) == asked.len()).await;
+    let address = scheduler.address.clone();
+    assert!(asked.iter().all(|(_, asked)| !asked.is_finished()), "it was answered before; ask for more");
+    // As kill -9 does.
+    drop(scheduler);
+    for (begins, asked) in asked {
+        let (code, said) = asked.await.unwrap();
+        assert_eq!(code, Some(1), "{said}");
+        let what = format!("the scheduler at {address} was lost while the query ran (");
+        let next = "the query was not answered, and nothing was changed; see whether `forebay sql scheduler` runs there and ask \
+            again, or leave --scheduler out, and it is answered here";
+        assert!(said.starts_with(begins) && said.contains(&what) && said.contains(next), "{said}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn executors_that_all_are_killed_in_the_middle_are_missed_and_the_query_ends() {
+    let world = World::new(3_000).await;
+    let (scheduler, executors) = cluster(&world, &["one"]).await;
+    let far = world.session(Limits::default(), Scope::All).on(Cluster::new(scheduler.address.clone()));
+    let asked = tokio::spawn(async move { far.collect(LONG).await.map(|rows| shown(&rows)) });
+    until("a stage of it", async || !world.jobs("one").is_empty()).await;
+    drop(executors);
+    // Of the second query the scheduler knows that nobody is there only when it gives the work away.
+    let said = refused(&world, &scheduler, Scope::All, "SELECT count(*) FROM outcomes").await;
+    for said in [said, asked.await.unwrap().unwrap_err().to_string()] {
+        let expected = format!(
+            "the scheduler at {0} lost all its executors while they worked on the query, and none came again; it was not answered, and \
+            nothing was changed; start some by `forebay sql executor --scheduler {0}` and ask again, or leave --scheduler out, and it is \
+            answered here",
+            scheduler.address
+        );
+        assert_eq!(said, expected);
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_query_that_nobody_can_answer_says_what_is_missing() {
     let world = World::new(100).await;
@@ -421,7 +531,8 @@ async fn a_query_that_nobody_can_answer_says_what_is_missing() {
     let scheduler = Process::scheduler();
     let said = refused(&world, &scheduler, Scope::All, ask).await;
     let expected = format!(
-        "the scheduler at {0} has no executor, and none came within 10s; start some by `forebay sql executor --scheduler {0}`",
+        "the scheduler at {0} has no executor, and none came within 10s; start some by `forebay sql executor --scheduler {0}` \
+        and ask again, or leave --scheduler out, and it is answered here",
         scheduler.address
     );
     assert_eq!(said, expected);
@@ -429,10 +540,19 @@ async fn a_query_that_nobody_can_answer_says_what_is_missing() {
     drop(scheduler);
     let far = world.session(Limits::default(), Scope::All).on(Cluster::new(address.clone()));
     let said = far.collect(ask).await.unwrap_err().to_string();
+    let expected = format!(
+        "there is no scheduler at {address}, so the query was not asked; see whether `forebay sql scheduler` runs there and ask again, \
+        or leave --scheduler out, and it is answered here"
+    );
+    assert_eq!(said, expected);
+    // Somebody else listens there.
+    let stranger = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = stranger.local_addr().unwrap().to_string();
+    tokio::spawn(async move { stranger.accept().await.unwrap().0.write_all(b"SSH-2.0-x\r\n").await });
+    let far = world.session(Limits::default(), Scope::All).on(Cluster::new(address.clone()));
+    let said = far.collect(ask).await.unwrap_err().to_string();
     assert_eq!(
         said,
-        format!(
-            "there is no scheduler at {address}; start one by `forebay sql scheduler`, or check --scheduler"
-        )
+        format!("{address} is no scheduler of SQL: it answered \"SSH-2.0-x\"; check --scheduler")
     );
 }

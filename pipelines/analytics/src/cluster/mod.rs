@@ -79,6 +79,10 @@ const LOOK_EVERY_MAX: Duration = Duration::from_millis(100);
 const TRIES: u32 = 3;
 /// How long jobs that are told to end may take to hear it.
 const END_WAIT: Duration = Duration::from_secs(2);
+/// The way out that needs nobody else.
+const WITHOUT: &str = "or leave --scheduler out, and it is answered here";
+/// How the scheduler says that a job failed as nobody was left to work on it.
+const EXECUTORS_GONE: &str = "all executors were lost";
 /// How many batches the network may be ahead of who reads them.
 const BATCHES_AHEAD: usize = 2;
 
@@ -86,13 +90,29 @@ const BATCHES_AHEAD: usize = 2;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// Nobody listens there.
-    #[error("there is no scheduler at {address}; start one by `forebay sql scheduler`, or check --scheduler")]
+    #[error(
+        "there is no scheduler at {address}, so the query was not asked; see whether `forebay sql scheduler` runs there and ask again, {WITHOUT}"
+    )]
     Unreachable {
         /// Where.
         address: String,
         /// What happened.
         #[source]
         source: io::Error,
+    },
+    /// It was there, and is no more.
+    #[error(
+        "the scheduler at {address} was lost {} ({message}); the query was not answered, and nothing was changed; see whether \
+         `forebay sql scheduler` runs there and ask again, {WITHOUT}",
+        when.as_str()
+    )]
+    Gone {
+        /// Where.
+        address: String,
+        /// How far it had come.
+        when: When,
+        /// What happened.
+        message: String,
     },
     /// Something else listens there.
     #[error("{address} is no scheduler of SQL: it answered {answer:?}; check --scheduler")]
@@ -104,15 +124,27 @@ pub enum Error {
     },
     /// There is nobody to do the work.
     #[error(
-        "the scheduler at {address} has no executor, and none came within {}; start some by `forebay sql executor --scheduler {address}`",
+        "the scheduler at {address} has no executor, and none came within {}; start some by `forebay sql executor --scheduler {address}` \
+         and ask again, {WITHOUT}",
         humantime::format_duration(EXECUTORS_WAIT)
     )]
     NoExecutors {
         /// Where.
         address: String,
     },
-    /// It was spoken to and did not understand, or stopped to speak.
-    #[error("the scheduler at {address} could not {doing}: {message}")]
+    /// There was somebody to do the work, and no more.
+    #[error(
+        "the scheduler at {address} lost all its executors while they worked on the query, and none came again; it was not answered, and \
+         nothing was changed; start some by `forebay sql executor --scheduler {address}` and ask again, {WITHOUT}"
+    )]
+    ExecutorsGone {
+        /// Where.
+        address: String,
+    },
+    /// It was spoken to and did not understand.
+    #[error(
+        "the scheduler at {address} could not {doing}: {message}; the query was not answered; ask again, {WITHOUT}"
+    )]
     Scheduler {
         /// Where.
         address: String,
@@ -128,17 +160,46 @@ pub enum Error {
         message: String,
     },
     /// The answer was there, and its executor is gone.
-    #[error("an executor was lost with the answer, {TRIES} times: {message}; ask again")]
+    #[error(
+        "the scheduler at {address} lost an executor with the answer, {TRIES} times: {message}; ask again, {WITHOUT}"
+    )]
     Lost {
+        /// Where.
+        address: String,
         /// What happened.
         message: String,
     },
     /// Rows were handed over already.
-    #[error("an executor was lost in the middle of the answer: {message}; ask again")]
+    #[error(
+        "the scheduler at {address} lost an executor in the middle of the answer, so what was shown is not all of it: {message}; ask again"
+    )]
     Broken {
+        /// Where.
+        address: String,
         /// What happened.
         message: String,
     },
+}
+
+/// How far a query had come.
+#[derive(Clone, Copy, Debug)]
+pub enum When {
+    /// It was not taken yet.
+    Asking,
+    /// It was worked on.
+    Working,
+    /// Some of the rows were handed over.
+    Answering,
+}
+
+impl When {
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Asking => "before it took the query",
+            Self::Working => "while the query ran",
+            Self::Answering => "in the middle of the answer, so that what was shown is not all of it",
+        }
+    }
 }
 
 fn hint(message: &str) -> &'static str {
@@ -222,9 +283,9 @@ impl Cluster {
         settings: &[KeyValuePair],
         to: &mpsc::Sender<Result<RecordBatch, DataFusionError>>,
     ) -> Result<(), Error> {
-        self.wait_for_executors().await?;
         let mut tried = 0;
         loop {
+            self.wait_for_executors().await?;
             let mut job = self.submit(plan, settings).await?;
             let places = job.done().await?;
             match self.hand_over(places, to).await {
@@ -282,8 +343,8 @@ impl Cluster {
         };
         let held = self.jobs.running.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let held = held.ok_or_else(unreachable)?;
-        let mut scheduler =
-            connect(&self.address).await.map_err(|error| fault("be spoken to")(format!("{error:#}")))?;
+        let gone = |message| Error::Gone { address: self.address.clone(), when: When::Asking, message };
+        let mut scheduler = connect(&self.address).await.map_err(|error| gone(format!("{error:#}")))?;
         // A session each: what one leaves behind there must not reach the next.
         let session_id = Uuid::now_v7().to_string();
         let mut request = tonic::Request::new(ExecuteQueryParams {
@@ -294,7 +355,10 @@ impl Cluster {
         });
         version::insert_version_header(request.metadata_mut());
         let answer = scheduler.execute_query(request).await;
-        let answer = answer.map_err(|status| fault("take the query")(status.message().to_owned()))?;
+        let answer = answer.map_err(|status| match is_gone(&status) {
+            true => gone(told(&status)),
+            false => fault("take the query")(told(&status)),
+        })?;
         let job_id = match answer.into_inner().result {
             Some(execute_query_result::Result::Success(success)) => success.job_id,
             Some(execute_query_result::Result::Failure(failure)) => {
@@ -333,14 +397,16 @@ impl Cluster {
         to: &mpsc::Sender<Result<RecordBatch, DataFusionError>>,
     ) -> Result<(), Error> {
         let mut has_rows = false;
-        let lost = |has_rows, message| match has_rows {
-            true => Error::Broken { message },
-            false => Error::Lost { message },
-        };
         for place in places {
-            let mut rows = self.fetch(place).await.map_err(|message| lost(has_rows, message))?;
+            let mut rows = match self.fetch(place).await {
+                Ok(rows) => rows,
+                Err(message) => return Err(self.lost(has_rows, message).await),
+            };
             while let Some(batch) = rows.next().await {
-                let batch = batch.map_err(|error| lost(has_rows, error.to_string()))?;
+                let batch = match batch {
+                    Ok(batch) => batch,
+                    Err(fault) => return Err(self.lost(has_rows, fault.to_string()).await),
+                };
                 if to.send(Ok(batch)).await.is_err() {
                     return Ok(());
                 }
@@ -348,6 +414,17 @@ impl Cluster {
             }
         }
         Ok(())
+    }
+
+    /// Who was lost with rows of an answer: the scheduler, through which they come, or an executor.
+    async fn lost(&self, has_rows: bool, message: String) -> Error {
+        let address = self.address.clone();
+        match (self.has_executors().await, has_rows) {
+            (Err(Error::Unreachable { .. }), true) => Error::Gone { address, when: When::Answering, message },
+            (Err(Error::Unreachable { .. }), false) => Error::Gone { address, when: When::Working, message },
+            (_, true) => Error::Broken { address, message },
+            (_, false) => Error::Lost { address, message },
+        }
     }
 
     async fn fetch(&self, place: PartitionLocation) -> Result<SendableRecordBatchStream, String> {
@@ -392,25 +469,36 @@ struct Job {
 impl Job {
     /// Waits until it is done; where its rows lie.
     async fn done(&mut self) -> Result<Vec<PartitionLocation>, Error> {
-        let mut pause = LOOK_EVERY_MIN;
+        let (mut pause, mut known) = (LOOK_EVERY_MIN, Instant::now());
+        let address = || self.address.clone();
+        let gone = |message| Error::Gone { address: address(), when: When::Working, message };
         loop {
             let asked =
                 self.scheduler.get_job_status(GetJobStatusParams { job_id: self.job_id.clone() }).await;
-            let fault = |message: &str| {
-                let (address, doing) = (self.address.clone(), "tell of the query");
-                Error::Scheduler { address, doing, message: message.to_owned() }
-            };
-            let status = asked.map_err(|status| fault(status.message()))?.into_inner().status;
-            match status.and_then(|status| status.status) {
+            let status = asked.map_err(|status| match is_gone(&status) {
+                true => gone(told(&status)),
+                false => {
+                    let doing = "tell of the query";
+                    Error::Scheduler { address: address(), doing, message: told(&status) }
+                }
+            })?;
+            match status.into_inner().status.and_then(|status| status.status) {
                 Some(Status::Successful(done)) => {
                     self.is_done = true;
                     return Ok(done.partition_location);
                 }
                 Some(Status::Failed(failed)) => {
                     self.is_done = true;
-                    return Err(Error::Failed { message: failed.error });
+                    return Err(match failed.error.contains(EXECUTORS_GONE) {
+                        true => Error::ExecutorsGone { address: address() },
+                        false => Error::Failed { message: failed.error },
+                    });
                 }
-                Some(Status::Queued(_) | Status::Running(_)) | None => {}
+                Some(Status::Queued(_) | Status::Running(_)) => known = Instant::now(),
+                // A query that was just taken is not known at once. One that stays unknown was another scheduler's, at whose address
+                // a new one was started.
+                None if known.elapsed() < ANSWER_WAIT => {}
+                None => return Err(gone("a new one there does not know the query".to_owned())),
             }
             sleep(pause).await;
             pause = (pause * 2).min(LOOK_EVERY_MAX);
@@ -438,6 +526,27 @@ impl Drop for Job {
             drop(held);
         });
     }
+}
+
+/// Whether a scheduler did not answer, rather than answered that it could not. What it says itself has no cause on this side.
+fn is_gone(status: &tonic::Status) -> bool {
+    use tonic::Code::{Cancelled, DeadlineExceeded, Unavailable};
+    let is_silence = matches!(status.code(), Cancelled | DeadlineExceeded | Unavailable);
+    is_silence || std::error::Error::source(status).is_some()
+}
+
+/// What a status says, with its causes.
+fn told(status: &tonic::Status) -> String {
+    let mut text = status.message().to_owned();
+    let mut cause = std::error::Error::source(status);
+    while let Some(next) = cause {
+        let said = next.to_string();
+        if !text.contains(&said) {
+            text = format!("{text}: {said}");
+        }
+        cause = next.source();
+    }
+    text
 }
 
 async fn connect(address: &str) -> anyhow::Result<SchedulerGrpcClient<Channel>> {
