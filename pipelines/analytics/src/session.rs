@@ -25,8 +25,9 @@ use datafusion::catalog::{
     MemorySchemaProvider, SchemaProvider, TableProvider, view::ViewTable,
 };
 use datafusion::common::runtime::SpawnedTask;
+use datafusion::common::tree_node::TreeNodeRecursion;
 use datafusion::common::{DataFusionError, ParamValues, ScalarValue};
-use datafusion::datasource::{empty::EmptyTable, provider_as_source};
+use datafusion::datasource::{empty::EmptyTable, provider_as_source, source_as_provider};
 use datafusion::execution::disk_manager::DiskManagerBuilder;
 use datafusion::execution::memory_pool::{FairSpillPool, TrackConsumersPool};
 use datafusion::execution::runtime_env::RuntimeEnvBuilder;
@@ -119,6 +120,8 @@ pub struct Session {
     scope: Scope,
     /// Who works queries out; this process where there is none.
     cluster: Option<Cluster>,
+    /// Whether somebody said in how many parts.
+    is_parted: bool,
 }
 
 /// Rows as they come. Dropped, it stops the query.
@@ -145,13 +148,15 @@ impl Session {
         let base = state(&limits, prices).map_err(Error::Prepare)?;
         let lake = Arc::new(Lake { root, options, live, tables: Mutex::default() });
         let workers = Arc::new(Workers::start().map_err(|fault| Error::Prepare(fault.into()))?);
-        Ok(Self { workers, lake, base, limits, scope: Scope::All, cluster: None }.scoped(scope))
+        Ok(Self { workers, lake, base, limits, scope: Scope::All, cluster: None, is_parted: false }
+            .scoped(scope))
     }
 
     /// The same session with an option of the engine, such as `datafusion.execution.target_partitions`.
     pub fn with_option(mut self, name: &str, value: &str) -> Result<Self, Error> {
         let set = self.base.config_mut().options_mut().set(name, value);
         set.map_err(|error| explained(error, self.limits))?;
+        self.is_parted |= name == "datafusion.execution.target_partitions";
         Ok(self)
     }
 
@@ -276,7 +281,7 @@ impl Session {
         parameters: Option<ParamValues>,
     ) -> Result<SendableRecordBatchStream, Error> {
         let explained = |error| explained(error, self.limits);
-        let state = context.state();
+        let mut state = context.state();
         let mut plan = state.statement_to_plan(statement).await.map_err(explained)?;
         guards::check(&plan, &self.scope)?;
         if let Some(parameters) = parameters {
@@ -285,6 +290,9 @@ impl Session {
         let Some(cluster) = &self.cluster else {
             return DataFrame::new(state, plan).execute_stream().await.map_err(explained);
         };
+        if !self.is_parted && reads_files(&plan).map_err(explained)? {
+            state.config_mut().options_mut().execution.target_partitions = cluster.parts().await;
+        }
         let task = state.task_ctx();
         let plan = state.create_physical_plan(&plan).await.map_err(explained)?;
         cluster.execute(plan, task).await.map_err(explained)
@@ -333,6 +341,20 @@ impl Answer {
             Err(_) => Err(Error::Deadline(self.limits.deadline)),
         }
     }
+}
+
+/// Whether a query reads tables that have files.
+fn reads_files(plan: &LogicalPlan) -> Result<bool, DataFusionError> {
+    let mut has_files = false;
+    plan.apply_with_subqueries(|node| {
+        if let LogicalPlan::TableScan(scan) = node {
+            let table = source_as_provider(&scan.source)?;
+            let table: &dyn TableProvider = table.as_ref();
+            has_files |= table.downcast_ref::<Guarded>().is_some_and(|table| table.extent.bytes > 0);
+        }
+        Ok(if has_files { TreeNodeRecursion::Stop } else { TreeNodeRecursion::Continue })
+    })?;
+    Ok(has_files)
 }
 
 /// Threads of their own for queries: a join may work for minutes before it gives way, and deadlines and Ctrl-C must be heard meanwhile.

@@ -100,12 +100,18 @@ impl Process {
 
     /// How many executors a scheduler knows.
     async fn executors(&self) -> usize {
+        self.ready().await.0
+    }
+
+    /// The same, and how many tasks they take at a time.
+    async fn ready(&self) -> (usize, usize) {
         let mut connection = TcpStream::connect(&self.address).await.unwrap();
         connection.write_all(b"GET /readyz HTTP/1.0\r\n\r\n").await.unwrap();
         let mut answer = String::new();
         connection.read_to_string(&mut answer).await.unwrap();
-        let count = answer.rsplit_once("ready: ").and_then(|(_, rest)| rest.split([' ', '/']).next());
-        count.unwrap().parse().unwrap()
+        let (_, told) = answer.trim_end().rsplit_once("ready: ").unwrap();
+        let (executors, tasks) = told.split_once(" executors, ").unwrap();
+        (executors.parse().unwrap(), tasks.strip_suffix(" tasks").unwrap().parse().unwrap())
     }
 }
 
@@ -218,8 +224,6 @@ impl World {
     async fn compare(&self, scheduler: &Process, scope: &Scope, sql: &str) -> String {
         let local = self.session(Limits::default(), scope.clone());
         let far = self.session(Limits::default(), scope.clone()).on(Cluster::new(scheduler.address.clone()));
-        // As many as there are places for tasks: without optimisation, each task costs tens of milliseconds.
-        let far = far.with_option("datafusion.execution.target_partitions", "4").unwrap();
         let expected = shown(&local.collect(sql).await.unwrap_or_else(|error| panic!("{sql}: {error}")));
         let answer = far.collect(sql).await.unwrap_or_else(|error| panic!("on a cluster, {sql}: {error:?}"));
         assert_eq!(shown(&answer), expected, "{sql}");
@@ -283,6 +287,21 @@ async fn two_executors_answer_as_one_process_does() {
     let (scheduler, executors) = cluster(&world, &["one", "two"]).await;
     for sql in QUERIES {
         world.compare(&scheduler, &Scope::All, sql).await;
+    }
+    // In as many parts as the executors take tasks at a time, however few rows there are.
+    assert_eq!(scheduler.ready().await, (2, 4));
+    let parts = async |sql: &str, far: Session| {
+        let plan = shown(&far.collect(&format!("EXPLAIN {sql}")).await.unwrap());
+        let counts = plan.split("], ").filter_map(|text| text.split(')').next()?.parse::<usize>().ok());
+        (counts.collect::<BTreeSet<_>>(), plan)
+    };
+    let far = || world.session(Limits::default(), Scope::All).on(Cluster::new(scheduler.address.clone()));
+    for sql in ["SELECT tenant, count(*) FROM outcomes GROUP BY 1", "SELECT * FROM cost_daily", LONG] {
+        let (counts, plan) = parts(sql, far()).await;
+        assert_eq!(counts, BTreeSet::from([4]), "{sql}: {plan}");
+        let set = far().with_option("datafusion.execution.target_partitions", "3").unwrap();
+        let (counts, plan) = parts(sql, set).await;
+        assert_eq!(counts, BTreeSet::from([3]), "{sql}: {plan}");
     }
     for executor in &executors {
         until("a task of each executor", async || executor.told.load(Ordering::Relaxed) > 0).await;
@@ -370,8 +389,8 @@ async fn held_back(scheduler: &Process, let_through: Arc<Notify>) -> String {
     let (listener, to) = (TcpListener::bind("127.0.0.1:0").await.unwrap(), scheduler.address.clone());
     let address = listener.local_addr().unwrap().to_string();
     tokio::spawn(async move {
-        // First it is asked whether it has executors.
-        for is_held in std::iter::once(false).chain(std::iter::repeat(true)) {
+        // First it is asked how many tasks are worked on at a time, and then whether there still are executors.
+        for is_held in std::iter::repeat_n(false, 2).chain(std::iter::repeat(true)) {
             let (mut asks, mut is_answered) = listener.accept().await.unwrap().0.into_split();
             let (mut answers, mut is_asked) = TcpStream::connect(&to).await.unwrap().into_split();
             let let_through = Arc::clone(&let_through);
@@ -548,7 +567,11 @@ async fn a_query_that_nobody_can_answer_says_what_is_missing() {
     // Somebody else listens there.
     let stranger = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = stranger.local_addr().unwrap().to_string();
-    tokio::spawn(async move { stranger.accept().await.unwrap().0.write_all(b"SSH-2.0-x\r\n").await });
+    tokio::spawn(async move {
+        loop {
+            let _ = stranger.accept().await.unwrap().0.write_all(b"SSH-2.0-x\r\n").await;
+        }
+    });
     let far = world.session(Limits::default(), Scope::All).on(Cluster::new(address.clone()));
     let said = far.collect(ask).await.unwrap_err().to_string();
     assert_eq!(

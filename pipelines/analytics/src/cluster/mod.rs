@@ -62,8 +62,10 @@ use uuid::Uuid;
 
 /// Where a scheduler listens unless somebody says otherwise: on this machine alone.
 pub(crate) const SCHEDULER: &str = "127.0.0.1:50050";
-/// In how many parts rows are exchanged, and the most tasks of a stage.
-const PARTITIONS: usize = 16;
+/// In how many parts rows are exchanged where nobody says how many tasks the executors take at a time.
+const PARTS: usize = 16;
+/// The most parts: each stage writes as many files as the parts of the one before times its own.
+const PARTS_MAX: usize = 256;
 /// The largest message between two processes. A plan names each of its files in about 200 bytes, so it holds some hundred thousand.
 const MESSAGE_BYTES_MAX: u32 = 64 << 20;
 /// How long a scheduler may take to answer.
@@ -296,9 +298,17 @@ impl Cluster {
         }
     }
 
+    /// In how many parts rows are best exchanged: one for each task that the executors take at a time. More only cost, each a task and a
+    /// file for each other; fewer leave executors idle.
+    pub(crate) async fn parts(&self) -> usize {
+        // Where it is away, whoever sends the plan says so.
+        let tasks = self.tasks().await.ok().flatten();
+        tasks.filter(|tasks| *tasks > 0).map_or(PARTS, |tasks| tasks.min(PARTS_MAX))
+    }
+
     async fn wait_for_executors(&self) -> Result<(), Error> {
         let until = Instant::now() + EXECUTORS_WAIT;
-        while !self.has_executors().await? {
+        while self.tasks().await?.is_none() {
             if Instant::now() >= until {
                 return Err(Error::NoExecutors { address: self.address.clone() });
             }
@@ -307,23 +317,27 @@ impl Cluster {
         Ok(())
     }
 
-    /// Whether work would be done. A scheduler tells it to whoever probes it, and nowhere else.
-    async fn has_executors(&self) -> Result<bool, Error> {
+    /// How many tasks are worked on at a time; none where there is no executor. A scheduler tells it to whoever probes it.
+    async fn tasks(&self) -> Result<Option<usize>, Error> {
         let asked = async {
             let mut connection = TcpStream::connect(&self.address).await?;
             let request = format!("GET /readyz HTTP/1.0\r\nhost: {}\r\n\r\n", self.address);
             connection.write_all(request.as_bytes()).await?;
             let mut answer = Vec::new();
             connection.take(1_024).read_to_end(&mut answer).await?;
-            io::Result::Ok(String::from_utf8_lossy(&answer).lines().next().unwrap_or_default().to_owned())
+            io::Result::Ok(String::from_utf8_lossy(&answer).into_owned())
         };
         let answer = timeout(ANSWER_WAIT, asked).await.unwrap_or_else(|late| Err(late.into()));
         let address = || self.address.clone();
         let answer = answer.map_err(|source| Error::Unreachable { address: address(), source })?;
-        match answer.split(' ').nth(1) {
-            Some("200") => Ok(true),
-            Some("503") => Ok(false),
-            _ => Err(Error::Stranger { address: address(), answer }),
+        let first = answer.lines().next().unwrap_or_default();
+        match first.split(' ').nth(1) {
+            Some("200") => {
+                let tasks = answer.trim_end().strip_suffix(" tasks").and_then(|told| told.rsplit(' ').next());
+                Ok(Some(tasks.and_then(|tasks| tasks.parse().ok()).unwrap_or(0)))
+            }
+            Some("503") => Ok(None),
+            _ => Err(Error::Stranger { address: address(), answer: first.to_owned() }),
         }
     }
 
@@ -419,7 +433,7 @@ impl Cluster {
     /// Who was lost with rows of an answer: the scheduler, through which they come, or an executor.
     async fn lost(&self, has_rows: bool, message: String) -> Error {
         let address = self.address.clone();
-        match (self.has_executors().await, has_rows) {
+        match (self.tasks().await, has_rows) {
             (Err(Error::Unreachable { .. }), true) => Error::Gone { address, when: When::Answering, message },
             (Err(Error::Unreachable { .. }), false) => Error::Gone { address, when: When::Working, message },
             (_, true) => Error::Broken { address, message },
@@ -560,7 +574,7 @@ async fn connect(address: &str) -> anyhow::Result<SchedulerGrpcClient<Channel>> 
 
 /// How queries are planned that are sent to a cluster: without what would need two stages to share memory.
 pub(crate) fn planned(config: SessionConfig) -> SessionConfig {
-    config.upgrade_for_ballista().with_target_partitions(PARTITIONS)
+    config.upgrade_for_ballista().with_target_partitions(PARTS)
 }
 
 /// The same plan with the rows that it makes itself, one or none, as rows in memory.

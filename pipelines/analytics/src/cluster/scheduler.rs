@@ -7,11 +7,17 @@ use super::scan::ROOT;
 use super::{MESSAGE_BYTES_MAX, SCHEDULER};
 use crate::session;
 use anyhow::Context as _;
-use ballista_core::{JobId, config::TaskSchedulingPolicy, extension::SessionConfigExt as _};
+use arrow_flight::flight_service_server::FlightServiceServer;
+use axum::{extract::State, http::StatusCode, routing::get};
+use ballista_core::{
+    JobId, config::TaskSchedulingPolicy, extension::SessionConfigExt as _,
+    flight_proxy_service::BallistaFlightProxyService,
+    serde::protobuf::scheduler_grpc_server::SchedulerGrpcServer,
+};
 use ballista_scheduler::{
     cluster::BallistaCluster,
     config::{SchedulerConfig, TaskDistributionPolicy},
-    scheduler_process::{create_scheduler, start_grpc_service_with_listener},
+    scheduler_process::create_scheduler,
     scheduler_server::SchedulerServer,
 };
 use datafusion::{
@@ -22,6 +28,7 @@ use datafusion_proto::protobuf::{LogicalPlanNode, PhysicalPlanNode};
 use std::{
     collections::HashMap,
     io::{self, Write as _},
+    net::SocketAddr,
     sync::Arc,
     time::Duration,
 };
@@ -31,6 +38,7 @@ use tokio::{
     signal::unix::{SignalKind, signal},
     time::{Instant, MissedTickBehavior, interval},
 };
+use tonic::service::RoutesBuilder;
 use tracing::warn;
 
 /// An executor that was silent for so long is taken for dead, and its tasks go to others. It speaks every
@@ -68,8 +76,6 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
         // Tasks are sent as they are ready, and can be taken back.
         scheduling_policy: TaskSchedulingPolicy::PushStaged,
         task_distribution: TaskDistributionPolicy::RoundRobin,
-        // Who asks reaches this address and need not reach the executors.
-        enable_embedded_flight_proxy: true,
         executor_timeout_seconds: EXECUTOR_SILENT_S,
         expire_dead_executor_interval_seconds: LOOK_EVERY_S,
         no_executors_grace_period_seconds: EXECUTOR_SILENT_S,
@@ -98,11 +104,41 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
     writeln!(io::stderr(), "scheduler of SQL at {address}")?;
     let mut terminate = signal(SignalKind::terminate())?;
     tokio::select! {
-        served = start_grpc_service_with_listener(listener, scheduler.clone()) => served.context("the scheduler stopped"),
+        served = serve(listener, scheduler.clone()) => served.context("the scheduler stopped"),
         stopped = stop_late_jobs(&scheduler, args.deadline) => stopped,
         _ = tokio::signal::ctrl_c() => Ok(()),
         _ = terminate.recv() => Ok(()),
     }
+}
+
+/// What Ballista would serve, and beside it how many tasks the executors take at a time, which it tells nobody.
+async fn serve(listener: TcpListener, scheduler: Scheduler) -> io::Result<()> {
+    let bytes_max = MESSAGE_BYTES_MAX as usize;
+    let mut routes = RoutesBuilder::default();
+    routes.add_service(
+        SchedulerGrpcServer::new(scheduler.clone())
+            .max_encoding_message_size(bytes_max)
+            .max_decoding_message_size(bytes_max),
+    );
+    // Who asks reaches this address and need not reach the executors.
+    routes.add_service(
+        FlightServiceServer::new(BallistaFlightProxyService::new(bytes_max, bytes_max, false, None))
+            .max_encoding_message_size(bytes_max)
+            .max_decoding_message_size(bytes_max),
+    );
+    let routes = routes.routes().into_axum_router().route("/readyz", get(ready).with_state(scheduler));
+    axum::serve(listener, routes.into_make_service_with_connect_info::<SocketAddr>()).await
+}
+
+/// Whether work would be done, and by how many.
+async fn ready(State(scheduler): State<Scheduler>) -> (StatusCode, String) {
+    let executors = scheduler.state.executor_manager.get_executors_state().await.unwrap_or_default();
+    let tasks: u32 = executors.iter().map(|(executor, ..)| executor.specification.vcores).sum();
+    let (status, word) = match scheduler.is_ready() {
+        true => (StatusCode::OK, "ready"),
+        false => (StatusCode::SERVICE_UNAVAILABLE, "not ready"),
+    };
+    (status, format!("{word}: {} executors, {tasks} tasks\n", executors.len()))
 }
 
 /// Stops jobs whose time is over. Who asked has a deadline too, and says so when it is over, but may have died.
