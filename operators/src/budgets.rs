@@ -24,6 +24,7 @@ use forebay_stores::{
     counters::{AMOUNT_MAX, Counted, GROUP_MAX, Hold, Line},
 };
 use futures::future::BoxFuture;
+use serde::{Deserialize, Serialize};
 use std::{
     fmt,
     sync::{
@@ -47,7 +48,8 @@ const COMPARED: Duration = Duration::from_secs(36 * 60 * 60);
 pub const STANDINGS_MAX: usize = 100_000;
 
 /// What is counted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Unit {
     /// Nano-dollars.
     Money,
@@ -56,7 +58,8 @@ pub enum Unit {
 }
 
 /// Over which time.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Period {
     /// A minute of the clock.
     Minute,
@@ -67,7 +70,8 @@ pub enum Period {
 }
 
 /// Who has a budget.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Holder {
     /// All tenants together.
     All,
@@ -95,7 +99,7 @@ pub struct Budget {
 }
 
 /// Whose spending it is.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize, Serialize)]
 pub struct Subject {
     /// Of which kind.
     pub holder: Holder,

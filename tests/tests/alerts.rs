@@ -11,6 +11,10 @@ use axum::{
     routing::post,
 };
 use forebay_schemas::{Alert, AlertKind, AlertState, Outcome, Record as _};
+use forebay_stores::{
+    KeyValue as _,
+    key_value::{Redis, RedisOptions},
+};
 use forebay_tests::{
     Client, Running, free_port,
     model::{ModelServer, Says},
@@ -226,6 +230,44 @@ fn of_two_processes_that_share_counters_one_tells_and_the_other_takes_over() {
     let alerts = once(&told(&client, "the second part of the budget", |alerts| once(alerts).len() > 1));
     assert_eq!(alerts.iter().map(|alert| alert.threshold).collect::<Vec<_>>(), [1_000_000, 4_000_000]);
     assert_eq!(alerts[0].id, alerts[1].id, "one alert, of two parts");
+    up.drain();
+}
+
+#[test]
+fn a_process_that_is_started_again_knows_what_is_usual() {
+    let Some(redis) = services::redis() else { return };
+    let (data, model) =
+        (tempfile::tempdir().unwrap(), ModelServer::start(|_| Says::Text("It is so.".to_owned())));
+    let prefix = format!("usual-{}-", std::process::id());
+    let more = format!(
+        "topic_prefix: {prefix}\nstores: {{key_value: '{redis}'}}\nbudgets: ['* 1000 USD/month']\n\
+         alerts: {{ewma: 5, floor: 0.0001 USD/minute, forecast: off, cap: off}}\n"
+    );
+    let config = settings(data.path(), &model, &more);
+    let up = Up::start(data.path(), &["--config", &config]);
+    ask_ten(&Client::new(&up.servers, &prefix), "first");
+    let runtime = Runtime::new().unwrap();
+    let options = RedisOptions { prefix: format!("forebay:alerts:{prefix}"), ..RedisOptions::default() };
+    let store = runtime.block_on(Redis::connect(&redis, options)).unwrap();
+    let (key, mut kept) = wait_for("what is known to be kept", LIMIT, || {
+        ["known/0/0", "known/1/0"].into_iter().find_map(|key| {
+            let bytes = runtime.block_on(store.get(key)).unwrap()?;
+            let kept: Value = serde_json::from_slice(&bytes).unwrap();
+            (kept["watched"] != json!([])).then_some((key, kept))
+        })
+    });
+    up.kill();
+    // As it is after ten minutes of a call in each.
+    let usual = &mut kept["watched"][0]["counts"]["usual"];
+    assert!(usual["value"].as_i64() >= Some(CALL_NANO_USD), "{usual}");
+    *usual = json!({"value": CALL_NANO_USD, "count": 10});
+    runtime.block_on(store.set(key, kept.to_string().into(), None)).unwrap();
+
+    let up = Up::start(data.path(), &["--config", &config]);
+    let client = Client::new(&up.servers, &prefix);
+    ask_ten(&client, "second");
+    let alert = told(&client, "an unusual minute", |alerts| has(alerts, AlertKind::Ewma, "tenant")).remove(0);
+    assert!(alert.message.ends_with("in a minute, where $0.00015 is usual"), "{}", alert.message);
     up.drain();
 }
 

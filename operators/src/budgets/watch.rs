@@ -10,18 +10,25 @@
 //!
 //! Calls that succeed are all of it: what costs nothing is in no counter.
 //!
+//! What it knows can be kept and given to the watch of a process that starts later: the minutes in between are then one late reading.
+//!
 //! Invariant: there is no IO and no clock, and the same readings give the same alerts, so that whoever reads the same counters in
-//! another process comes to the same. An alert that has begun is told of once more, when it is over, whatever comes in between; and
+//! another process comes to the same, and so does one that goes on from what was kept. An alert that has begun is told of once more, when it is over, whatever comes in between; and
 //! after each reading at most [`ALERTS_MAX`] are told, the others after the next ones.
 
 use super::{Budget, Period, Standing, Subject, Unit};
 use forebay_schemas::{Alert, AlertKind, AlertState, NanoUsd, Tenant};
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
 /// The most that is told after a reading.
 pub const ALERTS_MAX: usize = 1_000;
 /// The most budgets of subjects that are watched; what comes later is watched when others have been forgotten.
 pub const WATCHED_MAX: usize = 100_000;
+/// The most budgets of subjects in a part of what is kept.
+const PART_MAX: usize = 1_000;
+/// The most parts of it.
+pub const PARTS_MAX: usize = WATCHED_MAX.div_ceil(PART_MAX);
 /// Minutes without a counter after which a budget of a subject is forgotten.
 const FORGET_AFTER: u32 = 24 * 60;
 /// Minutes until an average says something.
@@ -41,7 +48,7 @@ const KINDS: usize = 4;
 const MINUTE_MS: i64 = 60_000;
 
 /// What is told.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 pub struct Rules {
     /// More nano-dollars a minute than this; never when absent.
     pub rate: Option<u64>,
@@ -54,7 +61,7 @@ pub struct Rules {
 }
 
 /// How much is unusual.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 pub struct Unusual {
     /// In percent of the average.
     pub percent: u64,
@@ -80,7 +87,7 @@ struct Watched {
 }
 
 /// What is known of its counter.
-#[derive(Default)]
+#[derive(Clone, Default, Deserialize, Serialize)]
 struct Counts {
     period: i64,
     used: u64,
@@ -95,7 +102,7 @@ struct Counts {
 }
 
 /// What is so of it.
-#[derive(Default)]
+#[derive(Clone, Default, Deserialize, Serialize)]
 struct Levels {
     rate: Level,
     ewma: Level,
@@ -103,6 +110,31 @@ struct Levels {
     cap: Level,
     /// How many parts of the budget were told of.
     caps_told: usize,
+}
+
+/// A part of what is kept.
+#[derive(Deserialize, Serialize)]
+struct Part {
+    /// When the counters were read; the same of all parts.
+    read_ms: i64,
+    /// How many parts there are.
+    parts: usize,
+    /// What was told.
+    rules: Rules,
+    watched: Vec<Kept>,
+}
+
+/// A budget of a subject, by what does not change where others are set beside it.
+#[derive(Deserialize, Serialize)]
+struct Kept {
+    subject: Subject,
+    unit: Unit,
+    period: Period,
+    limit: u64,
+    counts: Counts,
+    /// Nothing where nothing is so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    levels: Option<Levels>,
 }
 
 /// What a reading says of a budget of a subject.
@@ -115,7 +147,7 @@ struct Minute {
 }
 
 /// An exponentially weighted moving average of whole numbers; of the first ones the plain one.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy, Default, Deserialize, Serialize)]
 struct Average {
     value: u64,
     count: u32,
@@ -135,7 +167,7 @@ impl Average {
 }
 
 /// Whether something is so, for how long it has been, and for how long it has not.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy, Default, Deserialize, Serialize)]
 struct Level {
     began_ms: Option<i64>,
     calm: u8,
@@ -166,6 +198,64 @@ impl Watch {
     /// How many budgets of subjects the last reading left unwatched, as there are too many.
     pub fn left_out(&self) -> usize {
         self.left_out
+    }
+
+    /// What a process that starts later needs to go on from here: nothing before the first reading, and at most [`PARTS_MAX`] parts.
+    pub fn kept(&self) -> Result<Vec<Vec<u8>>, serde_json::Error> {
+        let Some(read_ms) = self.read_ms else { return Ok(Vec::new()) };
+        let kept = self.watched.iter().filter_map(|((subject, index), watched)| {
+            let Budget { unit, period, limit, .. } = *self.budgets.get(*index)?;
+            let (subject, counts) = (subject.clone(), watched.counts.clone());
+            let levels = watched.levels.is_firing().then(|| watched.levels.clone());
+            Some(Kept { subject, unit, period, limit, counts, levels })
+        });
+        let mut all: Vec<Vec<Kept>> = vec![Vec::new()];
+        for kept in kept {
+            match all.last_mut().filter(|part| part.len() < PART_MAX) {
+                Some(part) => part.push(kept),
+                None => all.push(vec![kept]),
+            }
+        }
+        let (parts, rules) = (all.len(), &self.rules);
+        let written = all
+            .into_iter()
+            .map(|watched| serde_json::to_vec(&Part { read_ms, parts, rules: rules.clone(), watched }));
+        written.collect()
+    }
+
+    /// Goes on from the latest of what was kept that is whole, and answers when it was read. Then the next reading stands for all minutes
+    /// since, as any late one does. `are_counters_kept` says whether the counters outlived what read them.
+    ///
+    /// Averages are taken over also under other rules; what was so is not, and is told again where it still is.
+    pub fn go_on(&mut self, kept: &[Vec<impl AsRef<[u8]>>], are_counters_kept: bool) -> Option<i64> {
+        let whole = kept.iter().filter_map(|parts| whole(parts));
+        let parts = whole.max_by_key(|parts| parts.first().map(|part| part.read_ms))?;
+        for Part { read_ms, rules, watched, .. } in parts {
+            self.read_ms = Some(read_ms);
+            for Kept { subject, unit, period, limit, mut counts, levels } in watched {
+                let Some(index) = self.budget_of(&subject, unit, period) else { continue };
+                let is_so =
+                    rules == self.rules && self.budgets.get(index).is_some_and(|own| own.limit == limit);
+                if !are_counters_kept {
+                    (counts.used, counts.held, counts.refused) = (0, 0, 0);
+                }
+                let levels = levels.filter(|_| is_so).unwrap_or_default();
+                self.watched.insert((subject, index), Watched { counts, levels });
+            }
+        }
+        self.read_ms
+    }
+
+    /// The budget of this kind that a subject has: its own, or else the one for each.
+    fn budget_of(&self, subject: &Subject, unit: Unit, period: Period) -> Option<usize> {
+        let holder = subject.name.as_deref().or(subject.tenant.as_deref());
+        let place = |of: Option<&str>| {
+            self.budgets.iter().position(|budget| {
+                (budget.holder, budget.unit, budget.period) == (subject.holder, unit, period)
+                    && budget.of.as_deref() == of
+            })
+        };
+        place(holder).or_else(|| place(None))
     }
 
     /// Takes in how all stands at the end of a minute: in the periods of now, and at last in those that ended since the reading before.
@@ -248,6 +338,18 @@ impl Watch {
         }
         read
     }
+}
+
+/// The parts of what was kept at a reading; nothing where some are missing, are of another reading, or were written by a version that
+/// kept something else.
+fn whole(parts: &[impl AsRef<[u8]>]) -> Option<Vec<Part>> {
+    let first: Part = serde_json::from_slice(parts.first()?.as_ref()).ok()?;
+    let rest = parts.get(1..first.parts)?.iter().map(|part| {
+        let part: Part = serde_json::from_slice(part.as_ref()).ok()?;
+        (part.read_ms == first.read_ms).then_some(part)
+    });
+    let rest: Vec<Part> = rest.collect::<Option<_>>()?;
+    Some(std::iter::once(first).chain(rest).collect())
 }
 
 impl Counts {

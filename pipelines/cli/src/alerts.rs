@@ -5,6 +5,9 @@
 //! first; the others wait for a while, and so take over from one that is gone, and know by then what it knew. Who has alerts that
 //! another one is to tell asks once more, when that one has told them or lost its hold.
 //!
+//! Who has told a minute keeps what it knows by then in the key-value store, for a process that starts later: beside the counters where
+//! these are shared, in its data folder where it counts for itself.
+//!
 //! Invariant: no call waits for anything here, and whatever is away, a bounded number of alerts waits for it. An alert is told at least
 //! once while a process is there; told twice, as by one that was cut off in between, both have one id.
 
@@ -12,16 +15,21 @@ mod webhook;
 
 use crate::config::Config;
 use anyhow::Context as _;
-use forebay_operator::Clock;
-use forebay_operators::budgets::{Budgets, watch::Watch};
+use bytes::Bytes;
+use forebay_operator::{BoxError, Clock};
+use forebay_operators::budgets::{
+    Budgets,
+    watch::{PARTS_MAX, Watch},
+};
 use forebay_runtime::{
     crash::crash_point,
     host::kafka::{Kafka, LogContext},
 };
 use forebay_schemas::{Alert, Record as _, topics};
 use forebay_stores::{
-    Counters, Error as StoreError,
+    Counters, Database, Error as StoreError, KeyValue,
     counters::{Hold, Line},
+    key_value::{Embedded, EmbeddedOptions, Redis, RedisOptions},
 };
 use forebay_telemetry::{AlertMeter, Lost};
 use futures::future::join_all;
@@ -45,6 +53,10 @@ const ASK_AGAIN: Duration = Duration::from_secs(16);
 const TOPIC_MAX: Duration = Duration::from_secs(10);
 /// How long it is known which minute was told.
 const TOLD_KEEP: Duration = Duration::from_secs(10 * 60);
+/// How long what a process knew is there for the next one: as long as it would know it of a budget that is not used.
+const KNOWN_KEEP: Duration = Duration::from_secs(24 * 60 * 60);
+/// How long keeping it or finding it may take.
+const KNOWN_MAX: Duration = Duration::from_secs(10);
 /// The most alerts that wait for the topic: those of ten minutes at the worst.
 const WAITING_MAX: usize = 10_000;
 
@@ -54,6 +66,7 @@ struct Watcher {
     watch: Watch,
     clock: Clock,
     turns: Turns,
+    memory: Memory,
     /// Whether others see the same counters.
     is_shared: bool,
     producer: FutureProducer<LogContext>,
@@ -64,6 +77,7 @@ struct Watcher {
 /// Watches until `stop`.
 pub fn start(
     budgets: Arc<Budgets>,
+    memory: Memory,
     config: &Config,
     kafka: &Kafka,
     meter: AlertMeter,
@@ -83,6 +97,7 @@ pub fn start(
             counters: Arc::clone(budgets.counters()),
             owner: format!("{:016x}", rand::random::<u64>()),
         },
+        memory,
         is_shared: config.key_value.is_some(),
         producer: producer.create_with_context(LogContext).context("alerts")?,
         topic: config.topic(topics::ALERTS.name),
@@ -95,9 +110,15 @@ pub fn start(
 
 impl Watcher {
     async fn run(mut self) {
-        let mut since_ms = self.clock.now_ms();
         let (mut waiting, mut is_teller) = (Vec::new(), !self.is_shared);
-        self.read(since_ms, since_ms).await;
+        let mut since_ms = match self.go_on().await {
+            Some(read_ms) => read_ms,
+            None => {
+                let now_ms = self.clock.now_ms();
+                self.read(now_ms, now_ms).await;
+                now_ms
+            }
+        };
         loop {
             let rest_ms = MINUTE_MS - self.clock.now_ms().rem_euclid(MINUTE_MS) + READ_AFTER_MS;
             tokio::time::sleep(Duration::from_millis(rest_ms.unsigned_abs())).await;
@@ -117,6 +138,7 @@ impl Watcher {
                 Ok(Turn::Told) => {
                     is_teller = true;
                     waiting.clear();
+                    self.keep(now_ms.div_euclid(MINUTE_MS)).await;
                 }
                 Ok(Turn::NotOurs) => {
                     is_teller = false;
@@ -130,10 +152,34 @@ impl Watcher {
         }
     }
 
+    /// Goes on from what was known when the last minute was told, and answers when that was read.
+    async fn go_on(&mut self) -> Option<i64> {
+        let kept = tokio::time::timeout(KNOWN_MAX, self.memory.kept()).await;
+        match kept.map_err(BoxError::from).and_then(|kept| kept.map_err(BoxError::from)) {
+            Ok(kept) => self.watch.go_on(&kept, self.is_shared),
+            Err(fault) => {
+                warn!(error = %fault, "could not find what was usual before; averages begin anew");
+                None
+            }
+        }
+    }
+
+    /// Keeps what is known, after all of it was told.
+    async fn keep(&self, minute: i64) {
+        let kept = async {
+            let parts = self.watch.kept().map_err(BoxError::from)?;
+            self.memory.keep(minute, parts).await.map_err(BoxError::from)
+        };
+        let kept = tokio::time::timeout(KNOWN_MAX, kept).await;
+        if let Err(fault) = kept.map_err(BoxError::from).and_then(|kept| kept) {
+            warn!(error = %fault, "could not keep what is usual; a process that starts now goes on from what was kept before");
+        }
+    }
+
     /// Reads the counters; nothing where that is not possible, and the next reading stands for this minute too.
     async fn read(&mut self, since_ms: i64, now_ms: i64) -> Option<Vec<Alert>> {
         let read = tokio::time::timeout(READ_MAX, self.budgets.standings(since_ms, now_ms)).await;
-        let fault: forebay_operator::BoxError = match read {
+        let fault: BoxError = match read {
             Ok(Ok(standings)) => {
                 let alerts = self.watch.read(now_ms, &standings);
                 if self.watch.left_out() > 0 {
@@ -228,6 +274,47 @@ impl Turns {
     }
 }
 
+/// What outlives a process of what it knew: the last two minutes that were told, so that one of them is whole.
+pub struct Memory(Arc<dyn KeyValue>);
+
+impl Memory {
+    /// Where processes count together, or else in a database of this process.
+    pub async fn open(config: &Config, database: &Database) -> anyhow::Result<Self> {
+        let Some(url) = &config.key_value else {
+            // Read once, at the start.
+            let options = EmbeddedOptions { cache_bytes: 0, ..EmbeddedOptions::default() };
+            return Ok(Self(Arc::new(Embedded::open(database, "alerts", options).await?)));
+        };
+        let prefix = format!("forebay:alerts:{}", config.topic_prefix);
+        let options = RedisOptions { prefix, ..RedisOptions::default() };
+        Ok(Self(Arc::new(Redis::connect(url, options).await.context("stores.key_value")?)))
+    }
+
+    async fn keep(&self, minute: i64, parts: Vec<Vec<u8>>) -> Result<(), StoreError> {
+        for (part, bytes) in parts.into_iter().enumerate() {
+            self.0.set(&Self::key(minute, part), bytes.into(), Some(KNOWN_KEEP)).await?;
+        }
+        self.0.flush().await
+    }
+
+    /// The parts of both, and of what was there before.
+    async fn kept(&self) -> Result<[Vec<Bytes>; 2], StoreError> {
+        let mut both = [Vec::new(), Vec::new()];
+        for (parts, minute) in both.iter_mut().zip([0, 1]) {
+            while parts.len() < PARTS_MAX
+                && let Some(part) = self.0.get(&Self::key(minute, parts.len())).await?
+            {
+                parts.push(part);
+            }
+        }
+        Ok(both)
+    }
+
+    fn key(minute: i64, part: usize) -> String {
+        format!("known/{}/{part}", minute.rem_euclid(2))
+    }
+}
+
 /// What became of a minute.
 enum Turn {
     /// It is on its topic.
@@ -272,6 +359,22 @@ mod tests {
         assert!(a.take(2).await.unwrap());
         tokio::time::advance(FOLLOW_AFTER).await;
         assert!(b.take(2).await.unwrap(), "it died in between");
+    }
+
+    #[tokio::test]
+    async fn of_what_was_known_the_last_two_minutes_are_found() {
+        let (config, folder) =
+            (crate::config::merge(None, |_| None, &[]).unwrap(), tempfile::tempdir().unwrap());
+        let database = Database::open(folder.path().join("d.redb"), Default::default()).await.unwrap();
+        let memory = Memory::open(&config, &database).await.unwrap();
+        for (minute, name, count) in [(6, "a", 2), (7, "b", 2), (8, "c", 3), (9, "d", 1)] {
+            let parts = (0..count).map(|part| format!("{name}{part}").into_bytes());
+            memory.keep(minute, parts.collect()).await.unwrap();
+        }
+        let [even, odd] = memory.kept().await.unwrap();
+        assert_eq!(even, ["c0", "c1", "c2"]);
+        // What a shorter one leaves of a longer is told from it by when it was read.
+        assert_eq!(odd, ["d0", "b1"]);
     }
 
     #[tokio::test(start_paused = true)]

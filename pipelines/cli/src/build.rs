@@ -86,8 +86,8 @@ pub async fn resources(
     plan: &Plan,
     cluster: &str,
     client: &Client,
+    database: &Database,
 ) -> anyhow::Result<Resources> {
-    let database = copies(&config.data).await?;
     let cache: Arc<dyn KeyValue> = match &config.key_value {
         Some(url) => {
             // The copy is of one cluster's topics: another cluster beside it must not continue it.
@@ -97,16 +97,16 @@ pub async fn resources(
         }
         None => {
             let options = key_value::EmbeddedOptions::default();
-            Arc::new(key_value::Embedded::open(&database, "cache", options).await?)
+            Arc::new(key_value::Embedded::open(database, "cache", options).await?)
         }
     };
-    let vectors = Arc::new(vectors::Embedded::open(&database, "chunks").await?);
+    let vectors = Arc::new(vectors::Embedded::open(database, "chunks").await?);
     let objects = objects(config).await?;
     let embeds =
         |step: &PlannedStep| catalogue::asks(&step.operator, &step.settings).contains(&Asks::Embedder);
     let embedder = match client.embedder.clone().filter(|_| plan.steps.iter().any(embeds)) {
         Some((model, dimensions)) => {
-            let vectors = vectors::Embedded::open(&database, "embeddings").await?;
+            let vectors = vectors::Embedded::open(database, "embeddings").await?;
             Some(Embedder::new(model, dimensions, Arc::new(vectors)))
         }
         None => None,
@@ -177,7 +177,7 @@ pub fn resources_of(
 }
 
 /// The database for this process's copies of tables: the first that no other process holds.
-async fn copies(data: &Path) -> anyhow::Result<Database> {
+pub async fn copies(data: &Path) -> anyhow::Result<Database> {
     for number in 0..PROCESSES_MAX {
         let folder = data.join("copies").join(number.to_string());
         std::fs::create_dir_all(&folder)

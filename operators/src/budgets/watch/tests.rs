@@ -71,6 +71,17 @@ impl World {
         self.watch.read(self.now_ms, &standings)
     }
 
+    /// What is kept now goes to another process.
+    fn restart(&mut self, are_counters_kept: bool) {
+        self.go_on(&[self.watch.kept().unwrap()], are_counters_kept);
+    }
+
+    /// Another process, which finds this.
+    fn go_on(&mut self, kept: &[Vec<Vec<u8>>], are_counters_kept: bool) {
+        self.watch = Watch::new(self.budgets.clone(), self.watch.rules.clone());
+        self.read_ms = self.watch.go_on(kept, are_counters_kept).unwrap();
+    }
+
     fn minute(&mut self) -> Vec<Alert> {
         self.now_ms += MINUTE_MS;
         self.read()
@@ -289,6 +300,112 @@ fn after_a_restart_what_is_so_is_told_again_under_its_id_and_nothing_is_unusual(
 }
 
 #[test]
+fn what_is_usual_outlives_a_process() {
+    let mut world = World::new(vec![budget(Period::Day, 10_000 * USD)], rules());
+    assert_eq!(world.minutes(9, "a", 10 * CENT), []);
+    world.restart(true);
+    assert_eq!(world.minutes(1, "a", 10 * CENT), []);
+    world.restart(true);
+    assert_eq!(world.minutes(1, "a", 80 * CENT), [at(1, "ewma firing")]);
+    world.restart(true);
+    let told = world.minutes(10, "a", 10 * CENT);
+    assert_eq!(told, [at(3, "ewma resolved")], "it had been told that it is so");
+
+    // Counters that begin at 0 with the process.
+    let mut world = World::new(vec![budget(Period::Day, 10_000 * USD)], rules());
+    assert_eq!(world.minutes(20, "a", 10 * CENT), []);
+    world.counters.clear();
+    world.restart(false);
+    assert_eq!(world.minutes(1, "a", 40 * CENT), [], "less than was used before");
+    world.counters.clear();
+    world.restart(false);
+    world.spend("a", 90 * CENT);
+    let told = world.minute();
+    assert_eq!((told[0].kind, told[0].value), (AlertKind::Ewma, 90 * CENT), "all of it was spent since");
+}
+
+#[test]
+fn minutes_without_a_process_are_minutes_in_which_what_was_spent_was_spent_evenly() {
+    let rules = Rules { rate: Some(USD), forecast: true, ..Rules::default() };
+    // Alike but for who read it: a process that stood still, and one that was started again.
+    let mut worlds = [false, true].map(|is_restarted| {
+        let mut world = World::new(vec![budget(Period::Day, 400 * USD)], rules.clone());
+        assert_eq!(world.minutes(30, "a", 30 * CENT), []);
+        let kept = [world.watch.kept().unwrap()];
+        world.now_ms += 9 * MINUTE_MS;
+        world.spend("a", 5 * USD);
+        if is_restarted {
+            world.go_on(&kept, true);
+        }
+        assert_eq!(world.minute(), [], "half a dollar a minute");
+        world
+    });
+    let pace = |world: &World| world.watch.watched.values().next().unwrap().counts.pace.value;
+    assert_eq!(pace(&worlds[0]), pace(&worlds[1]));
+    assert!((30 * CENT..50 * CENT).contains(&pace(&worlds[0])));
+    // A night without anybody leaves no pace, and what is usual of a minute with calls stays.
+    let world = &mut worlds[1];
+    let usual = |world: &World| world.watch.watched.values().next().unwrap().counts.usual.value;
+    let before = usual(world);
+    world.now_ms += 9 * 60 * MINUTE_MS;
+    world.restart(true);
+    world.minute();
+    assert_eq!(usual(world), before);
+    assert!(pace(world) < CENT);
+}
+
+#[test]
+fn what_was_kept_is_whole_or_not_used() {
+    let mut world = World::new(vec![budget(Period::Day, 10_000 * USD)], rules());
+    for tenant in 0..2 * PART_MAX {
+        world.spend(&format!("t{tenant}"), CENT);
+    }
+    world.minute();
+    let before = world.watch.kept().unwrap();
+    world.spend("one more", CENT);
+    world.minute();
+    let now = world.watch.kept().unwrap();
+    assert_eq!((before.len(), now.len()), (2, 3));
+    let read_ms = |kept: &[&[&Vec<u8>]]| {
+        let kept: Vec<Vec<&Vec<u8>>> = kept.iter().map(|parts| parts.to_vec()).collect();
+        let mut watch = Watch::new(world.budgets.clone(), rules());
+        let read_ms = watch.go_on(&kept, true);
+        assert_eq!(read_ms.is_some(), !watch.watched.is_empty());
+        read_ms.map(|read_ms| (read_ms, watch.watched.len()))
+    };
+    let (old, new) = (world.now_ms - MINUTE_MS, world.now_ms);
+    let [a, b, x, y, z] = [&before[0], &before[1], &now[0], &now[1], &now[2]];
+    assert_eq!(read_ms(&[&[a, b], &[x, y, z]]), Some((new, 2 * PART_MAX + 1)));
+    assert_eq!(read_ms(&[&[x, y], &[a, b]]), Some((old, 2 * PART_MAX)), "cut off while it was written");
+    assert_eq!(read_ms(&[&[a, b, z]]), Some((old, 2 * PART_MAX)), "of a larger one before");
+    assert_eq!(read_ms(&[&[x, b, z], &[]]), None);
+    assert_eq!(read_ms(&[&[&b"{}".to_vec()]]), None);
+}
+
+#[test]
+fn under_other_settings_averages_stay_and_what_is_so_is_told_again() {
+    let mut world = World::new(vec![budget(Period::Day, 10 * USD)], Rules { caps: vec![80, 100], ..rules() });
+    assert_eq!(world.minutes(11, "a", 30 * CENT), []);
+    assert_eq!(world.minutes(1, "a", 6 * USD), [at(1, "ewma firing"), at(1, "cap firing")]);
+    let kept = [world.watch.kept().unwrap()];
+    // The same budget with more room, behind others.
+    let own = Budget { of: Some("b".to_owned()), ..budget(Period::Day, USD) };
+    let budgets = vec![budget(Period::Month, 900 * USD), own, budget(Period::Day, 100 * USD)];
+    world.counters = std::mem::take(&mut world.counters)
+        .into_iter()
+        .map(|((tenant, _, period), counted)| ((tenant, 2, period), counted))
+        .collect();
+    world.budgets = budgets;
+    world.watch.rules.caps = vec![9, 100];
+    world.go_on(&kept, true);
+    world.counters.values_mut().for_each(|(used, _)| *used += 9 * USD);
+    world.now_ms += MINUTE_MS;
+    let told: Vec<_> = world.read().iter().map(|alert| (word(alert), alert.budget.clone())).collect();
+    let expected = ["ewma firing", "cap firing"].map(|word| (word.to_owned(), "100 USD/day".to_owned()));
+    assert_eq!(told, expected);
+}
+
+#[test]
 fn of_thousands_that_cross_at_once_each_is_told_once_and_never_too_many_at_a_time() {
     let mut world = World::new(vec![budget(Period::Day, USD)], caps());
     let tenants: Vec<_> = (0..2_500).map(|tenant| format!("t{tenant}")).collect();
@@ -322,17 +439,24 @@ fn who_has_not_been_seen_for_a_day_is_forgotten_and_more_than_fit_are_left_out()
 proptest! {
     #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
 
-    /// Whatever is spent: what begins ends once, nothing is told twice in a minute, and the same readings give the same.
+    /// Whatever is spent: what begins ends once, nothing is told twice in a minute, and the same readings give the same, also to processes
+    /// that each go on from the one before.
     #[test]
     fn alerts_begin_and_end_in_turn(
-        minutes in prop::collection::vec((0_i64..4, prop::collection::vec((0..3_usize, 0..30_u64, 0..2_u64), 0..6)), 1..200),
+        minutes in prop::collection::vec(
+            (0_i64..4, 0..4_u8, prop::collection::vec((0..3_usize, 0..30_u64, 0..2_u64), 0..6)), 1..200),
     ) {
         let budgets = vec![budget(Period::Day, 20 * USD), budget(Period::Minute, USD), budget(Period::Month, 30 * USD)];
         let rules = Rules { rate: Some(80 * CENT), forecast: true, caps: vec![50, 80, 100], ..rules() };
-        let (mut world, mut other) = (World::new(budgets.clone(), rules.clone()), Watch::new(budgets, rules));
+        let (mut world, mut other) = (World::new(budgets.clone(), rules.clone()), Watch::new(budgets.clone(), rules.clone()));
         other.read(MORNING_MS, &[]);
         let mut firing = BTreeSet::new();
-        for (late, spent) in minutes {
+        for (late, restart, spent) in minutes {
+            if restart == 0 {
+                let kept = other.kept().unwrap();
+                other = Watch::new(budgets.clone(), rules.clone());
+                prop_assert_eq!(other.go_on(&[kept], true), Some(world.now_ms));
+            }
             for (tenant, cents, refused) in spent {
                 world.count(["a", "b", "c"][tenant], cents * cents * CENT / 8, refused);
             }

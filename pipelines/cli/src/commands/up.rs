@@ -117,10 +117,13 @@ impl Up {
             Some(_) => topics::make(&kafka, &plan, &config).await?,
             None => topics::demand(&kafka, &plan, &config).await?,
         }
-        let resources = build::resources(&config, &plan, &cluster, &client).await?;
+        let database = build::copies(&config.data).await?;
+        let resources = build::resources(&config, &plan, &cluster, &client, &database).await?;
         client.keep();
         if let Some(budgets) = client.budgets {
-            alerts::start(budgets, &config, &kafka, telemetry.alerts(), Clock::System, shutdown.clone())?;
+            let memory = alerts::Memory::open(&config, &database).await?;
+            let (meter, clock) = (telemetry.alerts(), Clock::System);
+            alerts::start(budgets, memory, &config, &kafka, meter, clock, shutdown.clone())?;
         }
         let launch = Launch {
             kafka: &kafka,
