@@ -22,6 +22,7 @@ use datafusion::logical_expr::simplify::SimplifyContext;
 use datafusion::logical_expr::{BinaryExpr, Expr, Operator, TableProviderFilterPushDown, TableType};
 use datafusion::optimizer::simplify_expressions::ExprSimplifier;
 use datafusion::physical_plan::ExecutionPlan;
+use datafusion::physical_plan::empty::EmptyExec;
 use datafusion::physical_plan::stream::RecordBatchReceiverStreamBuilder;
 use datafusion::physical_plan::streaming::{PartitionStream, StreamingTableExec};
 use forebay_runtime::host::kafka::{Kafka, LogContext, headers};
@@ -247,7 +248,13 @@ fn plan(
         let (kafka, topic, schema) = (kafka.clone(), topic.to_owned(), Arc::clone(schema));
         Arc::new(Slice { kafka, topic, range: *range, form, schema }) as Arc<dyn PartitionStream>
     };
-    let slices = ranges.iter().filter(|range| range.from < range.to).map(slice).collect();
+    let slices: Vec<_> = ranges.iter().filter(|range| range.from < range.to).map(slice).collect();
+    if slices.is_empty() {
+        // A stream of no partitions cannot be sorted: the planner takes it for several.
+        let read =
+            projection.map_or_else(|| Ok(Arc::clone(schema)), |read| schema.project(read).map(Arc::new))?;
+        return Ok(Arc::new(EmptyExec::new(read)));
+    }
     Ok(Arc::new(StreamingTableExec::try_new(Arc::clone(schema), slices, projection, [], false, limit)?))
 }
 

@@ -6,6 +6,7 @@ use crate::guards::{Limits, Scope};
 use crate::kafka_table::tests::World;
 use crate::lake;
 use crate::session::tests::shown;
+use arrow::array::RecordBatch;
 use deltalake_core::kernel::Transaction;
 use deltalake_core::kernel::transaction::CommitProperties;
 use forebay_schemas::{Headers, Outcome, Record as _};
@@ -103,6 +104,9 @@ impl Seam {
             shown(&session.collect(both).await.unwrap()),
             format!("{stored} {}", self.written[1].len())
         );
+        let sorted =
+            session.collect("SELECT request_id FROM requests_live ORDER BY request_id").await.unwrap();
+        assert_eq!(sorted.iter().map(RecordBatch::num_rows).sum::<usize>(), written);
         let scoped = self.world.session(Limits::default(), Scope::Tenants(vec!["acme".to_owned()]));
         let of_acme: usize = self.written.iter().map(|rows| rows.len().div_ceil(2)).sum();
         let counted = "SELECT count(*), count(DISTINCT tenant) FROM requests_live";
