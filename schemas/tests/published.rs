@@ -90,8 +90,9 @@ fn rows_page() -> String {
          The records that SQL reads, column by column, as they are declared in src/. A test fails where this page is\n\
          stale; `FOREBAY_UPDATE=1 cargo test -p forebay-schemas` writes it anew.\n\n\
          Outcomes and attempts lie on their topics in Avro single-object encoding: the bytes `C3 01`, the CRC-64-AVRO\n\
-         fingerprint of the schema (eight bytes, the lowest first), then the row. `*.avsc` are the schemas. Audits, labels\n\
-         and payloads are JSON, which anyone may write; `*.schema.json` say what may be left out.\n",
+         fingerprint of the schema (eight bytes, the lowest first), then the row. Where `avro.framing` is `confluent`, a zero\n\
+         byte and the schema's number in a registry (four bytes, the highest first) stand there instead. `*.avsc` are the\n\
+         schemas. Audits, labels and payloads are JSON, which anyone may write; `*.schema.json` say what may be left out.\n",
     );
     let rows = [
         (Outcome::NAME, Outcome::COLUMNS),

@@ -17,7 +17,7 @@ pub fn redis() -> Option<String> {
     service("Redis", "FOREBAY_TEST_REDIS")
 }
 
-/// A Python interpreter that can `import kafka` (kafka-python).
+/// A Python interpreter that can `import kafka` (kafka-python), and what else stands in `tests/clients/requirements.txt`.
 pub fn python() -> Option<PathBuf> {
     service("a Python client", "FOREBAY_TEST_PYTHON").map(PathBuf::from)
 }
@@ -33,6 +33,14 @@ pub fn kafka_command(folder: &Path, port: u16, controller_port: u16, properties:
     service("Apache Kafka", "FOREBAY_TEST_KAFKA_JARS")?;
     let mut command = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/services/kafka"));
     command.arg(folder).arg(port.to_string()).arg(controller_port.to_string()).args(properties);
+    Some(command)
+}
+
+/// A command that runs a schema registry of the test's own in the foreground, at `http://127.0.0.1:{port}/apis/ccompat/v7`.
+pub fn registry_command(port: u16) -> Option<Command> {
+    service("a schema registry", "FOREBAY_TEST_REGISTRY_JARS")?;
+    let mut command = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/services/registry"));
+    command.arg(port.to_string());
     Some(command)
 }
 

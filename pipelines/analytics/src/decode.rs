@@ -1,7 +1,8 @@
 //! From messages to the rows of a table.
 //!
 //! Avro rows are read by arrow-avro, many at a time, and so that one that cannot be read takes no other with it; JSON rows by
-//! their records. Rows that were written before the last columns came read null there.
+//! their records. Rows that were written before the last columns came read null there. A topic may hold rows of both framings, and with
+//! Confluent's those of later versions too, as far as their columns are ours.
 //!
 //! Invariant: every message is accounted for. It becomes a row, or it is rejected with the reason, or it is known to be no row.
 
@@ -18,20 +19,26 @@ use arrow::{
 use arrow_avro::{
     codec::Tz,
     reader::{Decoder as AvroDecoder, ReaderBuilder},
-    schema::{AvroSchema, Fingerprint, SchemaStore},
+    schema::{AvroSchema, Fingerprint, FingerprintAlgorithm, SchemaStore},
 };
 use bytes::Bytes;
+use forebay_runtime::host::kafka::{
+    Registry, RegistryError,
+    registry::{fits, frame, number},
+};
 use forebay_schemas::{
     Attempt, Audit, DeadLetter, Headers, Label, Outcome, Payload, Record, dead_letter::Redriven,
 };
 use serde::Serialize;
-use std::{error::Error as _, ops::Range, sync::Arc};
+use std::{collections::BTreeMap, error::Error as _, ops::Range, sync::Arc};
 
 /// So many rows are decoded at a time: enough that what is done once for all of them does not count.
 const ROWS_AT_ONCE: usize = 4_096;
 
 /// The bytes before an Avro row: two that are always the same, and the fingerprint of its schema.
 const HEADER_BYTES: usize = 10;
+/// The most numbers of schemas that are held by name of what is wrong with them; beyond, they are asked for anew.
+const FOREIGN_MAX: usize = 1_000;
 
 const DAY_US: i64 = 86_400_000_000;
 /// The last day that tools write with four digits: beyond, a partition's name is read by none.
@@ -127,12 +134,24 @@ pub enum Error {
         #[source]
         source: forebay_schemas::EncodeError,
     },
+    /// Nobody says which schema a row has.
+    #[error("could not find out the schema of a row of table {table}")]
+    Registry {
+        /// The table.
+        table: &'static str,
+        /// What happened.
+        #[source]
+        source: RegistryError,
+    },
 }
 
 /// Reads the messages of one table's topic.
 pub struct Decoder {
     table: Table,
     forms: Vec<Form>,
+    registry: Option<Arc<Registry>>,
+    /// Why rows with these numbers of schemas are none of ours.
+    foreign: BTreeMap<u32, String>,
 }
 
 /// What messages became, before their days are known.
@@ -143,7 +162,7 @@ struct Gathered {
     rejects: Vec<Reject>,
 }
 
-/// One form of an Avro row: the present one, or one without some of its last columns.
+/// One form of an Avro row: the present one, or one without some of its last columns, or one that a registry knows.
 struct Form {
     header: Vec<u8>,
     schema: AvroSchema,
@@ -157,13 +176,23 @@ impl Form {
     }
 
     fn decoder(header: &[u8], schema: &AvroSchema) -> Result<AvroDecoder, ArrowError> {
-        let mut fingerprint = [0; 8];
-        if let Some(bytes) = header.get(2..HEADER_BYTES) {
-            fingerprint.copy_from_slice(bytes);
-        }
-        let mut store = SchemaStore::new();
-        // Not computed there: of logical types its canonical form differs from the specification's.
-        store.set(Fingerprint::Rabin(u64::from_le_bytes(fingerprint)), schema.clone())?;
+        let store = match number(header) {
+            Some(number) => {
+                let mut store = SchemaStore::new_with_type(FingerprintAlgorithm::Id);
+                store.set(Fingerprint::Id(number), schema.clone())?;
+                store
+            }
+            None => {
+                let mut fingerprint = [0; 8];
+                if let Some(bytes) = header.get(2..HEADER_BYTES) {
+                    fingerprint.copy_from_slice(bytes);
+                }
+                let mut store = SchemaStore::new();
+                // Not computed there: of logical types its canonical form differs from the specification's.
+                store.set(Fingerprint::Rabin(u64::from_le_bytes(fingerprint)), schema.clone())?;
+                store
+            }
+        };
         let builder = ReaderBuilder::new().with_writer_schema_store(store).with_tz(Tz::Utc);
         builder.with_batch_size(ROWS_AT_ONCE).build_decoder()
     }
@@ -208,7 +237,14 @@ impl Decoder {
             Form::of(header, AvroSchema::new(schema.to_string()))
                 .map_err(|source| Error::Form { table: table.name(), source })
         };
-        Ok(Self { table, forms: forms.into_iter().map(form).collect::<Result<_, _>>()? })
+        let forms = forms.into_iter().map(form).collect::<Result<_, _>>()?;
+        Ok(Self { table, forms, registry: None, foreign: BTreeMap::new() })
+    }
+
+    /// The same, which asks this registry for schemas that it does not know.
+    pub fn with_registry(mut self, registry: Option<Arc<Registry>>) -> Self {
+        self.registry = registry;
+        self
     }
 
     /// Reads messages, in their order.
@@ -249,6 +285,7 @@ impl Decoder {
 
     /// Rows in runs of one form each, which are decoded together.
     fn avro(&mut self, messages: &[Message], why_not: fn(&[u8]) -> String) -> Result<Gathered, Error> {
+        self.learn(messages)?;
         let mut gathered = Gathered::default();
         let mut start = 0;
         while start < messages.len() {
@@ -258,13 +295,62 @@ impl Decoder {
             match form {
                 Some(form) => self.run(form, messages, start..end, why_not, &mut gathered)?,
                 None => gathered.rejects.extend((start..end).map(|index| {
-                    let reason = messages[index].value.as_deref().map_or_else(nothing, why_not);
+                    let reason = match messages[index].value.as_deref() {
+                        Some(body) => self.why_foreign(body).unwrap_or_else(|| why_not(body)),
+                        None => nothing(),
+                    };
                     Reject { index, reason }
                 })),
             }
             start = end;
         }
         Ok(gathered)
+    }
+
+    /// Finds out which forms numbers of a registry are. What it does not answer is no word on any row: these messages are read again.
+    fn learn(&mut self, messages: &[Message]) -> Result<(), Error> {
+        let Some(registry) = self.registry.clone() else { return Ok(()) };
+        let table = self.table.name();
+        for message in messages {
+            let Some(number) = message.value.as_deref().and_then(number) else { continue };
+            if self.form(message).is_some() {
+                continue;
+            }
+            let schema = registry.schema(number).map_err(|source| Error::Registry { table, source })?;
+            let ours = match self.table {
+                Table::Outcomes => Outcome::avro(),
+                _ => Attempt::avro(),
+            };
+            let fault = match &schema {
+                Some(schema) => fits(schema, &ours).err(),
+                None => Some("the registry has none of that number".to_owned()),
+            };
+            match (schema, fault) {
+                (Some(schema), None) => {
+                    let schema = AvroSchema::new(schema.to_string());
+                    let form = Form::of(frame(number).to_vec(), schema);
+                    self.forms.push(form.map_err(|source| Error::Form { table, source })?);
+                }
+                (_, fault) => {
+                    if self.foreign.len() >= FOREIGN_MAX {
+                        self.foreign.clear();
+                    }
+                    self.foreign.insert(number, fault.unwrap_or_default());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Why a row with Confluent's framing is none of ours; nothing where it has another.
+    fn why_foreign(&self, body: &[u8]) -> Option<String> {
+        let number = number(body)?;
+        let begins = format!("it has Confluent's framing, with the schema of number {number}");
+        Some(match (&self.registry, self.foreign.get(&number)) {
+            (None, _) => format!("{begins}, and no registry is named by avro.schema_registry"),
+            (_, Some(fault)) => format!("{begins}: {fault}"),
+            (_, None) => format!("{begins}, and its bytes are no row of that"),
+        })
     }
 
     fn form(&self, message: &Message) -> Option<usize> {
@@ -295,7 +381,10 @@ impl Decoder {
                     gathered.batches.push(padded(&batch, &stored).map_err(|source| self.columns(source))?);
                     gathered.offsets.push(messages[index].offset);
                 }
-                None => gathered.rejects.push(Reject { index, reason: why_not(body(index)) }),
+                None => {
+                    let reason = self.why_foreign(body(index)).unwrap_or_else(|| why_not(body(index)));
+                    gathered.rejects.push(Reject { index, reason });
+                }
             }
         }
         Ok(())
@@ -481,6 +570,7 @@ mod tests {
         array::AsArray as _,
         datatypes::{DataType, Date32Type, Float64Type, Int32Type, Int64Type, TimestampMicrosecondType},
     };
+    use forebay_runtime::host::kafka::{Kafka, KafkaSettings, RegistrySettings};
     use proptest::{collection::vec, option, prelude::*};
     use serde_json::{Value, json};
 
@@ -533,6 +623,65 @@ mod tests {
             DataType::Boolean => json!(column.as_boolean().value(row)),
             other => panic!("no table has a column of type {other}"),
         }
+    }
+
+    /// The same rows with the framing of a registry that knows each form by its place, and one that is of a later version.
+    #[test]
+    fn rows_of_both_framings_are_the_same_rows() {
+        let url = "http://127.0.0.1:1".to_owned();
+        let registry = Some(RegistrySettings { url, user: None, is_written: false });
+        let kafka = Kafka::new(&KafkaSettings { registry, ..KafkaSettings::default() }).unwrap();
+        let registry = kafka.registry().unwrap();
+        let forms = Outcome::forms().unwrap();
+        for (place, (_, schema)) in forms.iter().enumerate() {
+            registry.learn(u32::try_from(place).unwrap(), Some(Arc::new(schema.clone())));
+        }
+        let mut newer = forms[0].1.clone();
+        let mood = json!({"name": "mood", "type": ["null", "string"], "default": null});
+        newer["fields"].as_array_mut().unwrap().push(mood);
+        registry.learn(100, Some(Arc::new(newer)));
+        registry.learn(101, Some(Arc::new(json!("long"))));
+        registry.learn(102, None);
+        let framed = |body: &[u8]| {
+            let place = forms.iter().position(|(header, _)| body.starts_with(header)).unwrap();
+            [frame(u32::try_from(place).unwrap()).as_slice(), &body[HEADER_BYTES..]].concat()
+        };
+        let single = messages(OUTCOMES);
+        let expected = Decoder::new(Table::Outcomes).unwrap().read(&single).unwrap();
+        let datum = &OUTCOMES[0][HEADER_BYTES..];
+        let mixed: Vec<Vec<u8>> = OUTCOMES
+            .iter()
+            .enumerate()
+            .map(|(index, body)| if index % 2 == 0 { framed(body) } else { body.to_vec() })
+            .chain([
+                // "calm", as Avro writes it in a union.
+                [frame(100).as_slice(), datum, b"\x02\x08calm"].concat(),
+                [frame(101).as_slice(), datum].concat(),
+                [frame(102).as_slice(), datum].concat(),
+                framed(OUTCOMES[0])[..20].to_vec(),
+            ])
+            .collect();
+        let mut decoder = Decoder::new(Table::Outcomes).unwrap().with_registry(Some(Arc::clone(registry)));
+        let rows = decoder.read(&messages(mixed.iter().map(Vec::as_slice))).unwrap();
+        let count = OUTCOMES.len();
+        assert_eq!(rows.batch.slice(0, count), expected.batch);
+        assert_eq!(rows.batch.slice(count, 1), expected.batch.slice(0, 1), "of a later version");
+        let told: Vec<_> = rows.rejects.iter().map(|reject| (reject.index, reject.reason.as_str())).collect();
+        let begins = "it has Confluent's framing, with the schema of number";
+        let expected = [
+            (count + 1, format!("{begins} 101: it is no record")),
+            (count + 2, format!("{begins} 102: the registry has none of that number")),
+            (count + 3, format!("{begins} 0, and its bytes are no row of that")),
+        ];
+        assert_eq!(told, expected.each_ref().map(|(index, reason)| (*index, reason.as_str())));
+
+        // Without a registry it is said what is missing; with one that does not answer nothing is said of any row.
+        let alone = framed(OUTCOMES[0]);
+        let rows = read(Table::Outcomes, &messages([alone.as_slice()]));
+        assert!(rows.rejects[0].reason.ends_with("no registry is named by avro.schema_registry"));
+        let unknown = [frame(9_999).as_slice(), datum].concat();
+        let away = decoder.read(&messages([OUTCOMES[0], unknown.as_slice()])).unwrap_err();
+        assert!(matches!(away, Error::Registry { .. }), "{away}");
     }
 
     /// Row by row, what arrow-avro reads is what the record's own decoder reads.

@@ -266,7 +266,7 @@ async fn fill(
     let table = lake::open(&root, &options, kind).await?;
     let mut joined = table.clone();
     let nobody = Letters { sink: Arc::new(NoLetters), topic: "".into(), cluster: "".into() };
-    let mut log = DeltaLog::new(kind, table, kind.topic().into(), nobody, now_ms)?;
+    let mut log = DeltaLog::new(kind, table, kind.topic().into(), nobody, None, now_ms)?;
     let Rows { seed, count, days, first_ms } = rows;
     // Under this name the table keeps how far it is.
     let application = format!("generated/{seed}-{count}-{days}-{first_ms}/0");

@@ -6,7 +6,7 @@
 //! Invariant: nothing is committed and no group is joined, so reading moves nobody's place. A bound that is pushed down leaves out no
 //! message that the query would keep: since clients set timestamps, only their lower bound can be looked up, and the upper one is a filter.
 
-use crate::decode::{Decoder, Message};
+use crate::decode::{self, Decoder, Message};
 use crate::guards::{Refused, Scope};
 use crate::table::Table;
 use arrow::array::{
@@ -30,6 +30,7 @@ use rdkafka::consumer::{BaseConsumer, Consumer as _};
 use rdkafka::error::KafkaError;
 use rdkafka::types::RDKafkaErrorCode;
 use rdkafka::{Message as _, Offset, TopicPartitionList};
+use std::error::Error as _;
 use std::fmt;
 use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
@@ -298,7 +299,9 @@ impl Slice {
         reader.assign(&assignment).map_err(fault)?;
         let mut decoder = match self.form {
             Form::Rows(table) => {
-                Some(Decoder::new(table).map_err(|fault| DataFusionError::External(Box::new(fault)))?)
+                let decoder =
+                    Decoder::new(table).map_err(|fault| DataFusionError::External(Box::new(fault)))?;
+                Some(decoder.with_registry(self.kafka.registry().cloned()))
             }
             Form::Messages { .. } => None,
         };
@@ -356,7 +359,7 @@ impl Slice {
                 as_told(self.range.partition, &messages.iter().filter(is_wanted).collect::<Vec<_>>())?
             }
             (Form::Rows(_), Some(decoder)) => {
-                decoder.read(messages).map_err(|fault| DataFusionError::External(Box::new(fault)))?.batch
+                decoder.read(messages).map_err(|fault| undecided(&fault))?.batch
             }
             (Form::Rows(table), None) => return plan_err!("table {} has no decoder", table.name()),
         };
@@ -367,6 +370,16 @@ impl Slice {
             .map(|(column, field)| cast(column, field.data_type()));
         Ok(RecordBatch::try_new(Arc::clone(&self.schema), columns.collect::<Result<_, _>>()?)?)
     }
+}
+
+/// With all causes, as who asked sees no more of an error than its words.
+fn undecided(fault: &decode::Error) -> DataFusionError {
+    let (mut text, mut cause) = (fault.to_string(), fault.source());
+    while let Some(next) = cause {
+        text = format!("{text}: {next}");
+        cause = next.source();
+    }
+    DataFusionError::Execution(text)
 }
 
 /// Messages with what Kafka knows of them.

@@ -6,7 +6,7 @@
 //!
 //! Invariant: every bound has its default here.
 
-use forebay_runtime::host::kafka::KafkaSettings;
+use forebay_runtime::host::kafka::{KafkaSettings, RegistrySettings};
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, fmt, path::PathBuf, time::Duration};
 use url::Url;
@@ -24,6 +24,9 @@ pub struct Settings {
     /// librdkafka's properties; they may hold secrets.
     #[serde(default)]
     pub kafka: BTreeMap<String, String>,
+    /// The schema registry beside it, which says what rows with Confluent's framing are.
+    #[serde(default)]
+    pub schema_registry: Option<RegistrySettings>,
     /// Goes before the name of every topic and consumer group.
     #[serde(default)]
     pub topic_prefix: String,
@@ -128,6 +131,11 @@ impl Settings {
                     admin: text("FOREBAY_ADMIN"),
                     otlp_endpoint: text("FOREBAY_OTLP_ENDPOINT"),
                     kafka: BTreeMap::new(),
+                    schema_registry: text("FOREBAY_AVRO_SCHEMA_REGISTRY").map(|url| RegistrySettings {
+                        url,
+                        user: text("FOREBAY_AVRO_SCHEMA_REGISTRY_USER"),
+                        is_written: false,
+                    }),
                     tables_options: BTreeMap::new(),
                     group: None,
                     flush_ms: flush_ms(),
@@ -170,7 +178,8 @@ impl Settings {
     /// How Kafka is spoken to; nothing where there is none.
     pub fn kafka(&self) -> Option<KafkaSettings> {
         let bootstrap_servers = self.bootstrap_servers.clone()?;
-        Some(KafkaSettings { bootstrap_servers, properties: self.kafka.clone() })
+        let (properties, registry) = (self.kafka.clone(), self.schema_registry.clone());
+        Some(KafkaSettings { bootstrap_servers, properties, registry })
     }
 
     /// The full name of a topic.
@@ -210,6 +219,7 @@ mod tests {
     fn what_is_handed_over_is_read() {
         let settings = handed_down(
             r#"{"bootstrap_servers": "k:9092", "kafka": {"sasl.password": "canary"}, "topic_prefix": "", "data": ".forebay",
+                "schema_registry": {"url": "http://r:8081", "user": "ana:canary", "is_written": true},
                 "tables": "s3://bucket/log", "admin": null, "otlp_endpoint": null, "flush_ms": 5000, "flush_bytes": 134217728}"#,
         );
         assert_eq!(settings.unwrap().flush_ms, 5_000);

@@ -10,6 +10,7 @@ pub mod budgets;
 pub mod embeddings;
 pub mod pool;
 pub mod prices;
+pub mod registry;
 pub mod rerank;
 pub mod served;
 pub mod tiers;
@@ -86,6 +87,15 @@ const SETTINGS: &[Setting] = &[
     setting("alerts.webhook_key_file", "FOREBAY_ALERTS_WEBHOOK_KEY_FILE", ""),
     Setting { path: "alerts.webhook_key", variable: "FOREBAY_ALERTS_WEBHOOK_KEY", default: "", secret: true },
     setting("stores.key_value", "FOREBAY_STORES_KEY_VALUE", ""),
+    setting("avro.framing", "FOREBAY_AVRO_FRAMING", "single_object"),
+    setting("avro.schema_registry", "FOREBAY_AVRO_SCHEMA_REGISTRY", ""),
+    setting("avro.schema_registry_user_file", "FOREBAY_AVRO_SCHEMA_REGISTRY_USER_FILE", ""),
+    Setting {
+        path: "avro.schema_registry_user",
+        variable: "FOREBAY_AVRO_SCHEMA_REGISTRY_USER",
+        default: "",
+        secret: true,
+    },
     setting("memory.records", "FOREBAY_MEMORY_RECORDS", "256MiB"),
     setting("claims.over", "FOREBAY_CLAIMS_OVER", "256KiB"),
     setting("tables", "FOREBAY_TABLES", ""),
@@ -140,6 +150,8 @@ pub struct Config {
     /// What is told of what they spend, and where.
     pub alerts: alerts::AlertSettings,
     pub key_value: Option<String>,
+    /// The schema registry beside Kafka, and whether rows are written with its numbers.
+    pub registry: Option<forebay_runtime::host::kafka::RegistrySettings>,
     pub memory_bytes: usize,
     /// Bodies of more bytes go to the object store; none where all stay in their messages.
     pub claims_over: Option<usize>,
@@ -344,6 +356,7 @@ impl Config {
             alerts: alerts::AlertSettings::of(&values, !budgets.is_empty())?,
             budgets,
             key_value: text("stores.key_value"),
+            registry: registry::of(&values)?,
             memory_bytes,
             claims_over,
             tables: text("tables"),

@@ -39,7 +39,8 @@ pub async fn cluster(config: &Config, embedded: Embedded) -> anyhow::Result<Clus
 }
 
 fn kafka(config: &Config, servers: &str) -> anyhow::Result<Kafka> {
-    let settings = KafkaSettings { bootstrap_servers: servers.to_owned(), properties: config.kafka.clone() };
+    let (bootstrap_servers, registry) = (servers.to_owned(), config.registry.clone());
+    let settings = KafkaSettings { bootstrap_servers, properties: config.kafka.clone(), registry };
     Kafka::new(&settings).map_err(wrong)
 }
 

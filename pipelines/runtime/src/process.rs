@@ -9,8 +9,8 @@ use crate::{
     claims::Claims,
     drive::{DriveError, drive},
     host::kafka::{
-        Kafka, KafkaAhead, KafkaLedger, KafkaSink, KafkaSource, ReadBounds, Reading, SettingsError,
-        TableError, TableReader,
+        Kafka, KafkaAhead, KafkaLedger, KafkaSink, KafkaSource, ReadBounds, Reading, RegistryError,
+        SettingsError, TableError, TableReader,
     },
     message::Outgoing,
     site::{Kept, Site, full_name},
@@ -69,6 +69,9 @@ pub enum LaunchError {
     /// No table.
     #[error(transparent)]
     Table(#[from] TableError),
+    /// No number for a schema.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
     /// The process was told to stop first.
     #[error("stopped before the tables had caught up")]
     Stopped,
@@ -88,6 +91,11 @@ impl Launch<'_> {
     /// Starts the tables, waits for them, and starts the stages.
     pub async fn start(self, shutdown: CancellationToken) -> Result<Running, LaunchError> {
         let closed = CancellationToken::new();
+        if let Some(registry) = self.kafka.registry().cloned() {
+            let prefix = self.prefix.to_owned();
+            let registered = tokio::task::spawn_blocking(move || registry.register(&prefix)).await;
+            registered.map_err(|_| LaunchError::Stopped)??;
+        }
         let sink = KafkaSink::new(self.kafka, closed.clone())?;
         let cancels = Arc::new(Cancels::default());
         let tables = self.start_tables(&cancels, &shutdown).await?;

@@ -52,7 +52,7 @@ impl Cluster {
         // The mock's rebalances take a second less than the session.
         let properties = [("session.timeout.ms", "3000"), ("heartbeat.interval.ms", "500")];
         let properties = properties.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
-        let settings = KafkaSettings { bootstrap_servers, properties };
+        let settings = KafkaSettings { bootstrap_servers, properties, ..KafkaSettings::default() };
         let kafka = Kafka::new(&settings).unwrap();
         let producer = kafka.producer_config().create().unwrap();
         let telemetry = Telemetry::start(Settings::new("test", "0")).unwrap();
@@ -408,8 +408,11 @@ async fn a_message_is_written_though_one_behind_it_was_before() {
     const MESSAGES: usize = 5;
     let cluster = Cluster::start();
     let properties = [("batch.num.messages", "1")].map(|(name, value)| (name.to_owned(), value.to_owned()));
-    let settings =
-        KafkaSettings { bootstrap_servers: cluster.mock.bootstrap_servers(), properties: properties.into() };
+    let settings = KafkaSettings {
+        bootstrap_servers: cluster.mock.bootstrap_servers(),
+        properties: properties.into(),
+        registry: None,
+    };
     let sink = KafkaSink::new(&Kafka::new(&settings).unwrap(), CancellationToken::new()).unwrap();
     let message = |number: usize| Outgoing {
         topic: "requests".into(),

@@ -31,7 +31,7 @@ impl World {
         let broker =
             Broker::start(Config::new(folder.path().join("broker"), ([127, 0, 0, 1], 0))).await.unwrap();
         let bootstrap_servers = broker.address().to_string();
-        let kafka = Kafka::new(&KafkaSettings { bootstrap_servers, properties: [].into() }).unwrap();
+        let kafka = Kafka::new(&KafkaSettings { bootstrap_servers, ..KafkaSettings::default() }).unwrap();
         let admin: AdminClient<DefaultClientContext> = kafka.config().create().unwrap();
         let topics = [NewTopic::new(topic, partitions, TopicReplication::Fixed(1))];
         admin.create_topics(&topics, &AdminOptions::new()).await.unwrap();
@@ -155,7 +155,7 @@ async fn a_partition_that_is_changing_its_leader_is_asked_again_and_what_is_not_
     let cluster = MockCluster::new(1).unwrap();
     cluster.create_topic("t", 2, 1).unwrap();
     let bootstrap_servers = cluster.bootstrap_servers();
-    let kafka = Kafka::new(&KafkaSettings { bootstrap_servers, properties: [].into() }).unwrap();
+    let kafka = Kafka::new(&KafkaSettings { bootstrap_servers, ..KafkaSettings::default() }).unwrap();
     let empty = |partition| Range { partition, from: 0, to: 0 };
     let unknown = RDKafkaRespErr::RD_KAFKA_RESP_ERR_LEADER_NOT_AVAILABLE;
     for fault in [RDKafkaRespErr::RD_KAFKA_RESP_ERR_NOT_LEADER_FOR_PARTITION, unknown] {
@@ -170,7 +170,7 @@ async fn a_partition_that_is_changing_its_leader_is_asked_again_and_what_is_not_
 #[tokio::test(start_paused = true)]
 async fn for_a_leader_is_waited_a_bounded_time_and_for_nothing_else() {
     let bootstrap_servers = "127.0.0.1:1".to_owned();
-    let kafka = Kafka::new(&KafkaSettings { bootstrap_servers, properties: [].into() }).unwrap();
+    let kafka = Kafka::new(&KafkaSettings { bootstrap_servers, ..KafkaSettings::default() }).unwrap();
     let asked = async |fault| {
         let count = Arc::new(AtomicUsize::new(0));
         let counted = Arc::clone(&count);

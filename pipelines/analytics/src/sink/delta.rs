@@ -22,6 +22,7 @@ use deltalake_core::{
 };
 use forebay_runtime::{
     drive::{SendError, Sink},
+    host::kafka::Registry,
     message::Outgoing,
 };
 use forebay_schemas::{DeadLetter, NanoUsd, RequestId, Tenant};
@@ -151,15 +152,16 @@ enum Copied {
 }
 
 impl DeltaLog {
-    /// The log of a table that is filled from `topic`.
+    /// The log of a table that is filled from `topic`, whose rows may have schemas of a registry.
     pub fn new(
         kind: Table,
         table: DeltaTable,
         topic: Arc<str>,
         letters: Letters,
+        registry: Option<Arc<Registry>>,
         now_ms: fn() -> i64,
     ) -> Result<Self, Error> {
-        let decoder = Arc::new(Mutex::new(Decoder::new(kind)?));
+        let decoder = Arc::new(Mutex::new(Decoder::new(kind)?.with_registry(registry)));
         let (counted, run_bytes_max) = (Counted::default(), RUN_BYTES_MAX);
         Ok(Self { kind, table, topic, decoder, letters, now_ms, counted, run_bytes_max })
     }
@@ -415,7 +417,7 @@ pub(crate) mod tests {
             let table = lake::open(&self.root, &lake::Options::new(), Table::Labels).await.unwrap();
             let letters =
                 Letters { sink: self.kept.clone(), topic: "dead-letters".into(), cluster: "c".into() };
-            DeltaLog::new(Table::Labels, table, "x-labels".into(), letters, || 5).unwrap()
+            DeltaLog::new(Table::Labels, table, "x-labels".into(), letters, None, || 5).unwrap()
         }
 
         /// How many rows there are, and how many different ones.

@@ -322,7 +322,8 @@ impl Sink {
                 warn!(topic = %topic, table = table.name(), "a topic is missing, and its table stays as it is; make it by `forebay topics apply`");
             }
             let opened = lake::open(&root, &options, *table).await?;
-            let log = DeltaLog::new(*table, opened, Arc::clone(&topic), letters.clone(), now_ms)?;
+            let registry = kafka.registry().cloned();
+            let log = DeltaLog::new(*table, opened, Arc::clone(&topic), letters.clone(), registry, now_ms)?;
             lanes.insert(topic, Lane::new(log, telemetry.table(table.name())));
         }
         // Before it joins: a member that is still busy with this would be given partitions.

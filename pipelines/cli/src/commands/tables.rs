@@ -72,6 +72,7 @@ fn settings(config: &Config, servers: Option<&str>, admin: Option<&str>, flush: 
     json!({
         "bootstrap_servers": servers,
         "kafka": config.kafka,
+        "schema_registry": config.registry,
         "topic_prefix": config.topic_prefix,
         "data": config.data,
         "tables": config.tables,
@@ -240,13 +241,17 @@ mod tests {
     /// The other side refuses what it does not know, and has a test with these names too.
     #[test]
     fn what_is_handed_over_is_what_the_other_side_reads() {
-        let file = "kafka: {sasl.password: canary}\ntables: s3://bucket/log\nsink: {flush_every: 5s}\n";
-        let config = merge(Some(("f.yaml", file)), |_| None, &[]).unwrap();
+        let file = "kafka: {sasl.password: canary}\ntables: s3://bucket/log\nsink: {flush_every: 5s}\n\
+            avro: {framing: confluent, schema_registry: 'http://r:8081'}\n";
+        let user =
+            |name: &str| (name == "FOREBAY_AVRO_SCHEMA_REGISTRY_USER").then(|| "ana:canary".to_owned());
+        let config = merge(Some(("f.yaml", file)), user, &[]).unwrap();
         let handed: Value =
             serde_json::from_str(&settings(&config, Some("k:9092"), None, config.sink_flush)).unwrap();
         let expected = json!({
             "bootstrap_servers": "k:9092", "kafka": {"sasl.password": "canary"}, "topic_prefix": "", "data": ".forebay",
             "tables": "s3://bucket/log", "admin": null, "otlp_endpoint": null, "flush_ms": 5000, "flush_bytes": 134_217_728,
+            "schema_registry": {"url": "http://r:8081", "user": "ana:canary", "is_written": true},
         });
         assert_eq!(handed, expected);
     }

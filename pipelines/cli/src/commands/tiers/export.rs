@@ -12,7 +12,7 @@ use crate::{
 };
 use anyhow::Context as _;
 use forebay_operator::Clock;
-use forebay_runtime::host::kafka::headers;
+use forebay_runtime::host::kafka::{Kafka, headers, registry};
 use forebay_schemas::{Attempt, Ending, Envelope, Headers, Outcome, Record, topics};
 use rdkafka::{Message as _, message::BorrowedMessage};
 use serde_json::{Value, json};
@@ -27,12 +27,14 @@ pub async fn run(args: TiersLog, config: Config) -> anyhow::Result<ExitCode> {
     let unreadable = tokio::task::spawn_blocking(move || {
         let reader = scan::reader(&kafka)?;
         let [endings, outcomes, attempts] = names;
-        let mut unreadable = each(&reader, &endings, since_ms, request)?;
+        let mut unreadable = each(&reader, &endings, since_ms, |message| Ok(request(message)))?;
+        let forms = Outcome::forms()?;
         unreadable += each(&reader, &outcomes, since_ms, |message| {
-            Some(json!(Outcome::decode(message.payload()?).ok()?))
+            Ok(Outcome::decode(&row(&kafka, message, &forms)?).ok().map(|row| json!(row)))
         })?;
+        let forms = Attempt::forms()?;
         unreadable += each(&reader, &attempts, since_ms, |message| {
-            Some(json!(Attempt::decode(message.payload()?).ok()?))
+            Ok(Attempt::decode(&row(&kafka, message, &forms)?).ok().map(|row| json!(row)))
         })?;
         anyhow::Ok(unreadable)
     })
@@ -51,12 +53,12 @@ fn each(
     reader: &Reader,
     topic: &str,
     since_ms: Option<i64>,
-    line: impl Fn(&BorrowedMessage<'_>) -> Option<Value>,
+    line: impl Fn(&BorrowedMessage<'_>) -> anyhow::Result<Option<Value>>,
 ) -> anyhow::Result<u64> {
     let mut without = 0;
     for stretch in scan::stretches(reader, topic, since_ms)? {
         let _ = scan::visit(reader, topic, stretch, |message| {
-            match line(message) {
+            match line(message)? {
                 Some(line) => out(line),
                 None => without += 1,
             }
@@ -64,6 +66,12 @@ fn each(
         })?;
     }
     Ok(without)
+}
+
+/// The bytes of a row, as they were made.
+fn row(kafka: &Kafka, message: &BorrowedMessage<'_>, forms: &[(Vec<u8>, Value)]) -> anyhow::Result<Vec<u8>> {
+    let body = message.payload().unwrap_or_default();
+    Ok(registry::plain(kafka.registry().map(AsRef::as_ref), body, forms)?)
 }
 
 /// The request that ended, under the id that it was given.

@@ -3,6 +3,7 @@
 //! librdkafka's properties pass through, so that TLS, SASL and tuning need nothing of ours. A short list is refused:
 //! on these the promises rest.
 
+use super::registry::{Registry, RegistrySettings};
 use rdkafka::{
     ClientConfig, ClientContext,
     config::RDKafkaLogLevel,
@@ -49,6 +50,8 @@ pub struct KafkaSettings {
     pub bootstrap_servers: String,
     /// librdkafka's properties.
     pub properties: BTreeMap<String, String>,
+    /// The schema registry beside it, where there is one.
+    pub registry: Option<RegistrySettings>,
 }
 
 /// A property that is not the user's to set, or that librdkafka does not take.
@@ -100,6 +103,7 @@ pub struct UnreachableError {
 pub struct Kafka {
     config: ClientConfig,
     bootstrap_servers: String,
+    registry: Option<Arc<Registry>>,
 }
 
 impl Kafka {
@@ -126,7 +130,13 @@ impl Kafka {
             }
             error => SettingsError::Client(error),
         })?;
-        Ok(Self { config, bootstrap_servers: settings.bootstrap_servers.clone() })
+        let registry = settings.registry.clone().map(|settings| Arc::new(Registry::new(settings)));
+        Ok(Self { config, bootstrap_servers: settings.bootstrap_servers.clone(), registry })
+    }
+
+    /// The schema registry beside it, where there is one.
+    pub fn registry(&self) -> Option<&Arc<Registry>> {
+        self.registry.as_ref()
     }
 
     /// Where the cluster is.
@@ -309,7 +319,8 @@ mod tests {
 
     fn refusal(property: &str, value: &str) -> String {
         let properties = BTreeMap::from([(property.to_owned(), value.to_owned())]);
-        let settings = KafkaSettings { bootstrap_servers: "127.0.0.1:1".to_owned(), properties };
+        let bootstrap_servers = "127.0.0.1:1".to_owned();
+        let settings = KafkaSettings { bootstrap_servers, properties, registry: None };
         Kafka::new(&settings).expect_err(property).to_string()
     }
 

@@ -3,7 +3,10 @@
 //! Invariant: a message is given up only where the topic can never take it. A broker that is away is waited for. What counts
 //! as written has an offset.
 
-use super::client::{Kafka, SettingsError, log, say};
+use super::{
+    client::{Kafka, SettingsError, log, say},
+    registry::Registry,
+};
 use crate::{
     drive::{SendError, Sink},
     message::Outgoing,
@@ -42,6 +45,8 @@ const LOSSY_MAX: usize = 4096;
 #[derive(Clone)]
 pub struct KafkaSink {
     producer: Arc<ThreadedProducer<Acknowledgements>>,
+    /// Which rows have another framing on their topic.
+    registry: Option<Arc<Registry>>,
     /// Messages on their way that may be lost.
     lossy: Arc<AtomicUsize>,
     /// Given when the process ends and nobody waits for a broker any more.
@@ -53,7 +58,8 @@ impl KafkaSink {
     pub fn new(kafka: &Kafka, closed: CancellationToken) -> Result<Self, SettingsError> {
         let config = kafka.producer_config();
         let producer = config.create_with_context(Acknowledgements).map_err(SettingsError::Client)?;
-        Ok(Self { producer: Arc::new(producer), lossy: Arc::default(), closed })
+        let (registry, lossy) = (kafka.registry().cloned(), Arc::default());
+        Ok(Self { producer: Arc::new(producer), registry, lossy, closed })
     }
 
     /// Writes a message that may be lost; never waits. Whether it is on its way: it is lost where too many are, where the
@@ -110,7 +116,9 @@ impl KafkaSink {
         let mut record =
             BaseRecord::<[u8], [u8], _>::with_opaque_to(&message.topic, Box::new(sent)).headers(headers);
         record.key = message.key.as_deref();
-        record.payload = message.value.as_deref();
+        let body = message.value.as_deref();
+        let framed = body.and_then(|body| self.registry.as_ref()?.framed(&message.topic, body));
+        record.payload = framed.as_deref().or(body);
         record.partition = partition;
         self.producer.send(record).map_err(|(fault, _)| fault)
     }
