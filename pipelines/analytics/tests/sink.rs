@@ -62,7 +62,7 @@ struct World {
     compact_ms: u64,
     /// How long the group waits for a sink that was killed: less than the usual ten seconds.
     session_ms: u64,
-    _broker: Option<Broker>,
+    broker: Option<Broker>,
     servers: String,
     prefix: String,
     producer: FutureProducer,
@@ -111,7 +111,7 @@ impl World {
             flush_ms: 100,
             compact_ms: 1_000,
             session_ms: 6_000,
-            _broker: broker,
+            broker,
             servers,
             prefix,
             producer,
@@ -475,6 +475,27 @@ async fn run_once_behind_one_that_was_killed_it_waits_for_the_partitions_and_wri
         assert!(world.to_the_end("group", None).await.success());
         world.check().await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn run_once_it_waits_for_a_broker_that_is_away_and_writes_all() {
+    let mut world = World::new().await;
+    // More than is fetched at once.
+    for _ in 0..50 {
+        world.write(1_000).await;
+    }
+    let mut sink = world.sink("group", &["--once"], Some("nowhere:1"));
+    let mut told = Told::by(&mut sink);
+    told.until(|line| line.contains(JOINED)).await;
+    let broker = world.broker.take().unwrap();
+    let address = broker.address();
+    broker.shutdown().await;
+    told.until(|line| line.contains("try again") || line.contains("tried again")).await;
+    told.let_go();
+    let config = Config::new(world.folder.path().join("broker"), address);
+    world.broker = Some(Broker::start(config).await.unwrap());
+    assert!(timeout(LIMIT, sink.wait()).await.expect("the sink leaves").unwrap().success());
+    world.check().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

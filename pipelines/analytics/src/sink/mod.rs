@@ -35,7 +35,7 @@ use forebay_telemetry::{Health, StartError, Telemetry, admin};
 use futures::future::join_all;
 use lane::{Gap, Lane};
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -267,6 +267,8 @@ struct Sink {
     group: String,
     /// Where the topics ended at the start, for one that leaves there.
     ends: Option<Ends>,
+    /// After how many silent ticks Kafka was heard to be there though nothing came.
+    heard_at: Option<u32>,
     /// Where the tables lie, and what their store is told.
     place: (Url, lake::Options),
     flush_every: Duration,
@@ -346,6 +348,7 @@ impl Sink {
             lanes,
             group,
             ends,
+            heard_at: None,
             place: (root, options),
             flush_every: settings.flush_every(),
             flush_bytes: settings.flush_bytes,
@@ -654,7 +657,12 @@ impl Sink {
         let owned: usize = self.lanes.values().map(|lane| lane.partitions().count()).sum();
         let is_alone = owned == 0 && !ends.is_empty();
         let is_silent = silent_ticks >= if is_alone { ALONE_TICKS_MAX } else { SILENT_TICKS_MAX };
+        if !is_silent {
+            self.heard_at = None;
+        }
         if is_alone && is_silent {
+            // Where Kafka is away no group gives anything, and that is what is told.
+            self::ends(&self.kafka, topics_of(ends).into_iter()).await?;
             return Err(Error::NoPartitions { group: self.group.clone() });
         }
         // Others of the group may have the rest, but not while it is still being shared out.
@@ -665,7 +673,7 @@ impl Sink {
             self.lanes.get(topic).is_some_and(|lane| !lane.has_read(*partition, *low, *end))
         });
         let behind = behind.count();
-        if behind > 0 && !is_silent {
+        if behind > 0 && !(is_silent && self.is_there(ends, silent_ticks).await?) {
             return Ok(false);
         }
         // Nothing more is to come: no need to wait until what is here is old. What fails is tried again with the next look.
@@ -688,6 +696,25 @@ impl Sink {
         }
         Ok(true)
     }
+
+    /// Whether nothing has come for as long as a topic may be silent since Kafka was heard to be there: what is away is silent too.
+    async fn is_there(&mut self, ends: &Ends, silent_ticks: u32) -> Result<bool, Error> {
+        if let Some(heard_at) = self.heard_at {
+            return Ok(silent_ticks >= heard_at.saturating_add(SILENT_TICKS_MAX));
+        }
+        match self::ends(&self.kafka, topics_of(ends).into_iter()).await {
+            Ok(_) => self.heard_at = Some(silent_ticks),
+            Err(fault) if silent_ticks >= ALONE_TICKS_MAX => return Err(fault),
+            Err(fault) => {
+                warn!(error = %fault, "Kafka is silent before the end of what is to be written; waiting for it");
+            }
+        }
+        Ok(false)
+    }
+}
+
+fn topics_of(ends: &Ends) -> BTreeSet<&Arc<str>> {
+    ends.keys().map(|(topic, _)| topic).collect()
 }
 
 /// Where the topics end now.
