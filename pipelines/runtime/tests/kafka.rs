@@ -400,6 +400,27 @@ async fn who_takes_a_ledger_over_has_heard_already_how_long_it_was_silent() {
     assert!(age().await <= written.elapsed(), "whoever writes is not silent");
 }
 
+/// Whoever takes over asks for all its ledgers at once. One that has no leader is read when it has one again, and keeps no other from being read.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_ledger_without_a_leader_keeps_no_other_from_being_read() {
+    let cluster = Cluster::start();
+    cluster.mock.create_topic("ledger", PARTITIONS, 1).unwrap();
+    let sink = KafkaSink::new(&cluster.kafka, CancellationToken::new()).unwrap();
+    let ledger = KafkaLedger::new(&cluster.kafka, sink, &[], vec!["ledger".into()]).unwrap();
+    let at = |number| Partition { topic: "ledger".into(), number };
+    for number in 0..PARTITIONS {
+        let entry = LedgerEntry::of_lease(EntryKind::Renewed, "an owner", 0);
+        timeout(LONG, ledger.append(&at(number), &entry)).await.unwrap().unwrap();
+    }
+    cluster.mock.partition_leader("ledger", 0, None).unwrap();
+    // The first keeps the reader busy, and the others wait for it together.
+    let reads: Vec<_> = [0, 0, 1, 2].map(|number| ledger.read(&at(number), 0, usize::MAX)).into();
+    let read = timeout(2 * LONG, futures::future::join_all(reads)).await.expect("each is answered");
+    let entries: Vec<_> =
+        read.iter().map(|read| read.as_ref().map_or(0, |chunk| chunk.entries.len())).collect();
+    assert_eq!(entries, [0, 0, 1, 1], "{read:?}");
+}
+
 /// Of several requests on their way the first is refused by a broker that is no leader yet, and the next are taken by the same broker once
 /// it is: it knows nothing of this producer and takes any sequence number, and librdkafka then calls the first one written
 /// (confluent-kafka-go #921).

@@ -239,6 +239,8 @@ impl Reader {
     fn begin(&mut self, reads: Vec<Begin>) {
         let bounds = match Bounds::of(&self.consumer, &reads) {
             Ok(bounds) => bounds,
+            // One that has no leader fails the question about all: the others must not wait for it.
+            Err(_) if reads.len() > 1 => return reads.into_iter().for_each(|read| self.begin(vec![read])),
             Err(fault) => return reads.into_iter().for_each(|read| read.fail(&fault)),
         };
         for read in reads {
