@@ -564,12 +564,14 @@ async fn a_query_that_nobody_can_answer_says_what_is_missing() {
         or leave --scheduler out, and it is answered here"
     );
     assert_eq!(said, expected);
-    // Somebody else listens there.
+    // Somebody else listens there, and resets the connection as it leaves what was asked unread.
     let stranger = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = stranger.local_addr().unwrap().to_string();
     tokio::spawn(async move {
         loop {
-            let _ = stranger.accept().await.unwrap().0.write_all(b"SSH-2.0-x\r\n").await;
+            let (mut asked, _) = stranger.accept().await.unwrap();
+            asked.write_all(b"SSH-2.0-x\r\n").await.unwrap();
+            asked.peek(&mut [0]).await.unwrap();
         }
     });
     let far = world.session(Limits::default(), Scope::All).on(Cluster::new(address.clone()));
