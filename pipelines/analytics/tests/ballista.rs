@@ -55,7 +55,7 @@ struct World {
 struct Process {
     child: Child,
     address: String,
-    /// How often it told of what is counted of it: tasks that were done, or jobs that were taken back.
+    /// Of how many it told, of what is counted of it: tasks that were done, jobs that were taken back, or jobs that were asked about.
     told: Arc<AtomicUsize>,
 }
 
@@ -67,7 +67,7 @@ impl Drop for Process {
 }
 
 impl Process {
-    /// Starts it, waits until it says its address, and counts its lines with a text.
+    /// Starts it, waits until it says its address, and counts its lines with a text, those that go on alike once.
     fn start(mut command: Command, text: &'static str) -> Self {
         let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map_while(Result::ok);
@@ -77,9 +77,11 @@ impl Process {
         let told = Arc::<AtomicUsize>::default();
         let counted = Arc::clone(&told);
         std::thread::spawn(move || {
+            let mut known = BTreeSet::new();
             for line in lines {
-                if line.contains(text) {
-                    counted.fetch_add(1, Ordering::Relaxed);
+                if let Some((_, rest)) = line.split_once(text) {
+                    known.insert(rest.to_owned());
+                    counted.store(known.len(), Ordering::Relaxed);
                 }
             }
         });
@@ -92,9 +94,10 @@ impl Process {
 
     fn scheduler_counting(text: &'static str) -> Self {
         let mut command = program();
-        command
-            .args(["sql", "scheduler", "--listen", "127.0.0.1:0"])
-            .env("FOREBAY_LOG", "warn,ballista_scheduler=info");
+        command.args(["sql", "scheduler", "--listen", "127.0.0.1:0"]).env(
+            "FOREBAY_LOG",
+            "warn,ballista_scheduler=info,ballista_scheduler::scheduler_server::grpc=trace",
+        );
         Self::start(command, text)
     }
 
@@ -485,7 +488,8 @@ async fn ran(mut command: Command) -> (Option<i32>, String) {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_scheduler_that_is_killed_in_the_middle_is_named_with_what_to_do_next() {
     let world = World::new(6_000).await;
-    let scheduler = Process::scheduler_counting("Job queued");
+    // Asked about by whoever has heard that it was taken.
+    let scheduler = Process::scheduler_counting("get_job_status request for job");
     let _executor = world.executor(&scheduler, "one");
     until("an executor", async || scheduler.executors().await == 1).await;
     let (server, pg) = serving(&world, &scheduler);

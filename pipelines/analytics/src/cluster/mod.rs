@@ -186,7 +186,7 @@ pub enum Error {
 /// How far a query had come.
 #[derive(Clone, Copy, Debug)]
 pub enum When {
-    /// It was not taken yet.
+    /// Nobody knows whether it was taken.
     Asking,
     /// It was worked on.
     Working,
@@ -197,7 +197,7 @@ pub enum When {
 impl When {
     const fn as_str(self) -> &'static str {
         match self {
-            Self::Asking => "before it took the query",
+            Self::Asking => "before it said that it took the query",
             Self::Working => "while the query ran",
             Self::Answering => "in the middle of the answer, so that what was shown is not all of it",
         }
