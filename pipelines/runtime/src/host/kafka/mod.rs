@@ -3,6 +3,7 @@
 mod ahead;
 mod client;
 mod ledger;
+mod producer;
 mod read_back;
 pub mod registry;
 mod session;

@@ -29,7 +29,7 @@ use forebay_schemas::Headers as OwnHeaders;
 use forebay_telemetry::{BEAT_AGE_MAX, Health, StepMeter};
 use futures::future::BoxFuture;
 use rdkafka::{
-    ClientContext, Message, Offset, Statistics, TopicPartitionList,
+    ClientContext, Message, Offset, TopicPartitionList,
     config::RDKafkaLogLevel,
     consumer::{BaseConsumer, CommitMode, Consumer, ConsumerContext},
     error::{KafkaError, KafkaResult},
@@ -526,16 +526,17 @@ impl ClientContext for Member {
     fn error(&self, fault: KafkaError, reason: &str) {
         say(&fault, reason);
     }
-    fn stats(&self, statistics: Statistics) {
-        *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = looks(&statistics);
-        for (topic, of_topic) in &statistics.topics {
-            for (number, partition) in &of_topic.partitions {
-                // −1 means not known: the partition is not ours, or nothing was fetched yet.
-                if *number >= 0 && partition.consumer_lag >= 0 {
-                    self.meter.lag(topic, *number, partition.consumer_lag);
-                }
+    fn stats_raw(&self, statistics: &[u8]) {
+        let looks = match looks(statistics) {
+            Ok(looks) => looks,
+            Err(fault) => return error!(error = %fault, "could not read what librdkafka says of itself"),
+        };
+        for Look { topic, number, lag, .. } in &looks {
+            if let Some(lag) = lag {
+                self.meter.lag(topic, *number, *lag);
             }
         }
+        *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = looks;
     }
 }
 
