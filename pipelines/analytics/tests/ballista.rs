@@ -506,7 +506,8 @@ async fn a_scheduler_that_is_killed_in_the_middle_is_named_with_what_to_do_next(
     let mut psql = Command::new("psql");
     let (host, port) = pg.split_once(':').unwrap();
     psql.args(["-X", "-h", host, "-p", port, "-U", "ana", "forebay", "-c", LONG]).env("PGPASSWORD", TOKEN);
-    let http = async move { (Some(1), posted(server.address.clone(), LONG).await) };
+    let http = server.address.clone();
+    let http = async move { (Some(1), posted(http, LONG).await) };
     let mut asked = vec![("forebay-sql: ", tokio::spawn(ran(shell))), ("HTTP/1.0 503 ", tokio::spawn(http))];
     if has_psql {
         asked.push(("ERROR:  ", tokio::spawn(ran(psql))));
@@ -534,17 +535,19 @@ async fn executors_that_all_are_killed_in_the_middle_are_missed_and_the_query_en
     let asked = tokio::spawn(async move { far.collect(LONG).await.map(|rows| shown(&rows)) });
     until("a stage of it", async || !world.jobs("one").is_empty()).await;
     drop(executors);
-    // Of the second query the scheduler knows that nobody is there only when it gives the work away.
+    let address = &scheduler.address;
+    let start = format!("start some by `forebay sql executor --scheduler {address}` and ask again");
+    let lost = format!(
+        "the scheduler at {address} lost all its executors while they worked on the query, and none came again; it was not answered, and \
+        nothing was changed; {start}, or leave --scheduler out, and it is answered here"
+    );
+    // The scheduler may have met nobody there when the first query went on, or meet it when it gives the work of this one away.
+    let missing = format!(
+        "the scheduler at {address} has no executor, and none came within 10s; {start}, or leave --scheduler out, and it is answered here"
+    );
     let said = refused(&world, &scheduler, Scope::All, "SELECT count(*) FROM outcomes").await;
-    for said in [said, asked.await.unwrap().unwrap_err().to_string()] {
-        let expected = format!(
-            "the scheduler at {0} lost all its executors while they worked on the query, and none came again; it was not answered, and \
-            nothing was changed; start some by `forebay sql executor --scheduler {0}` and ask again, or leave --scheduler out, and it is \
-            answered here",
-            scheduler.address
-        );
-        assert_eq!(said, expected);
-    }
+    assert!(said == lost || said == missing, "{said}");
+    assert_eq!(asked.await.unwrap().unwrap_err().to_string(), lost);
 }
 
 #[tokio::test(flavor = "multi_thread")]
