@@ -3,7 +3,6 @@
 mod ahead;
 mod client;
 mod ledger;
-mod producer;
 mod read_back;
 pub mod registry;
 mod session;

@@ -4,8 +4,7 @@
 //! as written has an offset.
 
 use super::{
-    client::{Kafka, SettingsError},
-    producer::{Counted, Producer, Sent, Try},
+    client::{Kafka, SettingsError, log, say},
     registry::Registry,
 };
 use crate::{
@@ -14,15 +13,21 @@ use crate::{
 };
 use futures::future::BoxFuture;
 use rdkafka::{
+    ClientContext, Message as _,
+    config::RDKafkaLogLevel,
     error::KafkaError,
-    message::{Header, OwnedHeaders},
-    producer::{BaseRecord, Producer as _},
+    message::{DeliveryResult, Header, OwnedHeaders},
+    producer::{BaseRecord, Producer, ProducerContext, ThreadedProducer},
     types::RDKafkaErrorCode,
 };
 use std::{
-    sync::{Arc, atomic::AtomicUsize},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicI64, AtomicUsize, Ordering},
+    },
     time::Duration,
 };
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
@@ -32,10 +37,14 @@ const RETRY_AFTER: Duration = Duration::from_millis(500);
 /// How long to wait for room in the producer's queue.
 const QUEUE_FULL_WAIT: Duration = Duration::from_millis(5);
 
+/// Messages on their way that may be lost; more are lost at once. While a broker is away these are all that wait for it, so the
+/// producer's queue has room for what must not be lost.
+const LOSSY_MAX: usize = 4096;
+
 /// The producer of a process.
 #[derive(Clone)]
 pub struct KafkaSink {
-    producer: Arc<Producer>,
+    producer: Arc<ThreadedProducer<Acknowledgements>>,
     /// Which rows have another framing on their topic.
     registry: Option<Arc<Registry>>,
     /// Messages on their way that may be lost.
@@ -47,7 +56,8 @@ pub struct KafkaSink {
 impl KafkaSink {
     /// A producer; connects in the background.
     pub fn new(kafka: &Kafka, closed: CancellationToken) -> Result<Self, SettingsError> {
-        let producer = Producer::new(&kafka.producer_config()).map_err(SettingsError::Client)?;
+        let config = kafka.producer_config();
+        let producer = config.create_with_context(Acknowledgements).map_err(SettingsError::Client)?;
         let (registry, lossy) = (kafka.registry().cloned(), Arc::default());
         Ok(Self { producer: Arc::new(producer), registry, lossy, closed })
     }
@@ -55,7 +65,7 @@ impl KafkaSink {
     /// Writes a message that may be lost; never waits. Whether it is on its way: it is lost where too many are, where the
     /// producer's queue is full, or where it is closed.
     pub fn send_best_effort(&self, message: &Outgoing) -> bool {
-        Counted::lossy(&self.lossy)
+        LossyPlace::take(&self.lossy)
             .is_some_and(|place| self.enqueue(message, None, Sent::Lossy(place)).is_ok())
     }
 
@@ -76,9 +86,7 @@ impl KafkaSink {
         let this = self.clone();
         let try_to_append = move |message: &Outgoing| {
             let on_its_way = Arc::new(Try::of(1));
-            // A call waits for it.
-            let hurry = Some(this.producer.hurry());
-            let sent = Sent::Awaited { of: Arc::clone(&on_its_way), place: 0, hurry };
+            let sent = Sent::Awaited { of: Arc::clone(&on_its_way), place: 0 };
             if let Err(fault) = this.enqueue(message, Some(partition), sent) {
                 on_its_way.settle(0, Err(fault));
             }
@@ -88,7 +96,7 @@ impl KafkaSink {
         Box::pin(async move {
             loop {
                 let Some((_, fault)) = on_its_way.settled().await.pop() else {
-                    return Ok(on_its_way.offset());
+                    return Ok(on_its_way.offset.load(Ordering::Acquire));
                 };
                 let wait = this.judge(&message, &fault)?;
                 tokio::select! {
@@ -112,16 +120,14 @@ impl KafkaSink {
         let framed = body.and_then(|body| self.registry.as_ref()?.framed(&message.topic, body));
         record.payload = framed.as_deref().or(body);
         record.partition = partition;
-        self.producer.send(record).map_err(|(fault, _)| fault)?;
-        self.producer.sent();
-        Ok(())
+        self.producer.send(record).map_err(|(fault, _)| fault)
     }
 
     /// Writes those messages of a list, and gives back what was not written: its place in the list, and why.
     async fn try_to_write(&self, messages: &[Outgoing], places: &[usize]) -> Vec<(usize, KafkaError)> {
         let on_their_way = Arc::new(Try::of(places.len()));
         for &place in places {
-            let sent = Sent::Awaited { of: Arc::clone(&on_their_way), place, hurry: None };
+            let sent = Sent::Awaited { of: Arc::clone(&on_their_way), place };
             if let Err(fault) = self.enqueue(&messages[place], None, sent) {
                 on_their_way.settle(place, Err(fault));
             }
@@ -177,5 +183,131 @@ impl Sink for KafkaSink {
                 }
             }
         })
+    }
+}
+
+/// One try to write some messages. Whoever waits for it is woken once, by the last answer: a wake-up of another thread
+/// costs more than all else that an acknowledgement does.
+struct Try {
+    /// Messages that are neither acknowledged nor refused.
+    unsettled: AtomicUsize,
+    refused: Mutex<Vec<(usize, KafkaError)>>,
+    /// Of the message that was acknowledged last.
+    offset: AtomicI64,
+    done: Notify,
+}
+
+impl Try {
+    fn of(messages: usize) -> Self {
+        let (unsettled, offset) = (AtomicUsize::new(messages), AtomicI64::new(-1));
+        Self { unsettled, refused: Mutex::default(), offset, done: Notify::new() }
+    }
+
+    /// Notes what became of a message: its offset where it is acknowledged.
+    fn settle(&self, place: usize, result: Result<i64, KafkaError>) {
+        match result {
+            Ok(offset) => self.offset.store(offset, Ordering::Release),
+            Err(fault) => {
+                self.refused.lock().unwrap_or_else(PoisonError::into_inner).push((place, fault));
+            }
+        }
+        if self.unsettled.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.done.notify_one();
+        }
+    }
+
+    /// Waits for the answer to every message, and gives those that were refused, in their order.
+    async fn settled(&self) -> Vec<(usize, KafkaError)> {
+        while self.unsettled.load(Ordering::Acquire) > 0 {
+            self.done.notified().await;
+        }
+        let mut refused = std::mem::take(&mut *self.refused.lock().unwrap_or_else(PoisonError::into_inner));
+        refused.sort_unstable_by_key(|(place, _)| *place);
+        refused
+    }
+}
+
+/// A message on its way.
+enum Sent {
+    /// Somebody waits for its answer.
+    Awaited { of: Arc<Try>, place: usize },
+    /// It may be lost.
+    Lossy(LossyPlace),
+}
+
+/// A place among [`LOSSY_MAX`], given back when it is dropped.
+struct LossyPlace(Arc<AtomicUsize>);
+
+impl LossyPlace {
+    fn take(taken: &Arc<AtomicUsize>) -> Option<Self> {
+        let free = |taken| (taken < LOSSY_MAX).then_some(taken + 1);
+        taken.fetch_update(Ordering::AcqRel, Ordering::Acquire, free).ok()?;
+        Some(Self(Arc::clone(taken)))
+    }
+}
+
+impl Drop for LossyPlace {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// Hears from librdkafka what became of each message.
+struct Acknowledgements;
+
+impl ClientContext for Acknowledgements {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        log(level, facility, message);
+    }
+    fn error(&self, fault: KafkaError, reason: &str) {
+        say(&fault, reason);
+    }
+}
+
+impl ProducerContext for Acknowledgements {
+    type DeliveryOpaque = Box<Sent>;
+
+    fn delivery(&self, result: &DeliveryResult<'_>, sent: Box<Sent>) {
+        let result = match result {
+            Ok(message) if message.offset() >= 0 => Ok(message.offset()),
+            // Nobody has said that it was written: librdkafka takes it from a later message that was. But a leader which knows nothing of
+            // this producer yet takes any sequence number, also where it has just refused the one before (confluent-kafka-go #921).
+            // Written once more it may lie there twice, which readers know by its id; not written it would be lost.
+            Ok(_) => Err(KafkaError::MessageProduction(RDKafkaErrorCode::Inconsistent)),
+            Err((fault, _)) => Err(fault.clone()),
+        };
+        match *sent {
+            Sent::Awaited { of, place } => of.settle(place, result),
+            Sent::Lossy(place) => drop(place),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures::FutureExt as _;
+
+    #[tokio::test]
+    async fn a_try_is_settled_by_the_last_answer_and_gives_back_what_was_refused_in_order() {
+        let full = || Err(KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull));
+        let of = Try::of(4);
+        of.settle(3, full());
+        of.settle(0, Ok(7));
+        of.settle(1, full());
+        assert!(of.settled().now_or_never().is_none());
+        of.settle(2, Ok(8));
+        let refused = of.settled().await;
+        assert_eq!(refused.iter().map(|(place, _)| *place).collect::<Vec<_>>(), [1, 3]);
+        assert!(Try::of(0).settled().await.is_empty());
+    }
+
+    #[test]
+    fn of_messages_that_may_be_lost_so_many_are_on_their_way() {
+        let taken = Arc::default();
+        let mut places: Vec<_> = std::iter::from_fn(|| LossyPlace::take(&taken)).collect();
+        assert_eq!(places.len(), LOSSY_MAX);
+        places.truncate(1);
+        assert_eq!(taken.load(Ordering::Acquire), 1);
     }
 }
