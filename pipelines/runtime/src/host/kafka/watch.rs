@@ -206,6 +206,19 @@ mod tests {
     }
 
     #[test]
+    fn what_librdkafka_says_of_itself_is_read() {
+        let said = br#"{"name": "one", "brokers": {"h:1/7": {"nodeid": 7, "state": "UP", "req": {"Fetch": 9, "Metadata": 1}},
+            "h:1/bootstrap": {"nodeid": -1, "state": "UP"}}, "topics": {"requests": {"age": 1, "partitions": {
+            "0": {"leader": 7, "fetch_state": "active", "fetchq_cnt": 2, "fetchq_size": 20, "next_offset": 5, "app_offset": 3,
+                "ls_offset": 10, "consumer_lag": 4, "txbytes": 0},
+            "-1": {"leader": -1, "fetch_state": "none", "fetchq_cnt": 0, "fetchq_size": 0, "next_offset": -1001, "app_offset": -1001,
+                "ls_offset": -1001, "consumer_lag": -1}}}}}"#;
+        let expected =
+            Look { left: 7, position: (5, 3), queued: (2, 20), asked: 9, lag: Some(4), ..look(0, 0, 0) };
+        assert_eq!(looks(said).unwrap(), [expected]);
+    }
+
+    #[test]
     fn what_is_there_and_is_not_handed_over_is_found() {
         assert_eq!(found(|second| Some(look(7, 3, second))), Some(30));
     }
