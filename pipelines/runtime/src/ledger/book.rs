@@ -7,7 +7,8 @@
 //! each other for gone the log shows one to the other before it sends.
 //!
 //! Invariants: a call is sent while no other try of it may be under way, or after that try was closed as failed or is
-//! told of as *ambiguous*. What is kept is what records at or beyond the committed offset need.
+//! told of as *ambiguous*. What is kept is what records at or beyond the committed offset need, and how the last calls before
+//! it ended: of a record that is done a copy may come.
 //! Residual: an owner that stands still between its last look at the clock and the write to the socket.
 //!
 //! Sans-IO: nothing here reads, writes or waits. Moments are milliseconds of a clock that goes on while the machine is
@@ -16,7 +17,7 @@
 use forebay_schemas::{Attempt, CallId, EntryKind, LedgerEntry};
 use serde_json::Value;
 use std::{
-    collections::{BTreeMap, HashMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
     sync::Arc,
 };
 
@@ -75,6 +76,17 @@ pub enum Next {
     Rest(Option<u64>),
 }
 
+/// Who asks about a call.
+#[derive(Clone, Copy, Debug)]
+pub struct Asker<'a> {
+    /// The record that makes it.
+    pub source_offset: i64,
+    /// A hash of what it says.
+    pub input: &'a str,
+    /// Whether somebody had it tried once more after it was given up: ambiguous tries before it count no more.
+    pub redriven: bool,
+}
+
 /// What may be done about a call.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Verdict {
@@ -105,6 +117,8 @@ enum Closed {
 struct Try {
     owner: Arc<str>,
     number: i32,
+    /// The record that made it.
+    source_offset: i64,
     /// As it stands in the ledger; absent where it was never sent.
     row: Option<Attempt>,
     closed: Option<Closed>,
@@ -128,6 +142,15 @@ struct Call {
     answer: Option<Answer>,
     /// Whether this owner is making it, or about to.
     running: bool,
+    /// Under which offset it stands among those whose records are done, where it does.
+    over: Option<i64>,
+}
+
+impl Call {
+    /// Whether nobody makes it any more, where all records before this offset are done.
+    fn is_over(&self, committed: i64) -> bool {
+        !self.running && self.source_offset < committed
+    }
 }
 
 /// Another owner.
@@ -175,11 +198,14 @@ pub struct Book {
     /// When a call was last asked for or under way.
     wanted_at: Option<u64>,
     owners: BTreeMap<Arc<str>, Seen>,
+    /// Calls of records that are not done, and the last of those that ended without an answer: what comes twice must not make
+    /// again what was given up, nor number its tries anew.
     calls: HashMap<CallId, Call>,
-    /// Where the answers of the last calls stand whose records are done, and in which order these were: what comes twice,
-    /// since a step before this one crashed, may come after its first copy is done.
+    /// Where the answers of the last calls stand whose records are done.
     finished: HashMap<CallId, i64>,
-    finished_order: VecDeque<CallId>,
+    /// The last calls whose records are done, answered or not, by the offsets of these records, so that each owner remembers the
+    /// same: what comes twice, since a step before this one crashed, may come after its first copy is done.
+    order: BTreeSet<(i64, CallId)>,
     finished_max: usize,
     /// All records before this offset of the input are done.
     committed: i64,
@@ -210,7 +236,7 @@ impl Book {
             owners: BTreeMap::new(),
             calls: HashMap::new(),
             finished: HashMap::new(),
-            finished_order: VecDeque::new(),
+            order: BTreeSet::new(),
             finished_max,
             committed: 0,
             moved: BTreeMap::new(),
@@ -352,8 +378,9 @@ impl Book {
         self.apply(offset, entry);
     }
 
-    /// What may be done about a call that the record at `source_offset` makes; `Go` reserves it.
-    pub fn ask(&mut self, id: &CallId, source_offset: i64, input: &str, now: u64) -> Verdict {
+    /// What may be done about a call; `Go` reserves it.
+    pub fn ask(&mut self, id: &CallId, asker: Asker<'_>, now: u64) -> Verdict {
+        let Asker { source_offset, input, redriven } = asker;
         if self.released {
             return Verdict::Gone;
         }
@@ -361,16 +388,17 @@ impl Book {
         if self.read_at.is_none() {
             return Verdict::Wait;
         }
+        if let Some(offset) = self.finished.get(id) {
+            return Verdict::Recorded(*offset);
+        }
         let may_send = self.may_send(now);
         let Some(call) = self.calls.get(id) else {
-            if let Some(offset) = self.finished.get(id) {
-                return Verdict::Recorded(*offset);
-            }
             if !may_send {
                 return Verdict::Wait;
             }
             let first = self.mine.unwrap_or(self.position);
-            let call = Call { source_offset, first, tries: Vec::new(), answer: None, running: true };
+            let call =
+                Call { source_offset, first, tries: Vec::new(), answer: None, running: true, over: None };
             self.calls.insert(id.clone(), call);
             return Verdict::Go(0);
         };
@@ -382,7 +410,8 @@ impl Book {
         if !may_send || call.running || open.any(|one| self.may_be_under_way(one)) {
             return Verdict::Wait;
         }
-        let ambiguous = call.tries.iter().filter(|one| one.closed.is_none()).count();
+        let counts = |one: &&Try| one.closed.is_none() && (!redriven || one.source_offset >= source_offset);
+        let ambiguous = call.tries.iter().filter(counts).count();
         if ambiguous > self.ambiguous_max {
             return Verdict::Ambiguous;
         }
@@ -465,35 +494,67 @@ impl Book {
         self.released = true;
     }
 
-    /// All records before this offset of the input are done: what only they needed is forgotten. Gives the offset from which
-    /// whoever comes after must read.
+    /// All records before this offset of the input are done: what only they needed is forgotten, but for how the last of their
+    /// calls ended. Gives the offset from which whoever comes after must read.
     pub fn committed(&mut self, source_offset: i64) -> i64 {
         self.committed = self.committed.max(source_offset);
-        let done = |call: &Call| !call.running && call.source_offset < source_offset;
-        let done: Vec<_> = self.calls.extract_if(|_, call| done(call)).collect();
-        for (id, call) in done {
-            if let Some(answer) = call.answer {
-                self.finish(id, answer.offset);
-            }
-        }
+        self.finish_what_is_over();
         self.moved = self.moved.split_off(&source_offset);
         self.forget_owners();
         let calls = self.calls.values().map(|call| call.first);
         let owners = self.owners.values().map(|seen| seen.offset);
+        // Before a claim stands lies what was never read; while it does, only what others still have open, which is read at once.
+        let unread = (!matches!(self.lease, Lease::Held { .. })).then_some(self.position);
         // My last entry says that I am alive.
         let moved = self.moved.values().map(|(offset, _)| *offset);
         let gone = self.gone.values().map(|(offset, _)| *offset);
         let moved = moved.chain(gone).chain(self.finished.values().copied());
-        calls.chain(owners).chain(moved).chain(self.mine).min().unwrap_or(self.position)
+        calls.chain(owners).chain(moved).chain(self.mine).chain(unread).min().unwrap_or(self.position)
     }
 
-    fn finish(&mut self, id: CallId, offset: i64) {
-        if self.finished.insert(id.clone(), offset).is_none() {
-            self.finished_order.push_back(id);
+    fn finish_what_is_over(&mut self) {
+        let is_new = |call: &Call| call.is_over(self.committed) && call.over != Some(call.source_offset);
+        let over = self.calls.iter().filter(|(_, call)| is_new(call));
+        let over: Vec<_> = over.map(|(id, call)| (call.source_offset, id.clone())).collect();
+        for (source_offset, id) in over {
+            let Some(call) = self.calls.get_mut(&id) else { continue };
+            if let Some(Answer { offset, .. }) = call.answer {
+                self.finish(id, source_offset, offset);
+            } else if call.tries.is_empty() {
+                self.calls.remove(&id);
+            } else {
+                let before = call.over.replace(source_offset);
+                before.map(|before| self.order.remove(&(before, id.clone())));
+                self.order.insert((source_offset, id));
+            }
         }
-        while self.finished_order.len() > self.finished_max {
-            let oldest = self.finished_order.pop_front();
-            let forgotten = oldest.and_then(|id| self.finished.remove(&id));
+        self.forget_finished();
+    }
+
+    /// Its records are done, of which the last stood there, and this entry answered it.
+    fn finish(&mut self, id: CallId, source_offset: i64, offset: i64) {
+        let before = self.calls.remove(&id).and_then(|call| call.over);
+        before.map(|before| self.order.remove(&(before, id.clone())));
+        if self.finished.insert(id.clone(), offset).is_none() {
+            self.order.insert((source_offset, id));
+        }
+    }
+
+    fn forget_finished(&mut self) {
+        while self.order.len() > self.finished_max {
+            let Some((_, id)) = self.order.pop_first() else { return };
+            let forgotten = match (self.finished.remove(&id), self.calls.get_mut(&id)) {
+                (None, Some(call)) if call.is_over(self.committed) => {
+                    let first = call.first;
+                    self.calls.remove(&id);
+                    Some(first)
+                }
+                (None, Some(call)) => {
+                    call.over = None;
+                    None
+                }
+                (answered, _) => answered,
+            };
             // As long as answers of that time are remembered, and no longer: one outage must not hold the log for ever.
             while let Some(forgotten) = forgotten
                 && let Some(first) = self.gone_order.front()
@@ -589,12 +650,16 @@ impl Book {
             }
         }
         let (Some(id), owner) = (entry.call_id, Arc::from(entry.owner)) else { return };
-        if entry.source_offset.is_some_and(|source| source < self.committed) && !self.calls.contains_key(&id)
+        if let Some(source_offset) = entry.source_offset.filter(|offset| *offset < self.committed)
+            && self.calls.get(&id).is_none_or(|call| call.is_over(self.committed))
         {
-            if entry.kind == EntryKind::Done && !self.finished.contains_key(&id) {
-                self.finish(id, offset);
+            if self.finished.contains_key(&id) {
+                return;
             }
-            return;
+            if entry.kind == EntryKind::Done {
+                self.finish(id, source_offset, offset);
+                return self.forget_finished();
+            }
         }
         let call = self.calls.entry(id).or_insert(Call {
             source_offset: 0,
@@ -602,6 +667,7 @@ impl Book {
             tries: Vec::new(),
             answer: None,
             running: false,
+            over: None,
         });
         call.first = call.first.min(offset);
         call.source_offset = call.source_offset.max(entry.source_offset.unwrap_or(0));
@@ -616,12 +682,12 @@ impl Book {
                 Some(Closed::Done)
             }
         };
-        let number = entry.attempt.unwrap_or(0);
+        let (number, source_offset) = (entry.attempt.unwrap_or(0), entry.source_offset.unwrap_or(0));
         match call.tries.iter_mut().find(|one| one.owner == owner && one.number == number) {
             // A start never opens again what is closed.
             Some(_) if closed.is_none() => {}
             Some(one) => (one.row, one.closed) = (entry.row, closed),
-            None => call.tries.push(Try { owner, number, row: entry.row, closed }),
+            None => call.tries.push(Try { owner, number, source_offset, row: entry.row, closed }),
         }
         if call.tries.len() > TRIES_MAX
             && let Some(at) = call.tries.iter().skip(1).position(|one| one.closed.is_some())

@@ -19,9 +19,11 @@ use crate::{
     fence,
     message::{Incoming, Partition},
 };
-use book::{Book, Next, Terms, Times, Verdict};
+use book::{Asker, Book, Next, Terms, Times, Verdict};
 use forebay_operator::{Clock, Failure, Found, Known, Ledger, Turn};
-use forebay_schemas::{Attempt, CallId, EntryKind, LedgerEntry, topics::DERIVED_MESSAGE_BYTES_MAX};
+use forebay_schemas::{
+    Attempt, CallId, EntryKind, LedgerEntry, retry::Retry, topics::DERIVED_MESSAGE_BYTES_MAX,
+};
 use forebay_telemetry::{Health, StepMeter};
 use futures::future::BoxFuture;
 use std::{
@@ -249,6 +251,8 @@ impl Ledgers {
         Arc::new(RecordLedger {
             account: self.account(&incoming.partition),
             source_offset: incoming.offset,
+            redriven: Retry::read(&incoming.headers)
+                .is_ok_and(|retry| retry.is_some_and(|retry| retry.redrives > 0)),
             first,
             input: blake3::hash(bytes).to_hex()[..16].to_owned(),
             told: Mutex::default(),
@@ -417,6 +421,8 @@ pub struct RecordLedger {
     /// Absent where the partition is ours no more.
     account: Option<Arc<Account>>,
     source_offset: i64,
+    /// Whether it was redriven from dead letters.
+    redriven: bool,
     /// The first call that it makes, known to all copies of the record.
     first: Option<CallId>,
     input: String,
@@ -535,6 +541,10 @@ impl RecordLedger {
         calls.iter().flat_map(|call| self.rows(account, call)).collect()
     }
 
+    fn asker(&self) -> Asker<'_> {
+        Asker { source_offset: self.source_offset, input: &self.input, redriven: self.redriven }
+    }
+
     fn entry(
         &self,
         account: &Arc<Account>,
@@ -613,7 +623,7 @@ impl Ledger for RecordLedger {
                 changed.as_mut().enable();
                 let (verdict, term) = {
                     let mut book = account.book();
-                    (book.ask(call, self.source_offset, &self.input, account.now()), book.term())
+                    (book.ask(call, self.asker(), account.now()), book.term())
                 };
                 let refused = |failure| Known::Refused(failure);
                 let known = match verdict {

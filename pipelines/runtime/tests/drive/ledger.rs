@@ -10,7 +10,7 @@ use forebay_runtime::{
 };
 use forebay_schemas::{
     Attempt, DecodeError, EntryKind, Envelope, Headers, Hop, Identity, LedgerEntry, Origin, Record, Request,
-    RequestId, Tenant,
+    RequestId, Retry, Tenant,
 };
 use futures::future::BoxFuture;
 use std::{
@@ -415,6 +415,41 @@ async fn what_comes_again_after_its_first_copy_is_done_is_paid_for_once_also_by_
     assert_eq!((shop.made("a"), shop.made("b"), shop.made("a other")), (1, 1, 0));
     assert_eq!(shop.world.texts("out"), ["a!", "b!", "a!", "b!", "a!"]);
     assert_eq!(ending(&shop.world.log.read("endings")[0]).error.unwrap().code, "ledger_input_differs");
+}
+
+/// A copy of a call that was given up comes when that is done, as of a step before that crashed; then somebody redrives it.
+#[tokio::test(start_paused = true)]
+async fn a_call_that_was_given_up_is_made_again_only_where_it_is_redriven() {
+    let mut shop = Shop::new(1_000, 0);
+    (shop.spec.from, shop.spec.retries) = (vec!["prompts"], vec![("retry.10s", 10)]);
+    let ask = |redrives| {
+        let id = RequestId::try_from("a".to_owned()).unwrap();
+        let envelope = Envelope::entering(id, Tenant::default(), Origin::default(), NOW_MS, Headers::new());
+        let mut headers = envelope.write();
+        let source = "prompts/0/0@0".parse().unwrap();
+        Retry { due_ms: NOW_MS, tries: 1, round: 1, since_ms: NOW_MS, source, key: None, redrives }
+            .write(&mut headers);
+        shop.world.write_bytes("retry.10s", Some("a"), b"a", headers);
+    };
+    ask(0);
+    for made in 0..3 {
+        let member = shop.join();
+        while shop.made("a") == made {
+            pass(10).await;
+        }
+        member.kill().await;
+    }
+    let letters = || shop.world.log.read("dead-letters").len();
+    // The first is given up; then copies of it come, to this owner and the next.
+    for (redrives, made, given_up) in [(0, 3, 2), (0, 3, 3), (1, 4, 3)] {
+        let member = shop.join();
+        shop.world.settled().await;
+        ask(redrives);
+        shop.world.settled().await;
+        member.stop().await.unwrap();
+        assert_eq!((shop.made("a"), letters()), (made, given_up), "redriven {redrives} times");
+    }
+    assert_eq!(shop.rows(), BTreeMap::from([("ambiguous".to_owned(), 3), ("ok".to_owned(), 1)]));
 }
 
 #[tokio::test(start_paused = true)]
