@@ -84,7 +84,7 @@ const POLL: Duration = Duration::from_millis(20);
 
 /// The same where nothing has happened for [`IDLE_AFTER`]. A record or a rebalance wakes it at once; what it may notice
 /// later is that the stage ends, or that a retry has become due.
-const IDLE_POLL: Duration = Duration::from_millis(100);
+const IDLE_POLL: Duration = Duration::from_millis(250);
 
 /// After so long without a record or a command, a member is idle.
 const IDLE_AFTER: Duration = Duration::from_secs(1);
@@ -256,7 +256,7 @@ fn join(
     let mut config = kafka.group_config(name);
     let is_live = inputs.iter().any(|input| input.channel == Channel::Live);
     // What comes is sent at once; how soon a partition is read after a pause, or its lag is known, matters to nobody here.
-    for (name, at_leisure) in [("fetch.wait.max.ms", "500"), ("statistics.interval.ms", "2000")] {
+    for (name, at_leisure) in [("fetch.wait.max.ms", "500"), ("statistics.interval.ms", "5000")] {
         if !is_live && kafka.config().get(name).is_none() {
             config.set(name, at_leisure);
         }
