@@ -123,6 +123,17 @@ impl Running {
         matches!(self.child.try_wait(), Ok(None))
     }
 
+    /// Goes on only while it still runs.
+    ///
+    /// # Panics
+    /// When it has ended by itself; says how, and its last words.
+    #[track_caller]
+    pub fn must_run(&mut self) {
+        if let Ok(Some(status)) = self.child.try_wait() {
+            panic!("{} has ended, {status}: {}", self.name, last_lines(&self.stderr(), 10));
+        }
+    }
+
     /// Waits until it has ended.
     ///
     /// # Panics
@@ -136,6 +147,7 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
+        let ended = self.child.try_wait().ok().flatten();
         // Both only fail if it has ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
@@ -145,7 +157,9 @@ impl Drop for Running {
                 reason = "the harness shows it below the panic of the test it belongs to"
             )]
             for (stream, text) in [("stdout", self.stdout()), ("stderr", self.stderr())] {
-                eprintln!("--- end of {stream} of {} ---\n{}", self.name, last_lines(&text, 60));
+                let by_itself = ended.map(|status| format!(", which had ended by itself: {status}"));
+                let by_itself = by_itself.unwrap_or_default();
+                eprintln!("--- end of {stream} of {}{by_itself} ---\n{}", self.name, last_lines(&text, 60));
             }
         }
     }
