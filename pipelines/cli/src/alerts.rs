@@ -23,7 +23,7 @@ use forebay_operators::budgets::{
 };
 use forebay_runtime::{
     crash::crash_point,
-    host::kafka::{Kafka, LogContext},
+    host::kafka::{Kafka, LastingContext, looked_after},
 };
 use forebay_schemas::{Alert, Record as _, topics};
 use forebay_stores::{
@@ -33,7 +33,7 @@ use forebay_stores::{
 };
 use forebay_telemetry::{AlertMeter, Lost};
 use futures::future::join_all;
-use rdkafka::producer::{FutureProducer, FutureRecord};
+use rdkafka::producer::{FutureProducer, FutureRecord, Producer as _};
 use std::{sync::Arc, time::Duration};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
@@ -69,7 +69,8 @@ struct Watcher {
     memory: Memory,
     /// Whether others see the same counters.
     is_shared: bool,
-    producer: FutureProducer<LogContext>,
+    producer: FutureProducer<LastingContext>,
+    context: LastingContext,
     topic: String,
     meter: AlertMeter,
 }
@@ -84,12 +85,13 @@ pub fn start(
     clock: Clock,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
-    let mut producer = kafka.producer_config_in_turn();
+    let mut producer = looked_after(kafka.producer_config_in_turn());
     // What took longer is tried again with the next minute.
     producer.set("message.timeout.ms", TOPIC_MAX.as_millis().to_string());
     if let Some(hook) = &config.alerts.webhook {
         webhook::start(hook.clone(), config, kafka, meter.clone(), clock, stop.clone())?;
     }
+    let context = LastingContext::to(kafka);
     let watcher = Watcher {
         watch: Watch::new(budgets.all().to_vec(), config.alerts.rules.clone()),
         clock,
@@ -99,7 +101,8 @@ pub fn start(
         },
         memory,
         is_shared: config.key_value.is_some(),
-        producer: producer.create_with_context(LogContext).context("alerts")?,
+        producer: producer.create_with_context(context.clone()).context("alerts")?,
+        context,
         topic: config.topic(topics::ALERTS.name),
         meter,
         budgets,
@@ -122,6 +125,7 @@ impl Watcher {
         loop {
             let rest_ms = MINUTE_MS - self.clock.now_ms().rem_euclid(MINUTE_MS) + READ_AFTER_MS;
             tokio::time::sleep(Duration::from_millis(rest_ms.unsigned_abs())).await;
+            self.context.0.mend(self.producer.client());
             let now_ms = self.clock.now_ms();
             let Some(alerts) = self.read(since_ms, now_ms).await else { continue };
             since_ms = now_ms;

@@ -11,7 +11,7 @@ use anyhow::Context as _;
 use forebay_operator::Clock;
 use forebay_runtime::{
     crash::crash_point,
-    host::kafka::{Kafka, LogContext},
+    host::kafka::{Kafka, LastingContext, looked_after},
 };
 use forebay_schemas::{Alert, Record as _, topics};
 use forebay_telemetry::{AlertMeter, Lost};
@@ -42,7 +42,7 @@ const READ_AGAIN: Duration = Duration::from_secs(1);
 
 /// What posts.
 struct Poster {
-    reader: BaseConsumer<LogContext>,
+    reader: BaseConsumer<LastingContext>,
     client: reqwest::Client,
     webhook: Webhook,
     meter: AlertMeter,
@@ -60,8 +60,9 @@ pub fn start(
     clock: Clock,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
-    let group = kafka.group_config(&config.topic("alerts.webhook"));
-    let reader: BaseConsumer<LogContext> = group.create_with_context(LogContext).context("alerts.webhook")?;
+    let group = looked_after(kafka.group_config(&config.topic("alerts.webhook")));
+    let reader: BaseConsumer<LastingContext> =
+        group.create_with_context(LastingContext::to(kafka)).context("alerts.webhook")?;
     reader.subscribe(&[&config.topic(topics::ALERTS.name)]).context("alerts.webhook")?;
     let client = reqwest::Client::builder().timeout(TRY_MAX).build().context("alerts.webhook")?;
     let poster = Poster { reader, client, webhook, meter, clock, runtime: Handle::current(), stop };
@@ -73,6 +74,7 @@ impl Poster {
     fn run(self) {
         let mut is_behind = false;
         while !self.stop.is_cancelled() {
+            self.reader.context().0.mend(self.reader.client());
             match self.reader.poll(POLL) {
                 None => {}
                 Some(Ok(message)) => self.take(&message, &mut is_behind),

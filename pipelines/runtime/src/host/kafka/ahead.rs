@@ -40,7 +40,7 @@ struct Parts {
     kafka: Kafka,
     inputs: Vec<Input>,
     budget: Arc<Budget>,
-    /// Made when it is first needed; one read at a time.
+    /// Made when it is first needed, and anew after one that failed: nobody looks after it in between. One read at a time.
     reader: Mutex<Option<BaseConsumer<LogContext>>>,
 }
 
@@ -68,15 +68,27 @@ impl Parts {
         from: i64,
         wanted: &dyn Fn(&forebay_schemas::Headers) -> bool,
     ) -> Result<Found, KafkaError> {
-        let mut reader = self.reader.lock().unwrap_or_else(PoisonError::into_inner);
-        let reader = match &mut *reader {
+        let mut kept = self.reader.lock().unwrap_or_else(PoisonError::into_inner);
+        let reader = match kept.take() {
             Some(reader) => reader,
-            none => {
+            None => {
                 let mut config = self.kafka.reader_config();
                 config.set("fetch.wait.max.ms", "20");
-                none.insert(config.create_with_context(LogContext)?)
+                config.create_with_context(LogContext)?
             }
         };
+        let found = self.read_with(&reader, at, from, wanted)?;
+        *kept = Some(reader);
+        Ok(found)
+    }
+
+    fn read_with(
+        &self,
+        reader: &BaseConsumer<LogContext>,
+        at: &Partition,
+        from: i64,
+        wanted: &dyn Fn(&forebay_schemas::Headers) -> bool,
+    ) -> Result<Found, KafkaError> {
         let (low, end) = reader.fetch_watermarks(&at.topic, at.number, ANSWER_MAX)?;
         let (mut next, until) = (from.max(low), Instant::now() + READ_MAX);
         let (mut records, mut bytes) = (Vec::new(), 0);

@@ -10,7 +10,8 @@
 //! more than that of its newest entry.
 
 use super::{
-    client::{Kafka, LogContext, SettingsError},
+    client::{Kafka, SettingsError},
+    lifeline::{LastingContext, looked_after},
     sink::KafkaSink,
 };
 use crate::{
@@ -57,6 +58,9 @@ const DEAF_AFTER: Duration = Duration::from_secs(3);
 /// How often it is looked whether ledgers have got more partitions.
 const COUNT_EVERY: Duration = Duration::from_secs(60);
 
+/// How much a client may say of itself between two looks; what is more waits for the next.
+const SAID_MAX: usize = 8;
+
 /// The ledgers of a stage.
 pub struct KafkaLedger {
     sink: KafkaSink,
@@ -93,11 +97,11 @@ impl KafkaLedger {
         groups: &[Group],
         topics: Vec<Arc<str>>,
     ) -> Result<Self, SettingsError> {
-        let mut config = kafka.reader_config();
+        let mut config = looked_after(kafka.reader_config());
         config.set("enable.partition.eof", "false");
         config.set("fetch.wait.max.ms", "20");
-        let client = |config: &ClientConfig| -> Result<BaseConsumer<LogContext>, SettingsError> {
-            config.create_with_context(LogContext).map_err(SettingsError::Client)
+        let client = |config: &ClientConfig| -> Result<BaseConsumer<LastingContext>, SettingsError> {
+            config.create_with_context(LastingContext::to(kafka)).map_err(SettingsError::Client)
         };
         let consumer = client(&config)?;
         let mut offsets = Vec::with_capacity(groups.len());
@@ -181,9 +185,9 @@ struct Read {
 }
 
 struct Reader {
-    consumer: BaseConsumer<LogContext>,
+    consumer: BaseConsumer<LastingContext>,
     /// Who knows the offsets of which inputs.
-    offsets: Vec<(Vec<Input>, BaseConsumer<LogContext>)>,
+    offsets: Vec<(Vec<Input>, BaseConsumer<LastingContext>)>,
     asks: mpsc::Receiver<Asked>,
     reads: HashMap<Partition, Read>,
     ears: Ears,
@@ -192,7 +196,9 @@ struct Reader {
 impl Reader {
     fn run(mut self) {
         loop {
-            self.ears.listen(&self.consumer);
+            if self.ears.listen(&self.consumer) {
+                self.look_after();
+            }
             // With nothing under way it sleeps until it is asked, or listens again.
             let asked = match self.reads.is_empty() {
                 true => match self.asks.recv_timeout(self.ears.due.saturating_duration_since(Instant::now()))
@@ -208,6 +214,22 @@ impl Reader {
                 Err(mpsc::TryRecvError::Empty) => self.poll(),
                 Err(mpsc::TryRecvError::Disconnected) => return,
             }
+        }
+    }
+
+    /// Hears what the clients say of themselves: a poll brings nothing else where nothing is read.
+    fn look_after(&self) {
+        let is_idle = self.reads.is_empty();
+        let quiet =
+            self.offsets.iter().map(|(_, consumer)| consumer).chain(is_idle.then_some(&self.consumer));
+        for consumer in quiet {
+            for _ in 0..SAID_MAX {
+                // An error says of a broker that is away, of which the reading thread of the group tells.
+                let _ = consumer.poll(Duration::ZERO);
+            }
+        }
+        for consumer in self.offsets.iter().map(|(_, consumer)| consumer).chain([&self.consumer]) {
+            consumer.context().0.mend(consumer.client());
         }
     }
 
@@ -315,7 +337,7 @@ impl Reader {
 }
 
 /// Tells what a group has committed of these partitions, by one request.
-fn tell_committed(consumer: &BaseConsumer<LogContext>, asked: Vec<(Partition, Answer<(i64, String)>)>) {
+fn tell_committed(consumer: &BaseConsumer<LastingContext>, asked: Vec<(Partition, Answer<(i64, String)>)>) {
     if asked.is_empty() {
         return;
     }
@@ -348,7 +370,7 @@ struct Bounds {
 }
 
 impl Bounds {
-    fn of(consumer: &BaseConsumer<LogContext>, reads: &[Begin]) -> Result<Self, KafkaError> {
+    fn of(consumer: &BaseConsumer<LastingContext>, reads: &[Begin]) -> Result<Self, KafkaError> {
         let ask = |offset: Offset| -> Result<TopicPartitionList, KafkaError> {
             let mut list = TopicPartitionList::new();
             for at in reads.iter().map(|read| &read.at).collect::<HashSet<_>>() {
@@ -385,10 +407,10 @@ struct Ears {
 }
 
 impl Ears {
-    /// Asks where all partitions end, if it is time.
-    fn listen(&mut self, consumer: &BaseConsumer<LogContext>) {
+    /// Asks where all partitions end, if it is time; whether it was.
+    fn listen(&mut self, consumer: &BaseConsumer<LastingContext>) -> bool {
         if Instant::now() < self.due {
-            return;
+            return false;
         }
         match self.ends(consumer) {
             Ok(ends) => {
@@ -402,9 +424,10 @@ impl Ears {
                 self.due = Instant::now() + DEAF_AFTER;
             }
         }
+        true
     }
 
-    fn ends(&mut self, consumer: &BaseConsumer<LogContext>) -> Result<Vec<(Partition, i64)>, KafkaError> {
+    fn ends(&mut self, consumer: &BaseConsumer<LastingContext>) -> Result<Vec<(Partition, i64)>, KafkaError> {
         if self.counted_at.is_none_or(|at| at.elapsed() >= COUNT_EVERY) {
             let mut all = TopicPartitionList::new();
             for topic in &self.topics {

@@ -3,6 +3,7 @@
 mod ahead;
 mod client;
 mod ledger;
+mod lifeline;
 mod read_back;
 pub mod registry;
 mod session;
@@ -16,6 +17,7 @@ mod watch;
 pub use ahead::KafkaAhead;
 pub use client::{Kafka, KafkaSettings, LogContext, SettingsError, UnreachableError, may_be_secret};
 pub use ledger::KafkaLedger;
+pub use lifeline::{LastingContext, looked_after};
 pub use registry::{Registry, RegistryError, RegistrySettings};
 pub use sink::KafkaSink;
 pub use source::{KafkaSource, ReadBounds, Reading, headers};

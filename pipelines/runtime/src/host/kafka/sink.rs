@@ -5,6 +5,7 @@
 
 use super::{
     client::{Kafka, SettingsError, log, say},
+    lifeline::{Lifeline, looked_after},
     registry::Registry,
 };
 use crate::{
@@ -60,8 +61,9 @@ pub struct KafkaSink {
 impl KafkaSink {
     /// A producer; connects in the background.
     pub fn new(kafka: &Kafka, closed: CancellationToken) -> Result<Self, SettingsError> {
-        let config = kafka.producer_config();
-        let producer = config.create_with_context(Acknowledgements).and_then(Listened::to);
+        let acknowledgements = Acknowledgements { lifeline: Lifeline::to(kafka) };
+        let config = looked_after(kafka.producer_config());
+        let producer = config.create_with_context(acknowledgements).and_then(Listened::to);
         let producer = producer.map_err(SettingsError::Client)?;
         let (registry, lossy) = (kafka.registry().cloned(), Arc::default());
         Ok(Self { producer: Arc::new(producer), registry, lossy, closed })
@@ -207,6 +209,7 @@ impl Listened {
         let listen = move || {
             while !has_ended.load(Ordering::Relaxed) {
                 producer.poll(LISTEN);
+                producer.context().lifeline.mend(producer.client());
             }
         };
         std::thread::Builder::new()
@@ -297,7 +300,9 @@ impl Drop for LossyPlace {
 }
 
 /// Hears from librdkafka what became of each message.
-struct Acknowledgements;
+struct Acknowledgements {
+    lifeline: Lifeline,
+}
 
 impl ClientContext for Acknowledgements {
     fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
@@ -305,6 +310,9 @@ impl ClientContext for Acknowledgements {
     }
     fn error(&self, fault: KafkaError, reason: &str) {
         say(&fault, reason);
+    }
+    fn stats_raw(&self, statistics: &[u8]) {
+        self.lifeline.look(statistics);
     }
 }
 

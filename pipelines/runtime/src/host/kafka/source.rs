@@ -12,6 +12,7 @@
 
 use super::{
     client::{Kafka, SettingsError, is_kip_848, log, say, shared_name},
+    lifeline::Lifeline,
     read_back::read_back,
     session,
     watch::{Look, Watch, looks},
@@ -264,7 +265,7 @@ fn join(
     let number = |name| config.get(name).and_then(|value| value.parse::<i64>().ok()).unwrap_or(i64::MAX);
     let enough = (number("queued.min.messages"), number("queued.max.messages.kbytes").saturating_mul(1_024));
     let consumer: BaseConsumer<Member> =
-        config.create_with_context(Member::new(meter.clone())).map_err(SettingsError::Client)?;
+        config.create_with_context(Member::new(kafka, meter.clone())).map_err(SettingsError::Client)?;
     let topics: Vec<&str> = inputs.iter().map(|input| &*input.topic).collect();
     consumer.subscribe(&topics).map_err(SettingsError::Client)?;
     let consumer = Arc::new(consumer);
@@ -477,11 +478,12 @@ struct Member {
     runtime: Handle,
     /// When a refused commit was last said aloud.
     complained: Mutex<Option<Instant>>,
+    lifeline: Lifeline,
     meter: StepMeter,
 }
 
 impl Member {
-    fn new(meter: StepMeter) -> Self {
+    fn new(kafka: &Kafka, meter: StepMeter) -> Self {
         Self {
             rebalances: Mutex::default(),
             joined: AtomicBool::new(false),
@@ -491,6 +493,7 @@ impl Member {
             committing: AtomicBool::new(false),
             runtime: Handle::current(),
             complained: Mutex::default(),
+            lifeline: Lifeline::to(kafka),
             meter,
         }
     }
@@ -527,10 +530,11 @@ impl ClientContext for Member {
         say(&fault, reason);
     }
     fn stats_raw(&self, statistics: &[u8]) {
-        let looks = match looks(statistics) {
-            Ok(looks) => looks,
+        let (looks, knows_one) = match looks(statistics) {
+            Ok(seen) => seen,
             Err(fault) => return error!(error = %fault, "could not read what librdkafka says of itself"),
         };
+        self.lifeline.note(knows_one);
         for Look { topic, number, lag, .. } in &looks {
             if let Some(lag) = lag {
                 self.meter.lag(topic, *number, *lag);
@@ -633,6 +637,7 @@ impl Reader {
             self.follow_rebalances();
             self.rewind();
             self.hold_or_go_on();
+            self.consumer.context().lifeline.mend(self.consumer.client());
             if let Some(stall) = self.stall() {
                 self.health.broken(&self.heart, &stall);
                 break Event::Failed(stall);

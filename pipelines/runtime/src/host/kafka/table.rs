@@ -2,7 +2,10 @@
 //!
 //! Invariant: a table says that it has caught up only when it holds all that the topic held when reading began.
 
-use super::client::{Kafka, LogContext, SettingsError};
+use super::{
+    client::{Kafka, SettingsError},
+    lifeline::{LastingContext, looked_after},
+};
 use crate::stage::chain;
 use bytes::Bytes;
 use forebay_operator::{Change, Failure, Table};
@@ -81,8 +84,9 @@ impl TableReader {
         runtime: &Handle,
         shutdown: CancellationToken,
     ) -> Result<Self, TableError> {
-        let consumer: BaseConsumer<LogContext> =
-            kafka.reader_config().create_with_context(LogContext).map_err(SettingsError::Client)?;
+        let consumer: BaseConsumer<LastingContext> = looked_after(kafka.reader_config())
+            .create_with_context(LastingContext::to(kafka))
+            .map_err(SettingsError::Client)?;
         let bounds = bounds(&consumer, topic, runtime)?;
         let store = |source| TableError::Store { topic: topic.to_string(), source };
         let starts = runtime.block_on(starts(&*table, &bounds)).map_err(store)?;
@@ -134,7 +138,7 @@ impl TableReader {
 /// The first and the next offset of each partition. Waits for leaders: those of a topic that was made just now, or of a
 /// broker that has just gone, are not known everywhere at once.
 fn bounds(
-    consumer: &BaseConsumer<LogContext>,
+    consumer: &BaseConsumer<LastingContext>,
     topic: &Arc<str>,
     runtime: &Handle,
 ) -> Result<BTreeMap<i32, (i64, i64)>, TableError> {
@@ -151,7 +155,7 @@ fn bounds(
 }
 
 fn try_bounds(
-    consumer: &BaseConsumer<LogContext>,
+    consumer: &BaseConsumer<LastingContext>,
     topic: &str,
 ) -> Result<BTreeMap<i32, (i64, i64)>, KafkaError> {
     let metadata = consumer.fetch_metadata(Some(topic), WAIT)?;
@@ -216,7 +220,7 @@ async fn starts(
 }
 
 struct Follower {
-    consumer: BaseConsumer<LogContext>,
+    consumer: BaseConsumer<LastingContext>,
     topic: Arc<str>,
     table: Arc<dyn Table>,
     positions: Arc<Mutex<BTreeMap<i32, i64>>>,
@@ -243,6 +247,7 @@ impl Follower {
                 self.caught_up.send_replace(true);
             }
             let (changes, reached) = self.read();
+            self.consumer.context().0.mend(self.consumer.client());
             if !changes.is_empty() {
                 self.apply(changes);
                 self.applied = Instant::now();

@@ -14,6 +14,7 @@ use rdkafka::{
 use std::{
     collections::BTreeMap,
     ffi::{CStr, CString, c_char},
+    sync::{Mutex, PoisonError},
     time::Duration,
 };
 
@@ -28,24 +29,25 @@ pub struct TopicIdsError {
     reason: String,
 }
 
-/// Asks a cluster for the ids of topics, each time over the same connections.
+/// Asks a cluster for the ids of topics, each time over the same connections, as long as it answers.
 pub struct TopicIds {
-    client: AdminClient<LogContext>,
-    bootstrap_servers: String,
+    kafka: Kafka,
+    /// Made anew after a question that failed: nobody looks after it in between.
+    client: Mutex<Option<AdminClient<LogContext>>>,
 }
 
 impl TopicIds {
     /// Connects to nothing yet.
     pub fn new(kafka: &Kafka) -> Result<Self, SettingsError> {
-        let client = kafka.config().create_with_context(LogContext).map_err(SettingsError::Client)?;
-        Ok(Self { client, bootstrap_servers: kafka.bootstrap_servers().to_owned() })
+        let client = Mutex::new(Some(client(kafka)?));
+        Ok(Self { kafka: kafka.clone(), client })
     }
 
     /// Full name → id, as `kafka-topics --describe` prints it, of the topics among `names` that are there. Blocks.
     pub fn of(&self, names: &[String], wait: Duration) -> Result<BTreeMap<String, String>, TopicIdsError> {
         let fault = |reason: String| TopicIdsError {
             topics: names.join(", "),
-            bootstrap_servers: self.bootstrap_servers.clone(),
+            bootstrap_servers: self.kafka.bootstrap_servers().to_owned(),
             reason,
         };
         let texts: Vec<CString> = names
@@ -54,8 +56,19 @@ impl TopicIds {
             .collect::<Result<_, _>>()
             .map_err(|_| fault("a name has a zero byte".to_owned()))?;
         let wait_ms = i32::try_from(wait.as_millis()).unwrap_or(i32::MAX);
-        describe(self.client.inner().native_ptr(), &texts, wait_ms).map_err(fault)
+        let mut kept = self.client.lock().unwrap_or_else(PoisonError::into_inner);
+        let client = match kept.take() {
+            Some(client) => client,
+            None => client(&self.kafka).map_err(|unmade| fault(unmade.to_string()))?,
+        };
+        let ids = describe(client.inner().native_ptr(), &texts, wait_ms).map_err(fault)?;
+        *kept = Some(client);
+        Ok(ids)
     }
+}
+
+fn client(kafka: &Kafka) -> Result<AdminClient<LogContext>, SettingsError> {
+    kafka.config().create_with_context(LogContext).map_err(SettingsError::Client)
 }
 
 /// What was made by librdkafka and is given back when dropped.

@@ -10,6 +10,7 @@
 //! librdkafka keeps what it has fetched of all partitions in one queue, and while that is long it fetches nothing. A slow
 //! stage takes minutes for the tens of thousands of small records that such a queue holds.
 
+use super::lifeline::is_broker;
 use crate::message::Partition;
 use serde::Deserialize;
 use std::{
@@ -62,6 +63,8 @@ struct OfBroker<'a> {
     nodeid: i32,
     #[serde(borrow)]
     state: Cow<'a, str>,
+    #[serde(borrow)]
+    source: Cow<'a, str>,
     #[serde(default)]
     req: Requests,
 }
@@ -91,9 +94,10 @@ struct OfPartition<'a> {
     consumer_lag: i64,
 }
 
-/// All partitions that are read.
-pub(super) fn looks(statistics: &[u8]) -> serde_json::Result<Vec<Look>> {
+/// All partitions that are read, and whether a broker is known.
+pub(super) fn looks(statistics: &[u8]) -> serde_json::Result<(Vec<Look>, bool)> {
     let Statistics { brokers, topics } = serde_json::from_slice(statistics)?;
+    let knows_one = brokers.values().any(|broker| is_broker(&broker.source));
     let mut looks = Vec::new();
     for (topic, OfTopic { partitions }) in topics {
         // −1 stands for messages whose partition is not chosen yet.
@@ -113,7 +117,7 @@ pub(super) fn looks(statistics: &[u8]) -> serde_json::Result<Vec<Look>> {
             });
         }
     }
-    Ok(looks)
+    Ok((looks, knows_one))
 }
 
 /// Since when each partition stands still.
@@ -207,15 +211,15 @@ mod tests {
 
     #[test]
     fn what_librdkafka_says_of_itself_is_read() {
-        let said = br#"{"name": "one", "brokers": {"h:1/7": {"nodeid": 7, "state": "UP", "req": {"Fetch": 9, "Metadata": 1}},
-            "h:1/bootstrap": {"nodeid": -1, "state": "UP"}}, "topics": {"requests": {"age": 1, "partitions": {
+        let said = br#"{"name": "one", "brokers": {"h:1/7": {"nodeid": 7, "state": "UP", "source": "learned",
+                "req": {"Fetch": 9, "Metadata": 1}}, "GroupCoordinator": {"nodeid": -1, "state": "UP", "source": "logical"}}, "topics": {"requests": {"age": 1, "partitions": {
             "0": {"leader": 7, "fetch_state": "active", "fetchq_cnt": 2, "fetchq_size": 20, "next_offset": 5, "app_offset": 3,
                 "ls_offset": 10, "consumer_lag": 4, "txbytes": 0},
             "-1": {"leader": -1, "fetch_state": "none", "fetchq_cnt": 0, "fetchq_size": 0, "next_offset": -1001, "app_offset": -1001,
                 "ls_offset": -1001, "consumer_lag": -1}}}}}"#;
         let expected =
             Look { left: 7, position: (5, 3), queued: (2, 20), asked: 9, lag: Some(4), ..look(0, 0, 0) };
-        assert_eq!(looks(said).unwrap(), [expected]);
+        assert_eq!(looks(said).unwrap(), (vec![expected], true));
     }
 
     #[test]
