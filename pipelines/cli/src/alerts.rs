@@ -125,7 +125,7 @@ impl Watcher {
         loop {
             let rest_ms = MINUTE_MS - self.clock.now_ms().rem_euclid(MINUTE_MS) + READ_AFTER_MS;
             tokio::time::sleep(Duration::from_millis(rest_ms.unsigned_abs())).await;
-            self.context.0.mend(self.producer.client());
+            self.context.mend(self.producer.client());
             let now_ms = self.clock.now_ms();
             let Some(alerts) = self.read(since_ms, now_ms).await else { continue };
             since_ms = now_ms;

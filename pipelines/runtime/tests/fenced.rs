@@ -169,7 +169,7 @@ fn a_reader_asks_again() {
     reader.assign(&all).unwrap();
     broker.is_asked_again(|| {
         let _ = reader.poll(Duration::from_millis(10));
-        reader.context().0.mend(reader.client());
+        reader.context().mend(reader.client());
     });
 }
 

@@ -74,7 +74,7 @@ impl Poster {
     fn run(self) {
         let mut is_behind = false;
         while !self.stop.is_cancelled() {
-            self.reader.context().0.mend(self.reader.client());
+            self.reader.context().mend(self.reader.client());
             match self.reader.poll(POLL) {
                 None => {}
                 Some(Ok(message)) => self.take(&message, &mut is_behind),

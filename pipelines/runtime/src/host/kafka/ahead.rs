@@ -74,6 +74,8 @@ impl Parts {
             None => {
                 let mut config = self.kafka.reader_config();
                 config.set("fetch.wait.max.ms", "20");
+                // What it said of itself between two reads would only pile up.
+                config.set("statistics.interval.ms", "0");
                 config.create_with_context(LogContext)?
             }
         };

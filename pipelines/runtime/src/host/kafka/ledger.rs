@@ -58,8 +58,8 @@ const DEAF_AFTER: Duration = Duration::from_secs(3);
 /// How often it is looked whether ledgers have got more partitions.
 const COUNT_EVERY: Duration = Duration::from_secs(60);
 
-/// How much a client may say of itself between two looks; what is more waits for the next.
-const SAID_MAX: usize = 8;
+/// How much of what a client says of itself is heard at a look: more than it says until the next.
+const SAID_MAX: usize = 32;
 
 /// The ledgers of a stage.
 pub struct KafkaLedger {
@@ -229,7 +229,7 @@ impl Reader {
             }
         }
         for consumer in self.offsets.iter().map(|(_, consumer)| consumer).chain([&self.consumer]) {
-            consumer.context().0.mend(consumer.client());
+            consumer.context().mend(consumer.client());
         }
     }
 

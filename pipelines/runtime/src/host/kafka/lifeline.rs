@@ -101,12 +101,17 @@ pub fn looked_after(mut config: ClientConfig) -> ClientConfig {
 
 /// The context of a client that lives as long as its process, and needs no other.
 #[derive(Clone, Debug)]
-pub struct LastingContext(pub Arc<Lifeline>);
+pub struct LastingContext(Arc<Lifeline>);
 
 impl LastingContext {
     /// For a client of this cluster.
     pub fn to(kafka: &Kafka) -> Self {
         Self(Arc::new(Lifeline::to(kafka)))
+    }
+
+    /// Names the brokers to its client again, if that knows none. To be called now and then.
+    pub fn mend<C: ClientContext>(&self, client: &Client<C>) {
+        self.0.mend(client);
     }
 }
 

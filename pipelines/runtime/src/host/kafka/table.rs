@@ -247,7 +247,7 @@ impl Follower {
                 self.caught_up.send_replace(true);
             }
             let (changes, reached) = self.read();
-            self.consumer.context().0.mend(self.consumer.client());
+            self.consumer.context().mend(self.consumer.client());
             if !changes.is_empty() {
                 self.apply(changes);
                 self.applied = Instant::now();

@@ -14,7 +14,7 @@ use rdkafka::{
 use std::{
     collections::BTreeMap,
     ffi::{CStr, CString, c_char},
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -33,13 +33,13 @@ pub struct TopicIdsError {
 pub struct TopicIds {
     kafka: Kafka,
     /// Made anew after a question that failed: nobody looks after it in between.
-    client: Mutex<Option<AdminClient<LogContext>>>,
+    client: Mutex<Option<Arc<AdminClient<LogContext>>>>,
 }
 
 impl TopicIds {
     /// Connects to nothing yet.
     pub fn new(kafka: &Kafka) -> Result<Self, SettingsError> {
-        let client = Mutex::new(Some(client(kafka)?));
+        let client = Mutex::new(Some(Arc::new(client(kafka)?)));
         Ok(Self { kafka: kafka.clone(), client })
     }
 
@@ -56,19 +56,32 @@ impl TopicIds {
             .collect::<Result<_, _>>()
             .map_err(|_| fault("a name has a zero byte".to_owned()))?;
         let wait_ms = i32::try_from(wait.as_millis()).unwrap_or(i32::MAX);
-        let mut kept = self.client.lock().unwrap_or_else(PoisonError::into_inner);
-        let client = match kept.take() {
-            Some(client) => client,
-            None => client(&self.kafka).map_err(|unmade| fault(unmade.to_string()))?,
-        };
-        let ids = describe(client.inner().native_ptr(), &texts, wait_ms).map_err(fault)?;
-        *kept = Some(client);
-        Ok(ids)
+        let client = self.client().map_err(|unmade| fault(unmade.to_string()))?;
+        let ids = describe(client.inner().native_ptr(), &texts, wait_ms);
+        if ids.is_err() {
+            *self.kept() = None;
+        }
+        ids.map_err(fault)
+    }
+
+    /// Shared and not lent: nobody waits for the answer to somebody else's question.
+    fn client(&self) -> Result<Arc<AdminClient<LogContext>>, SettingsError> {
+        let mut kept = self.kept();
+        if let Some(client) = &*kept {
+            return Ok(Arc::clone(client));
+        }
+        Ok(Arc::clone(kept.insert(Arc::new(client(&self.kafka)?))))
+    }
+
+    fn kept(&self) -> MutexGuard<'_, Option<Arc<AdminClient<LogContext>>>> {
+        self.client.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 fn client(kafka: &Kafka) -> Result<AdminClient<LogContext>, SettingsError> {
-    kafka.config().create_with_context(LogContext).map_err(SettingsError::Client)
+    // Nobody polls it, so whatever it said of itself would only pile up.
+    let config = kafka.config().set("statistics.interval.ms", "0").clone();
+    config.create_with_context(LogContext).map_err(SettingsError::Client)
 }
 
 /// What was made by librdkafka and is given back when dropped.
