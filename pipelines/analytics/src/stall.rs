@@ -30,6 +30,12 @@ impl<S> Stalling<S> {
         Self { stream, stall_max, stalled: None }
     }
 
+    /// The connection itself.
+    #[cfg(test)]
+    pub(crate) fn stream(&self) -> &S {
+        &self.stream
+    }
+
     /// The same result, or an error where writing has waited for too long.
     fn within<T>(&mut self, context: &mut Context<'_>, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
         if written.is_ready() {

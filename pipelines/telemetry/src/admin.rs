@@ -134,6 +134,8 @@ impl Listener for Bounded {
             Err(_) => std::future::pending().await,
         };
         let (stream, peer) = Listener::accept(&mut self.listener).await;
+        // The end of a long page need not wait until its beginning is acknowledged.
+        let _ = stream.set_nodelay(true);
         let idle = Box::pin(tokio::time::sleep(IDLE_MAX));
         (Connection { stream, idle, _place: place }, peer)
     }

@@ -8,7 +8,7 @@ use super::{MESSAGE_BYTES_MAX, SCHEDULER};
 use crate::session;
 use anyhow::Context as _;
 use arrow_flight::flight_service_server::FlightServiceServer;
-use axum::{extract::State, http::StatusCode, routing::get};
+use axum::{extract::State, http::StatusCode, routing::get, serve::ListenerExt as _};
 use ballista_core::{
     JobId, config::TaskSchedulingPolicy, extension::SessionConfigExt as _,
     flight_proxy_service::BallistaFlightProxyService,
@@ -127,6 +127,10 @@ async fn serve(listener: TcpListener, scheduler: Scheduler) -> io::Result<()> {
             .max_decoding_message_size(bytes_max),
     );
     let routes = routes.routes().into_axum_router().route("/readyz", get(ready).with_state(scheduler));
+    let listener = listener.tap_io(|stream| {
+        // A connection that is gone already is told of when it is read.
+        let _ = stream.set_nodelay(true);
+    });
     axum::serve(listener, routes.into_make_service_with_connect_info::<SocketAddr>()).await
 }
 

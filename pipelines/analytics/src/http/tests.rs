@@ -70,6 +70,15 @@ impl World {
     }
 }
 
+#[tokio::test]
+async fn the_end_of_an_answer_does_not_wait_until_its_beginning_is_acknowledged() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let mut listener = Bounded(listener);
+    let (client, (taken, _)) = tokio::join!(TcpStream::connect(address), listener.accept());
+    assert!(client.is_ok() && taken.stream().nodelay().unwrap());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn rows_are_sent_as_the_client_accepts_them() {
     let world = World::new(Limits::default()).await;
