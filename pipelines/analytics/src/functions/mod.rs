@@ -9,6 +9,7 @@ mod pctl;
 mod prices;
 mod quality;
 mod share;
+mod sketch;
 
 use arrow::array::ArrayRef;
 use arrow::datatypes::{DataType, Field, FieldRef, TimeUnit};

@@ -7,9 +7,9 @@
 //! whose error at p99.9 of heavy tails has no such bound (Masson, Rim, Lee 2019, DDSketch, VLDB 12, 2195–2205).
 //!
 //! Invariant: an answer depends on the values alone, and not on how they are spread over partitions or states. Memory is bounded:
-//! 80 kB of values, or two times 2,048 counters.
+//! 80 kB of values, or 16 kB of them and two times 2,048 counters.
 
-use super::Function;
+use super::{Function, sketch};
 use arrow::array::{
     Array, ArrayRef, BinaryArray, BinaryViewArray, BooleanArray, Float64Array, Float64Builder, ListArray,
     ListBuilder,
@@ -20,7 +20,7 @@ use datafusion::common::{DataFusionError, Result, ScalarValue, exec_err, plan_er
 use datafusion::logical_expr::function::AccumulatorArgs;
 use datafusion::logical_expr::{Accumulator, EmitTo, GroupsAccumulator};
 use datafusion::physical_expr::expressions::Literal;
-use sketches_ddsketch::{Config, DDSketch};
+use sketches_ddsketch::DDSketch;
 use std::fmt;
 use std::sync::Arc;
 
@@ -28,6 +28,8 @@ use std::sync::Arc;
 const EXACT_MAX: usize = 10_000;
 /// The same of what is stored: 800 bytes, about what a sketch of many takes.
 const STORED_EXACT_MAX: usize = 100;
+/// A sketch takes so many values at once.
+const WAITING_MAX: usize = 2_048;
 /// The first byte of a stored state: values follow, or a sketch does.
 const VALUES: u8 = 0;
 const SKETCH: u8 = 1;
@@ -129,7 +131,7 @@ enum Answers {
 /// Many values, or what is needed to know of them.
 struct Values {
     exact_max: usize,
-    /// All values, as long as there is no sketch; then none.
+    /// All values, as long as there is no sketch; then those that it does not hold yet.
     exact: Vec<f64>,
     sketch: Option<Box<DDSketch>>,
 }
@@ -147,19 +149,21 @@ impl Values {
     }
 
     fn add(&mut self, values: &Float64Array) {
-        if self.sketch.is_none() && self.exact.len() + values.len() <= self.exact_max {
-            self.exact.extend(finite(values));
-            return;
-        }
         finite(values).for_each(|value| self.add_one(value));
     }
 
     fn add_one(&mut self, value: f64) {
-        match &mut self.sketch {
-            Some(sketch) => sketch.add(value),
-            None if self.exact.len() < self.exact_max => self.exact.push(value),
-            None => self.sketch().add(value),
+        let kept_max = if self.sketch.is_some() { WAITING_MAX } else { self.exact_max };
+        if self.exact.len() >= kept_max {
+            self.sketch();
         }
+        self.exact.push(value);
+    }
+
+    /// Whether a value more changes nothing in what it holds beside itself.
+    fn has_room(&self) -> bool {
+        let len = self.exact.len();
+        len < self.exact.capacity() && len < WAITING_MAX.min(self.exact_max)
     }
 
     /// The bytes that it holds beside itself.
@@ -170,12 +174,19 @@ impl Values {
 
     /// The sketch, which takes over what was kept until now.
     fn sketch(&mut self) -> &mut DDSketch {
-        // The configuration that the encoded form stands for: 1%, 2,048 counters to a sign.
-        let sketch = self.sketch.get_or_insert_with(|| Box::new(DDSketch::new(Config::defaults())));
-        for value in std::mem::take(&mut self.exact) {
-            sketch.add(value);
-        }
+        let sketch = self.sketch.get_or_insert_with(|| Box::new(DDSketch::new(sketch::config())));
+        sketch::add(sketch, &self.exact);
+        self.exact.clear();
+        self.exact.shrink_to(WAITING_MAX);
         sketch
+    }
+
+    /// The values where they are few, or a sketch that holds all.
+    fn settled(&mut self) -> (&mut Vec<f64>, Option<&DDSketch>) {
+        if self.sketch.is_some() {
+            self.sketch();
+        }
+        (&mut self.exact, self.sketch.as_deref())
     }
 
     fn add_sketch(&mut self, bytes: &[u8]) -> Result<()> {
@@ -185,12 +196,13 @@ impl Values {
 
     /// The same values in the same bytes, in whatever order they came; null where there are none.
     fn stored(&mut self) -> Option<Vec<u8>> {
-        if let Some(sketch) = &self.sketch {
+        let (exact, sketch) = self.settled();
+        if let Some(sketch) = sketch {
             return Some([&[SKETCH], sketch.to_java_bytes().as_slice()].concat());
         }
-        self.exact.sort_unstable_by(f64::total_cmp);
-        let values = self.exact.iter().flat_map(|value| value.to_le_bytes());
-        (!self.exact.is_empty()).then(|| std::iter::once(VALUES).chain(values).collect())
+        exact.sort_unstable_by(f64::total_cmp);
+        let values = exact.iter().flat_map(|value| value.to_le_bytes());
+        (!exact.is_empty()).then(|| std::iter::once(VALUES).chain(values).collect())
     }
 
     fn add_stored(&mut self, bytes: &[u8]) -> Result<()> {
@@ -216,12 +228,12 @@ impl Values {
     }
 
     fn at(&mut self, p: f64) -> Result<Option<f64>> {
-        match &self.sketch {
-            Some(sketch) => at_rank(sketch, rank(p, sketch.count())),
-            None if self.exact.is_empty() => Ok(None),
-            None => {
-                let rank = rank(p, self.exact.len());
-                Ok(Some(*self.exact.select_nth_unstable_by(rank, f64::total_cmp).1))
+        match self.settled() {
+            (_, Some(sketch)) => at_rank(sketch, rank(p, sketch.count())),
+            (exact, None) if exact.is_empty() => Ok(None),
+            (exact, None) => {
+                let rank = rank(p, exact.len());
+                Ok(Some(*exact.select_nth_unstable_by(rank, f64::total_cmp).1))
             }
         }
     }
@@ -274,10 +286,10 @@ impl Accumulator for Percentile {
     }
 
     fn state(&mut self) -> Result<Vec<ScalarValue>> {
-        let Values { exact, sketch, .. } = &self.values;
+        let (exact, sketch) = self.values.settled();
         let values: Vec<_> = exact.iter().map(|value| ScalarValue::Float64(Some(*value))).collect();
         let values = ScalarValue::new_list_nullable(&values, &DataType::Float64);
-        let sketch = sketch.as_ref().map(|sketch| sketch.to_java_bytes());
+        let sketch = sketch.map(DDSketch::to_java_bytes);
         Ok(vec![ScalarValue::List(values), ScalarValue::Binary(sketch)])
     }
 
@@ -343,7 +355,13 @@ impl GroupsAccumulator for Percentiles {
             Takes::Numbers => {
                 let numbers = as_float64_array(values)?;
                 for (row, (&group, &value)) in groups.iter().zip(numbers.values()).enumerate() {
-                    if value.is_finite() && is_meant(row) {
+                    if !value.is_finite() || !is_meant(row) {
+                        continue;
+                    }
+                    let values = &mut self.groups[group];
+                    if values.has_room() {
+                        values.exact.push(value);
+                    } else {
                         self.with(group, |values| values.add_one(value));
                     }
                 }
@@ -379,11 +397,11 @@ impl GroupsAccumulator for Percentiles {
     }
 
     fn state(&mut self, emit: EmitTo) -> Result<Vec<ArrayRef>> {
-        let groups = self.take(emit);
+        let mut groups = self.take(emit);
+        let sketches: BinaryArray =
+            groups.iter_mut().map(|values| values.settled().1.map(DDSketch::to_java_bytes)).collect();
         let values = list(groups.iter().map(|values| Some(values.exact.iter().copied().map(Some))));
-        let sketches =
-            groups.iter().map(|values| values.sketch.as_ref().map(|sketch| sketch.to_java_bytes()));
-        Ok(vec![Arc::new(values), Arc::new(sketches.collect::<BinaryArray>())])
+        Ok(vec![Arc::new(values), Arc::new(sketches)])
     }
 
     fn merge_batch(&mut self, states: &[ArrayRef], groups: &[usize], count: usize) -> Result<()> {
