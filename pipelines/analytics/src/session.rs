@@ -5,6 +5,7 @@
 //!
 //! Invariant: nothing is written, registered or set by a query; two queries share only the memory and disk that they may take.
 
+mod inline;
 mod late;
 mod regroup;
 
@@ -35,6 +36,7 @@ use datafusion::execution::session_state::{SessionState, SessionStateBuilder};
 use datafusion::execution::{FunctionRegistry, SendableRecordBatchStream};
 use datafusion::logical_expr::{LogicalPlan, LogicalPlanBuilder, TableType, cast, lit};
 use datafusion::optimizer::{Optimizer, OptimizerRule};
+use datafusion::physical_optimizer::{PhysicalOptimizerRule, optimizer::PhysicalOptimizer};
 use datafusion::prelude::{DataFrame, SessionConfig, SessionContext, col};
 use datafusion::sql::parser::{DFParserBuilder, Statement};
 use datafusion::sql::sqlparser::parser::ParserError;
@@ -406,9 +408,18 @@ fn state(limits: &Limits, prices: Option<Arc<Prices>>) -> Result<SessionState, D
         .with_config(config)
         .with_runtime_env(runtime)
         .with_optimizer_rules(own.into_iter().chain(Optimizer::new().rules).collect())
+        .with_physical_optimizer_rules(physical_rules())
         .build();
     register(&mut state, prices)?;
     Ok(state)
+}
+
+/// The engine's own rules, and ours before those that end in a plan which must not be taken apart any more.
+fn physical_rules() -> Vec<Arc<dyn PhysicalOptimizerRule + Send + Sync>> {
+    let mut rules = PhysicalOptimizer::new().rules;
+    let last = rules.iter().position(|rule| rule.name() == "EnsureCooperative").unwrap_or(rules.len());
+    rules.insert(last, Arc::new(inline::InlineStrings));
+    rules
 }
 
 /// Makes our functions known, by the clock of the system.
@@ -525,7 +536,7 @@ impl Snapshot {
             let rows = Shared::new(table, version, wanted)?;
             return Ok(self.guarded(table, Arc::new(rows), extent));
         }
-        let rows = late::Rows::new(snapshot, (!has_all).then_some(paths))?;
+        let rows = late::Rows::new(table, snapshot, (!has_all).then_some(paths))?;
         Ok(self.guarded(table, Arc::new(rows), extent))
     }
 

@@ -325,6 +325,15 @@ impl Percentiles {
         done
     }
 
+    fn add_one(&mut self, group: usize, value: f64) {
+        let values = &mut self.groups[group];
+        if values.has_room() {
+            values.exact.push(value);
+        } else {
+            self.with(group, |values| values.add_one(value));
+        }
+    }
+
     fn grow(&mut self, count: usize) {
         let exact_max = self.asked.exact_max;
         self.groups.resize_with(count, || Values::new(exact_max));
@@ -355,22 +364,23 @@ impl GroupsAccumulator for Percentiles {
             Takes::Numbers => {
                 let numbers = as_float64_array(values)?;
                 for (row, (&group, &value)) in groups.iter().zip(numbers.values()).enumerate() {
-                    if !value.is_finite() || !is_meant(row) {
-                        continue;
-                    }
-                    let values = &mut self.groups[group];
-                    if values.has_room() {
-                        values.exact.push(value);
-                    } else {
-                        self.with(group, |values| values.add_one(value));
+                    if value.is_finite() && is_meant(row) {
+                        self.add_one(group, value);
                     }
                 }
             }
             Takes::States => {
                 let states = as_binary_view_array(values)?;
                 for (row, &group) in groups.iter().enumerate() {
-                    if is_meant(row) {
-                        self.with(group, |values| values.add_stored(states.value(row)))?;
+                    if !is_meant(row) {
+                        continue;
+                    }
+                    match states.value(row).split_first() {
+                        // Most hours of most keys have one value.
+                        Some((&VALUES, value)) if let Ok(value) = value.try_into() => {
+                            self.add_one(group, f64::from_le_bytes(value));
+                        }
+                        _ => self.with(group, |values| values.add_stored(states.value(row)))?,
                     }
                 }
             }

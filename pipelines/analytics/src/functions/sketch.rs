@@ -24,28 +24,33 @@ const BEYOND: f64 = (1_u64 << 63) as f64;
 pub(super) fn add(sketch: &mut DDSketch, values: &[f64]) {
     let (mut least, mut greatest) = (f64::INFINITY, f64::NEG_INFINITY);
     for &value in values {
-        least = least.min(value);
-        greatest = greatest.max(value);
+        if (LEAST..BEYOND).contains(&value) {
+            least = least.min(value);
+            greatest = greatest.max(value);
+        } else {
+            sketch.add(value);
+        }
     }
-    let is_known = LEAST <= least && greatest < BEYOND;
-    if !is_known || values.len() < 2 {
-        values.iter().for_each(|value| sketch.add(*value));
+    if greatest < least {
         return;
     }
     let buckets = &*BUCKETS;
     let from = buckets.of(least);
     let mut counted = vec![(0_u64, 0.0_f64); buckets.of(greatest).abs_diff(from) as usize + 1];
     let at = |value| buckets.of(value).abs_diff(from) as usize;
-    for &value in values {
+    for &value in values.iter().filter(|value| (least..=greatest).contains(*value)) {
         let (count, sum) = &mut counted[at(value)];
         *count += 1;
         *sum += value;
     }
     for value in [least, greatest] {
         let (count, sum) = &mut counted[at(value)];
-        *count -= 1;
-        *sum -= value;
-        sketch.add(value);
+        // Both may be the same one.
+        if *count > 0 {
+            *count -= 1;
+            *sum -= value;
+            sketch.add(value);
+        }
     }
     for (key, (count, sum)) in (from..).zip(counted) {
         if count > 0 {
@@ -130,7 +135,7 @@ mod tests {
 
     #[test]
     fn many_at_once_are_as_each_by_itself() {
-        let lists: [Vec<f64>; 8] = [
+        let lists: [Vec<f64>; 9] = [
             vec![],
             vec![3.0],
             vec![3.0, 3.0],
@@ -138,6 +143,7 @@ mod tests {
             (1..5_000).rev().map(|value| f64::from(value).powi(3) / 7.0).collect(),
             (-2_000..2_000).map(f64::from).collect(),
             vec![1e-12, 5.0, 7.0, 1e300, 8.0],
+            (0..5_000).map(|value| f64::from(value % 7)).collect(),
             // Their mean is rounded out of the bucket, of which one is the first.
             BUCKETS.cells.iter().skip(2_000).take(300).flat_map(|cell| [cell.bound; 3]).collect(),
         ];

@@ -13,7 +13,8 @@ use datafusion::common::tree_node::{Transformed, TreeNode as _, TreeNodeRecursio
 use datafusion::common::{DFSchema, Result, ScalarValue};
 use datafusion::logical_expr::expr::{AggregateFunction, Case, ScalarFunction};
 use datafusion::logical_expr::{
-    Aggregate, Expr, ExprSchemable as _, Filter, LogicalPlan, Projection, SubqueryAlias, Union, lit, when,
+    Aggregate, BinaryExpr, Expr, ExprSchemable as _, Filter, LogicalPlan, Operator, Projection,
+    SubqueryAlias, Union, lit, when,
 };
 use datafusion::optimizer::{ApplyOrder, OptimizerConfig, OptimizerRule};
 use std::sync::Arc;
@@ -170,6 +171,19 @@ fn piece(expr: &Expr, schema: &DFSchema, pieces: &[Piece]) -> Piece {
                 // Where another is chosen in some rows, it is no longer the sum of the same.
                 Piece::Sum(_) => Piece::Sum(None),
                 all => all,
+            }
+        }
+        // As many times the sum: as many times each piece. Of floats that would be so but for rounding.
+        Expr::BinaryExpr(BinaryExpr { left, op: Operator::Multiply, right }) => {
+            let is_whole_number =
+                |expr: &Expr| expr.get_type(schema).is_ok_and(|kind| kind == DataType::Int64);
+            match (of(left), of(right)) {
+                (Piece::Sum(_), Piece::Same) | (Piece::Same, Piece::Sum(_))
+                    if is_whole_number(left) && is_whole_number(right) =>
+                {
+                    Piece::Sum(None)
+                }
+                _ => whole_of(expr, of),
             }
         }
         expr => whole_of(expr, of),

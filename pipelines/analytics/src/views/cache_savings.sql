@@ -3,8 +3,8 @@ SELECT
     date, -- The day of `ended_at` in UTC.
     tenant, -- Whose requests they were.
     sum(requests) AS requests, -- [requests] How many ended.
-    sum(CASE WHEN cache_status = 'hit' THEN requests ELSE 0 END) AS hits, -- [requests] Answered from the cache.
-    sum(CASE WHEN cache_status = 'miss' THEN requests ELSE 0 END) AS misses, -- [requests] Looked for and not found.
+    sum(requests * CASE WHEN cache_status = 'hit' THEN 1 ELSE 0 END) AS hits, -- [requests] Answered from the cache.
+    sum(requests * CASE WHEN cache_status = 'miss' THEN 1 ELSE 0 END) AS misses, -- [requests] Looked for and not found.
     sum(CASE WHEN cache_status = 'hit' THEN requests ELSE 0 END) * 1.0
       / sum(CASE WHEN cache_status IN ('hit', 'miss') THEN requests END) AS hit_share, -- Hits among hits and misses, from 0 to 1; null without either.
     sum(list_nano_usd) AS list_nano_usd, -- [nano-USD] What the answers would have cost without any cache.

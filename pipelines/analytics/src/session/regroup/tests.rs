@@ -76,6 +76,7 @@ async fn what_is_added_up_once_more_is_added_up_from_rows() {
         "SELECT hour / 24 AS day, tenant, sum(CAST(requests AS BIGINT)) FROM h GROUP BY hour / 24, tenant",
         "SELECT tenant, sum(CASE WHEN status = 'answered' THEN requests ELSE 0 END), sum(CASE status WHEN 'failed' THEN billed END) \
          FROM h GROUP BY tenant",
+        "SELECT tenant, sum(requests * CASE WHEN status = 'answered' THEN 1 ELSE 0 END), sum(2 * billed) FROM h GROUP BY tenant",
         "SELECT tenant, sum(requests) FILTER (WHERE status = 'answered') FROM h WHERE hour > 3 GROUP BY tenant",
         "SELECT tenant, cost_per_1k(rated, rated_tokens) FROM h GROUP BY tenant",
         "SELECT tenant, pctl_merge(took, 0.5), pctl_merge(took, 0.99) FROM h WHERE status = 'answered' GROUP BY tenant",
@@ -98,7 +99,7 @@ async fn what_asks_for_groups_keeps_them() {
         "SELECT tenant, count(billed), sum(requests) FROM h GROUP BY tenant",
         "SELECT tenant, avg(billed), max(requests) FROM h GROUP BY tenant",
         "SELECT tenant, max(longest) FROM h GROUP BY tenant",
-        "SELECT tenant, sum(requests * 2) FROM h GROUP BY tenant",
+        "SELECT tenant, sum(requests * 0.5), sum(requests * requests) FROM h GROUP BY tenant",
         "SELECT tenant, sum(1) FROM h GROUP BY tenant",
         "SELECT tenant, sum(CASE WHEN status = 'answered' THEN requests ELSE 1 END) FROM h GROUP BY tenant",
         "SELECT tenant, sum(CASE WHEN requests > 3 THEN requests ELSE 0 END) FROM h GROUP BY tenant",
