@@ -20,6 +20,7 @@ use parquet::{
     arrow::ArrowWriter,
     basic::{Compression, ZstdLevel},
     file::properties::WriterProperties,
+    schema::types::ColumnPath,
 };
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
@@ -98,10 +99,15 @@ fn file(rows: &RecordBatch, date: String) -> Result<Encoded, ArrowError> {
     let kept: Vec<usize> =
         (0..schema.fields().len()).filter(|&index| schema.field(index).name() != DATE).collect();
     let rows = rows.project(&kept)?;
-    let properties = WriterProperties::builder()
+    let mut properties = WriterProperties::builder()
         .set_compression(Compression::ZSTD(ZstdLevel::try_new(1)?))
-        .set_max_row_group_row_count(Some(ROW_GROUP_ROWS))
-        .build();
+        .set_max_row_group_row_count(Some(ROW_GROUP_ROWS));
+    // What percentiles are made of is read by all who ask for one, and nothing of it is left out: unpacking by zstd was a fifth of that.
+    for field in rows.schema().fields().iter().filter(|field| *field.data_type() == DataType::Binary) {
+        properties =
+            properties.set_column_compression(ColumnPath::from(field.name().as_str()), Compression::LZ4_RAW);
+    }
+    let properties = properties.build();
     let mut unpacked = 0;
     for column in rows.columns() {
         unpacked += column.to_data().get_slice_memory_size()?;

@@ -7,6 +7,7 @@
 
 mod inline;
 mod late;
+mod null_keys;
 mod regroup;
 
 use crate::cluster::{self, Cluster, scan::Shared};
@@ -60,6 +61,8 @@ pub(crate) const SCHEMA: &str = "public";
 /// Where more groups than this share of the rows are met at first, rows are not added up before they are brought together by group: it
 /// would cost a second table of groups and save little. The engine's own 0.8 cost *distinct prompts* a fifth: tests/bench.
 const ADD_UP_FIRST_MAX: f64 = 0.3;
+/// A query comes in so many parts more than there are threads: where one waits for its file, its thread goes on with another.
+const PARTS_BEYOND_THREADS: usize = 1;
 /// How many of those who hold memory an error names.
 const CONSUMERS_NAMED: usize = 3;
 /// How many batches a query may be ahead of who reads them.
@@ -394,7 +397,9 @@ fn state(limits: &Limits, prices: Option<Arc<Prices>>) -> Result<SessionState, D
             DiskManagerBuilder::default().with_max_temp_directory_size(limits.spill_bytes),
         )
         .build_arc()?;
+    let threads = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
     let config = SessionConfig::new()
+        .with_target_partitions(threads + PARTS_BEYOND_THREADS)
         .with_default_catalog_and_schema(CATALOG, SCHEMA)
         .with_create_default_catalog_and_schema(false)
         .with_information_schema(true)
@@ -418,7 +423,7 @@ fn state(limits: &Limits, prices: Option<Arc<Prices>>) -> Result<SessionState, D
 fn physical_rules() -> Vec<Arc<dyn PhysicalOptimizerRule + Send + Sync>> {
     let mut rules = PhysicalOptimizer::new().rules;
     let last = rules.iter().position(|rule| rule.name() == "EnsureCooperative").unwrap_or(rules.len());
-    rules.insert(last, Arc::new(inline::InlineStrings));
+    rules.splice(last..last, [Arc::new(null_keys::NullKeys) as _, Arc::new(inline::InlineStrings) as _]);
     rules
 }
 

@@ -171,8 +171,7 @@ def ours(port, **more):
     users = options.scratch / "users.json"
     users.write_text(json.dumps({"users": {"bench": {
         "tenants": ["*"], "token_blake3": blake3.blake3(TOKEN.encode()).hexdigest()}}}))
-    words = ["sql", "--listen", f"127.0.0.1:{port}", "--users", users, "--memory", MEMORY_MIB,
-             "--set", f"datafusion.execution.target_partitions={options.threads}"]
+    words = ["sql", "--listen", f"127.0.0.1:{port}", "--users", users, "--memory", MEMORY_MIB]
     for option in options.set:
         words += ["--set", option]
     with running(options.program, *words, **more) as process:

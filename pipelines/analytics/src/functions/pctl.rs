@@ -7,9 +7,10 @@
 //! whose error at p99.9 of heavy tails has no such bound (Masson, Rim, Lee 2019, DDSketch, VLDB 12, 2195–2205).
 //!
 //! Invariant: an answer depends on the values alone, and not on how they are spread over partitions or states. Memory is bounded:
-//! 80 kB of values, or 16 kB of them and two times 2,048 counters.
+//! 80 kB of values, or two times 2,048 counters, and sums of the 4,600 buckets from 10⁻⁹ to 10¹⁹ as far as values go.
 
-use super::{Function, sketch};
+use super::Function;
+use super::sketch::Sketch;
 use arrow::array::{
     Array, ArrayRef, BinaryArray, BinaryViewArray, BooleanArray, Float64Array, Float64Builder, ListArray,
     ListBuilder,
@@ -28,8 +29,6 @@ use std::sync::Arc;
 const EXACT_MAX: usize = 10_000;
 /// The same of what is stored: 800 bytes, about what a sketch of many takes.
 const STORED_EXACT_MAX: usize = 100;
-/// A sketch takes so many values at once.
-const WAITING_MAX: usize = 2_048;
 /// The first byte of a stored state: values follow, or a sketch does.
 const VALUES: u8 = 0;
 const SKETCH: u8 = 1;
@@ -131,14 +130,14 @@ enum Answers {
 /// Many values, or what is needed to know of them.
 struct Values {
     exact_max: usize,
-    /// All values, as long as there is no sketch; then those that it does not hold yet.
+    /// All values, as long as there is no sketch; then none.
     exact: Vec<f64>,
-    sketch: Option<Box<DDSketch>>,
+    sketch: Option<Box<Sketch>>,
 }
 
 impl fmt::Debug for Values {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let sketched = self.sketch.as_ref().map_or(0, |sketch| sketch.count());
+        let sketched = self.sketch.as_ref().map_or(0, |sketch| sketch.values());
         write!(f, "{} values", self.exact.len() + sketched)
     }
 }
@@ -153,40 +152,38 @@ impl Values {
     }
 
     fn add_one(&mut self, value: f64) {
-        let kept_max = if self.sketch.is_some() { WAITING_MAX } else { self.exact_max };
-        if self.exact.len() >= kept_max {
-            self.sketch();
+        match &mut self.sketch {
+            Some(sketch) => sketch.add(value),
+            None if self.exact.len() < self.exact_max => self.exact.push(value),
+            None => self.sketch().add(value),
         }
-        self.exact.push(value);
     }
 
-    /// Whether a value more changes nothing in what it holds beside itself.
-    fn has_room(&self) -> bool {
-        let len = self.exact.len();
-        len < self.exact.capacity() && len < WAITING_MAX.min(self.exact_max)
+    /// Adds a value if that changes nothing in what it holds beside itself; says whether it did.
+    fn add_in_place(&mut self, value: f64) -> bool {
+        if let Some(sketch) = &mut self.sketch {
+            return sketch.count(value);
+        }
+        let has_room = self.exact.len() < self.exact.capacity().min(self.exact_max);
+        if has_room {
+            self.exact.push(value);
+        }
+        has_room
     }
 
     /// The bytes that it holds beside itself.
     fn held(&self) -> usize {
-        let sketch = |sketch: &DDSketch| size_of::<DDSketch>() + sketch.length() * size_of::<u64>();
+        let sketch = |sketch: &Sketch| size_of::<Sketch>() + sketch.held();
         self.exact.capacity() * size_of::<f64>() + self.sketch.as_deref().map_or(0, sketch)
     }
 
     /// The sketch, which takes over what was kept until now.
-    fn sketch(&mut self) -> &mut DDSketch {
-        let sketch = self.sketch.get_or_insert_with(|| Box::new(DDSketch::new(sketch::config())));
-        sketch::add(sketch, &self.exact);
-        self.exact.clear();
-        self.exact.shrink_to(WAITING_MAX);
-        sketch
-    }
-
-    /// The values where they are few, or a sketch that holds all.
-    fn settled(&mut self) -> (&mut Vec<f64>, Option<&DDSketch>) {
-        if self.sketch.is_some() {
-            self.sketch();
+    fn sketch(&mut self) -> &mut Sketch {
+        let sketch = self.sketch.get_or_insert_with(|| Box::new(Sketch::new()));
+        for value in std::mem::take(&mut self.exact) {
+            sketch.add(value);
         }
-        (&mut self.exact, self.sketch.as_deref())
+        sketch
     }
 
     fn add_sketch(&mut self, bytes: &[u8]) -> Result<()> {
@@ -196,13 +193,12 @@ impl Values {
 
     /// The same values in the same bytes, in whatever order they came; null where there are none.
     fn stored(&mut self) -> Option<Vec<u8>> {
-        let (exact, sketch) = self.settled();
-        if let Some(sketch) = sketch {
-            return Some([&[SKETCH], sketch.to_java_bytes().as_slice()].concat());
+        if let Some(sketch) = &mut self.sketch {
+            return Some([&[SKETCH], sketch.settled().to_java_bytes().as_slice()].concat());
         }
-        exact.sort_unstable_by(f64::total_cmp);
-        let values = exact.iter().flat_map(|value| value.to_le_bytes());
-        (!exact.is_empty()).then(|| std::iter::once(VALUES).chain(values).collect())
+        self.exact.sort_unstable_by(f64::total_cmp);
+        let values = self.exact.iter().flat_map(|value| value.to_le_bytes());
+        (!self.exact.is_empty()).then(|| std::iter::once(VALUES).chain(values).collect())
     }
 
     fn add_stored(&mut self, bytes: &[u8]) -> Result<()> {
@@ -228,12 +224,15 @@ impl Values {
     }
 
     fn at(&mut self, p: f64) -> Result<Option<f64>> {
-        match self.settled() {
-            (_, Some(sketch)) => at_rank(sketch, rank(p, sketch.count())),
-            (exact, None) if exact.is_empty() => Ok(None),
-            (exact, None) => {
-                let rank = rank(p, exact.len());
-                Ok(Some(*exact.select_nth_unstable_by(rank, f64::total_cmp).1))
+        match &mut self.sketch {
+            Some(sketch) => {
+                let sketch = sketch.settled();
+                at_rank(sketch, rank(p, sketch.count()))
+            }
+            None if self.exact.is_empty() => Ok(None),
+            None => {
+                let rank = rank(p, self.exact.len());
+                Ok(Some(*self.exact.select_nth_unstable_by(rank, f64::total_cmp).1))
             }
         }
     }
@@ -286,10 +285,10 @@ impl Accumulator for Percentile {
     }
 
     fn state(&mut self) -> Result<Vec<ScalarValue>> {
-        let (exact, sketch) = self.values.settled();
+        let Values { exact, sketch, .. } = &mut self.values;
         let values: Vec<_> = exact.iter().map(|value| ScalarValue::Float64(Some(*value))).collect();
         let values = ScalarValue::new_list_nullable(&values, &DataType::Float64);
-        let sketch = sketch.map(DDSketch::to_java_bytes);
+        let sketch = sketch.as_mut().map(|sketch| sketch.settled().to_java_bytes());
         Ok(vec![ScalarValue::List(values), ScalarValue::Binary(sketch)])
     }
 
@@ -326,10 +325,7 @@ impl Percentiles {
     }
 
     fn add_one(&mut self, group: usize, value: f64) {
-        let values = &mut self.groups[group];
-        if values.has_room() {
-            values.exact.push(value);
-        } else {
+        if !self.groups[group].add_in_place(value) {
             self.with(group, |values| values.add_one(value));
         }
     }
@@ -408,8 +404,8 @@ impl GroupsAccumulator for Percentiles {
 
     fn state(&mut self, emit: EmitTo) -> Result<Vec<ArrayRef>> {
         let mut groups = self.take(emit);
-        let sketches: BinaryArray =
-            groups.iter_mut().map(|values| values.settled().1.map(DDSketch::to_java_bytes)).collect();
+        let sketch = |values: &mut Values| Some(values.sketch.as_mut()?.settled().to_java_bytes());
+        let sketches: BinaryArray = groups.iter_mut().map(sketch).collect();
         let values = list(groups.iter().map(|values| Some(values.exact.iter().copied().map(Some))));
         Ok(vec![Arc::new(values), Arc::new(sketches)])
     }

@@ -1,4 +1,4 @@
-//! Many values at once into a DDSketch, without a logarithm for each.
+//! A DDSketch that takes a value without its logarithm.
 //!
 //! A sketch counts values by their bucket ⌊log_γ v⌋. A float's exponent with the first bits of its fraction tells a cell that is narrower
 //! than a bucket, so no more than two buckets meet in it: a look-up and a comparison tell which. Where they meet is found by the sketch's
@@ -6,11 +6,11 @@
 //!
 //! Invariant: each bucket, the least and the greatest are as if each value had been added by itself; the sum is, but for rounding.
 
-use sketches_ddsketch::{Config, DDSketch};
+use sketches_ddsketch::{Config, DDSketch, DDSketchError};
 use std::sync::LazyLock;
 
-/// The sketches here: within 1%, 2,048 counters to a sign.
-pub(super) fn config() -> Config {
+/// What the encoded form stands for: within 1%, 2,048 counters to a sign.
+fn config() -> Config {
     Config::defaults()
 }
 
@@ -20,45 +20,110 @@ const CELL_BITS: u32 = 6;
 const LEAST: f64 = 1.0 / (1_u64 << 29) as f64;
 const BEYOND: f64 = (1_u64 << 63) as f64;
 
-/// Adds values, none of which is infinite or NaN.
-pub(super) fn add(sketch: &mut DDSketch, values: &[f64]) {
-    let (mut least, mut greatest) = (f64::INFINITY, f64::NEG_INFINITY);
-    for &value in values {
-        if (LEAST..BEYOND).contains(&value) {
-            least = least.min(value);
-            greatest = greatest.max(value);
-        } else {
-            sketch.add(value);
+/// Counters are made for so many buckets more than a value asks for.
+const SLACK: i32 = 32;
+
+/// A sketch, and values that wait to be added to it by the bucket.
+pub(super) struct Sketch {
+    settled: DDSketch,
+    /// How many values wait in each bucket from `from` on, and what they add up to.
+    waiting: Vec<(u64, f64)>,
+    from: i32,
+    /// The least and the greatest of those that wait.
+    least: f64,
+    greatest: f64,
+}
+
+impl Sketch {
+    /// One without values.
+    pub(super) fn new() -> Self {
+        let settled = DDSketch::new(config());
+        Self { settled, waiting: Vec::new(), from: 0, least: f64::INFINITY, greatest: f64::NEG_INFINITY }
+    }
+
+    /// Adds a value that is not infinite or NaN.
+    pub(super) fn add(&mut self, value: f64) {
+        if !self.count(value) {
+            if (LEAST..BEYOND).contains(&value) {
+                self.make_room(BUCKETS.of(value));
+                self.count(value);
+            } else {
+                self.settled.add(value);
+            }
         }
     }
-    if greatest < least {
-        return;
-    }
-    let buckets = &*BUCKETS;
-    let from = buckets.of(least);
-    let mut counted = vec![(0_u64, 0.0_f64); buckets.of(greatest).abs_diff(from) as usize + 1];
-    let at = |value| buckets.of(value).abs_diff(from) as usize;
-    for &value in values.iter().filter(|value| (least..=greatest).contains(*value)) {
-        let (count, sum) = &mut counted[at(value)];
+
+    /// Adds a value if there is a counter for it; says whether there is.
+    pub(super) fn count(&mut self, value: f64) -> bool {
+        if !(LEAST..BEYOND).contains(&value) {
+            return false;
+        }
+        let place = usize::try_from(BUCKETS.of(value) - self.from);
+        let Some((count, sum)) = place.ok().and_then(|place| self.waiting.get_mut(place)) else {
+            return false;
+        };
         *count += 1;
         *sum += value;
+        self.least = self.least.min(value);
+        self.greatest = self.greatest.max(value);
+        true
     }
-    for value in [least, greatest] {
-        let (count, sum) = &mut counted[at(value)];
-        // Both may be the same one.
-        if *count > 0 {
-            *count -= 1;
-            *sum -= value;
-            sketch.add(value);
+
+    fn make_room(&mut self, key: i32) {
+        if self.waiting.is_empty() {
+            self.from = key - SLACK;
         }
+        let before = (self.from - key + SLACK).max(0);
+        if key < self.from {
+            self.waiting.splice(..0, (0..before).map(|_| (0, 0.0)));
+            self.from -= before;
+        }
+        let wanted = (key - self.from + SLACK).unsigned_abs() as usize;
+        self.waiting.resize(wanted.max(self.waiting.len()), (0, 0.0));
     }
-    for (key, (count, sum)) in (from..).zip(counted) {
-        if count > 0 {
-            // The mean lies in the bucket too, but for rounding.
-            let mean = (sum / count as f64).clamp(least, greatest);
-            let is_inside = buckets.config.key(mean) == key;
-            sketch.add_with_count(if is_inside { mean } else { buckets.config.value(key) }, count);
+
+    /// Adds all values of another.
+    pub(super) fn merge(&mut self, other: &DDSketch) -> Result<(), DDSketchError> {
+        self.settled.merge(other)
+    }
+
+    /// All values.
+    pub(super) fn settled(&mut self) -> &DDSketch {
+        if self.least > self.greatest {
+            return &self.settled;
         }
+        let (least, greatest) = (self.least, self.greatest);
+        (self.least, self.greatest) = (f64::INFINITY, f64::NEG_INFINITY);
+        for value in [least, greatest] {
+            let place = (BUCKETS.of(value) - self.from).unsigned_abs() as usize;
+            let (count, sum) = &mut self.waiting[place];
+            // Both may be the same one.
+            if *count > 0 {
+                *count -= 1;
+                *sum -= value;
+                self.settled.add(value);
+            }
+        }
+        for (key, waiting) in (self.from..).zip(&mut self.waiting) {
+            let (count, sum) = std::mem::take(waiting);
+            if count > 0 {
+                // The mean lies in the bucket too, but for rounding.
+                let mean = (sum / count as f64).clamp(least, greatest);
+                let is_inside = BUCKETS.config.key(mean) == key;
+                self.settled.add_with_count(if is_inside { mean } else { BUCKETS.config.value(key) }, count);
+            }
+        }
+        &self.settled
+    }
+
+    /// How many values there are.
+    pub(super) fn values(&self) -> usize {
+        self.settled.count() + self.waiting.iter().map(|(count, _)| *count as usize).sum::<usize>()
+    }
+
+    /// The bytes that it holds beside itself.
+    pub(super) fn held(&self) -> usize {
+        self.settled.length() * size_of::<u64>() + self.waiting.capacity() * size_of::<(u64, f64)>()
     }
 }
 
@@ -134,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn many_at_once_are_as_each_by_itself() {
+    fn many_are_as_each_by_itself() {
         let lists: [Vec<f64>; 9] = [
             vec![],
             vec![3.0],
@@ -148,11 +213,15 @@ mod tests {
             BUCKETS.cells.iter().skip(2_000).take(300).flat_map(|cell| [cell.bound; 3]).collect(),
         ];
         for values in lists {
-            let (mut ours, mut theirs) = (DDSketch::new(config()), DDSketch::new(config()));
+            let (mut ours, mut theirs) = (Sketch::new(), DDSketch::new(config()));
             for values in values.chunks(1_700) {
-                add(&mut ours, values);
+                values.iter().for_each(|value| ours.add(*value));
                 values.iter().for_each(|value| theirs.add(*value));
+                assert_eq!(ours.values(), theirs.count());
+                // It goes on after an answer.
+                ours.settled();
             }
+            let ours = ours.settled();
             assert_eq!((ours.count(), ours.min(), ours.max()), (theirs.count(), theirs.min(), theirs.max()));
             for rank in 0..=1_000 {
                 let q = f64::from(rank) / 1_000.0;

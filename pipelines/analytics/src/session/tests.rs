@@ -250,6 +250,64 @@ async fn a_predicate_is_tried_before_many_columns_are_read_and_beside_few() {
     }
 }
 
+#[tokio::test]
+async fn a_key_that_must_be_known_is_asked_for_in_groups_where_few_are_without() {
+    let tables = Tables::new();
+    let row = |n: i64| {
+        let mut row = outcome("acme", "2026-11-02", json!(n));
+        // One of ten has no model, and four have no provider.
+        row["model_served"] = if n == 7 { Value::Null } else { json!(format!("model {}", n % 2)) };
+        row["provider"] = if n % 3 == 0 { Value::Null } else { json!("p") };
+        row["attempts"] = json!(n - 7);
+        row
+    };
+    tables.add(Table::Outcomes, &(0..10).map(row).collect::<Vec<_>>()).await;
+    let session = tables.session(Limits::default(), Scope::All);
+    let sums = "20 18";
+    for (sql, wanted, is_lifted) in [
+        (
+            "SELECT sum(billed_nano_usd) FROM outcomes WHERE model_served IS NOT NULL GROUP BY model_served",
+            sums,
+            true,
+        ),
+        (
+            "SELECT sum(billed_nano_usd + 0) AS b FROM outcomes WHERE model_served IS NOT NULL GROUP BY status, model_served",
+            sums,
+            true,
+        ),
+        (
+            "SELECT sum(billed_nano_usd) FROM outcomes WHERE model_served IS NOT NULL AND attempts <> 0 GROUP BY model_served",
+            sums,
+            false,
+        ),
+        (
+            "SELECT sum(billed_nano_usd) FROM outcomes WHERE provider IS NOT NULL GROUP BY provider",
+            "27",
+            false,
+        ),
+        (
+            "SELECT sum(billed_nano_usd) FROM outcomes WHERE model_served IS NOT NULL GROUP BY tenant",
+            "38",
+            false,
+        ),
+        // The row that is left out would be divided by nothing.
+        (
+            "SELECT sum(7 / attempts) FROM outcomes WHERE model_served IS NOT NULL GROUP BY model_served",
+            "-2 -4",
+            false,
+        ),
+    ] {
+        let plan = shown(&session.collect(&format!("EXPLAIN FORMAT INDENT {sql}")).await.unwrap());
+        let (filter, groups) = (plan.find("FilterExec").unwrap(), plan.find("mode=Partial").unwrap());
+        assert_eq!(filter < groups, is_lifted, "{sql}: {plan}");
+        let mut told: Vec<_> =
+            shown(&session.collect(sql).await.unwrap()).lines().map(str::to_owned).collect();
+        let mut wanted: Vec<_> = wanted.split(' ').collect();
+        (told.sort_unstable(), wanted.sort_unstable());
+        assert_eq!(told, wanted, "{sql}");
+    }
+}
+
 /// Views say of days that are not rolled up what their rows say, in as many groupings as the view has.
 #[tokio::test]
 async fn views_make_no_hours_that_they_add_up_again() {
