@@ -138,7 +138,7 @@ struct Values {
 impl fmt::Debug for Values {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let sketched = self.sketch.as_ref().map_or(0, |sketch| sketch.values());
-        write!(f, "{} values", self.exact.len() + sketched)
+        write!(f, "{} values", self.exact.len() as u64 + sketched)
     }
 }
 

@@ -117,8 +117,8 @@ impl Sketch {
     }
 
     /// How many values there are.
-    pub(super) fn values(&self) -> usize {
-        self.settled.count() + self.waiting.iter().map(|(count, _)| *count as usize).sum::<usize>()
+    pub(super) fn values(&self) -> u64 {
+        self.settled.count() as u64 + self.waiting.iter().map(|(count, _)| count).sum::<u64>()
     }
 
     /// The bytes that it holds beside itself.
@@ -217,7 +217,7 @@ mod tests {
             for values in values.chunks(1_700) {
                 values.iter().for_each(|value| ours.add(*value));
                 values.iter().for_each(|value| theirs.add(*value));
-                assert_eq!(ours.values(), theirs.count());
+                assert_eq!(ours.values(), theirs.count() as u64);
                 // It goes on after an answer.
                 ours.settled();
             }

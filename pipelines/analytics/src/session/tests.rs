@@ -303,7 +303,8 @@ async fn a_key_that_must_be_known_is_asked_for_in_groups_where_few_are_without()
         let mut told: Vec<_> =
             shown(&session.collect(sql).await.unwrap()).lines().map(str::to_owned).collect();
         let mut wanted: Vec<_> = wanted.split(' ').collect();
-        (told.sort_unstable(), wanted.sort_unstable());
+        told.sort_unstable();
+        wanted.sort_unstable();
         assert_eq!(told, wanted, "{sql}");
     }
 }
