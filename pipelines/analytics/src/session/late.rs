@@ -92,12 +92,12 @@ impl TableProvider for Rows {
         if self.has_many(projection, filters) {
             return self.waiting.scan(session, projection, filters, limit).await;
         }
-        let whole =
-            session.as_any().downcast_ref::<SessionState>().filter(|_| !self.tells_pages_apart(filters));
-        let Some(whole) = whole else {
+        let tells_none_apart = !filters.is_empty() && !self.tells_pages_apart(filters);
+        let state = session.as_any().downcast_ref::<SessionState>().filter(|_| tells_none_apart);
+        let Some(state) = state else {
             return self.at_once.scan(session, projection, filters, limit).await;
         };
-        let mut whole = whole.clone();
+        let mut whole = state.clone();
         whole.config_mut().options_mut().execution.parquet.enable_page_index = false;
         self.at_once.scan(&whole, projection, filters, limit).await
     }
