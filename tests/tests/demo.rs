@@ -41,6 +41,9 @@ fn results(data: &Path, more: &[&str]) -> Vec<Value> {
     arguments.extend(more);
     let finished = finish(&mut command(data, &arguments), LIMIT);
     assert_eq!(finished.code, 0, "{finished:?}");
+    // The log ends last, and whoever spoke to it does not miss it.
+    let complaints = ["brokers are down", "Connection refused"];
+    assert!(!complaints.iter().any(|told| finished.stderr.contains(told)), "{finished:?}");
     let parsed = finished.stdout.lines().map(|line| serde_json::from_str(line).expect(line));
     parsed.collect()
 }

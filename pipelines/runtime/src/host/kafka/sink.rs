@@ -61,7 +61,8 @@ pub struct KafkaSink {
 impl KafkaSink {
     /// A producer; connects in the background.
     pub fn new(kafka: &Kafka, closed: CancellationToken) -> Result<Self, SettingsError> {
-        let acknowledgements = Acknowledgements { lifeline: Lifeline::to(kafka) };
+        let acknowledgements =
+            Acknowledgements { lifeline: Lifeline::to(kafka), has_ended: AtomicBool::new(false) };
         let config = looked_after(kafka.producer_config());
         let producer = config.create_with_context(acknowledgements).and_then(Listened::to);
         let producer = producer.map_err(SettingsError::Client)?;
@@ -197,17 +198,14 @@ impl Sink for KafkaSink {
 ///
 /// The binding has such a thread too, which waits a tenth of a second at a time and spins the last millisecond of it away, as
 /// librdkafka is asked for what is left in whole milliseconds (rust-rdkafka 0.39): a quarter of what an idle process took.
-struct Listened {
-    producer: Arc<BaseProducer<Acknowledgements>>,
-    has_ended: Arc<AtomicBool>,
-}
+struct Listened(Arc<BaseProducer<Acknowledgements>>);
 
 impl Listened {
     fn to(producer: BaseProducer<Acknowledgements>) -> KafkaResult<Self> {
-        let this = Self { producer: Arc::new(producer), has_ended: Arc::default() };
-        let (producer, has_ended) = (Arc::clone(&this.producer), Arc::clone(&this.has_ended));
+        let this = Self(Arc::new(producer));
+        let producer = Arc::clone(&this.0);
         let listen = move || {
-            while !has_ended.load(Ordering::Relaxed) {
+            while producer.context().is_wanted() {
                 producer.poll(LISTEN);
                 producer.context().lifeline.mend(producer.client());
             }
@@ -223,13 +221,13 @@ impl Listened {
 impl Deref for Listened {
     type Target = BaseProducer<Acknowledgements>;
     fn deref(&self) -> &Self::Target {
-        &self.producer
+        &self.0
     }
 }
 
 impl Drop for Listened {
     fn drop(&mut self) {
-        self.has_ended.store(true, Ordering::Relaxed);
+        self.context().has_ended.store(true, Ordering::Relaxed);
     }
 }
 
@@ -302,14 +300,27 @@ impl Drop for LossyPlace {
 /// Hears from librdkafka what became of each message.
 struct Acknowledgements {
     lifeline: Lifeline,
+    /// Nobody writes any more; the thread that listens hears of it when its wait is over.
+    has_ended: AtomicBool,
+}
+
+impl Acknowledgements {
+    /// Whether anybody cares what becomes of brokers: when all has been written the embedded one may end.
+    fn is_wanted(&self) -> bool {
+        !self.has_ended.load(Ordering::Relaxed)
+    }
 }
 
 impl ClientContext for Acknowledgements {
     fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
-        log(level, facility, message);
+        if self.is_wanted() {
+            log(level, facility, message);
+        }
     }
     fn error(&self, fault: KafkaError, reason: &str) {
-        say(&fault, reason);
+        if self.is_wanted() {
+            say(&fault, reason);
+        }
     }
     fn stats_raw(&self, statistics: &[u8]) {
         self.lifeline.look(statistics);
