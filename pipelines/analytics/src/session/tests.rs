@@ -251,6 +251,31 @@ async fn a_predicate_is_tried_before_many_columns_are_read_and_beside_few() {
 }
 
 #[tokio::test]
+async fn pages_are_told_apart_by_what_files_are_sorted_by_and_by_ids() {
+    let tables = Tables::new();
+    let row = |n: i64| {
+        let mut row = outcome("acme", "2026-11-02", json!(n));
+        row["total_us"] = json!(n);
+        row
+    };
+    tables.add(Table::Outcomes, &[row(1), row(2)]).await;
+    let session = tables.session(Limits::default(), Scope::All);
+    // Of a file of which all rows are wanted no page is looked at anyway.
+    for (predicate, tells_apart) in [
+        ("total_us > 1", false),
+        ("total_us > 1 AND model_served IS NOT NULL", false),
+        ("total_us > 1 AND tenant = 'acme'", true),
+        ("total_us > 1 AND ended_at >= TIMESTAMP '2026-01-01'", true),
+        ("total_us > 1 AND request_id > 'a'", true),
+    ] {
+        let sql = format!("EXPLAIN ANALYZE SELECT sum(total_us), max(lane) FROM outcomes WHERE {predicate}");
+        let plan = shown(&session.collect(&sql).await.unwrap());
+        assert_eq!(plan.contains("page_index_rows_pruned=2 total"), tells_apart, "{predicate}: {plan}");
+        assert!(plan.contains("InlineStringsExec"), "{predicate}: {plan}");
+    }
+}
+
+#[tokio::test]
 async fn a_key_that_must_be_known_is_asked_for_in_groups_where_few_are_without() {
     let tables = Tables::new();
     let row = |n: i64| {
@@ -312,7 +337,8 @@ async fn a_key_that_must_be_known_is_asked_for_in_groups_where_few_are_without()
 /// Views say of days that are not rolled up what their rows say, in as many groupings as the view has.
 #[tokio::test]
 async fn views_make_no_hours_that_they_add_up_again() {
-    let session = some().await.session(Limits::default(), Scope::All);
+    let tables = some().await;
+    let session = tables.session(Limits::default(), Scope::All);
     for view in ["cost_daily", "cost_by_tenant_model", "latency", "cache_savings", "focus_1_3"] {
         let plan = session.collect(&format!("EXPLAIN FORMAT INDENT SELECT * FROM {view}")).await.unwrap();
         let plan = shown(&plan);
@@ -405,7 +431,8 @@ async fn what_needs_more_memory_than_there_is_goes_to_disk() {
 
 #[tokio::test]
 async fn an_error_names_its_place_and_what_there_is() {
-    let session = some().await.session(Limits::default(), Scope::All);
+    let tables = some().await;
+    let session = tables.session(Limits::default(), Scope::All);
     let at = |error: &Error| match error {
         Error::Query { at, .. } => *at,
         _ => None,
